@@ -1,0 +1,301 @@
+"""Sums over the batch axis: dL/db, and the parts that split sums were left in.
+
+    result[m] = sum over s of source[s, m]      source (samples, outputs); for dL/db it is dZ
+
+Three kernels. `sum_strided` adds rows whose elements lie side by side, `sum_contiguous` adds runs along which the batch lies
+side by side, `add_parts` adds whole matrices that a split product left in a workspace.
+
+How the work is cut
+    Every element is read once, in vectors of 16 bytes. Threads that sit side by side read memory that lies side by side; each
+    keeps one chain of additions for every column of its vectors and has several vectors in flight. The chains of a block
+    meet in shared memory. A long batch is cut into parts, one block each: their sums go to a workspace of one row for each
+    part, which a second launch of `sum_strided` adds.
+Alignment
+    Vectors begin at multiples of 32 bytes, wherever the data begins: a row's vectors are shifted to the left by the elements
+    between such a place and its first column, and whoever reads the sums in shared memory reads as many places to the right.
+    Vectors that stick out of the data are read one element at a time, as far as they lie inside.
+Order of additions
+    Set by the plan alone. The shift decides which thread adds a column, never in which order: the same numbers give the
+    same bits wherever they lie.
+Bytes and flops
+    Reads samples * outputs elements and, where there are parts, 2 * parts * outputs accumulators more; that many additions.
+
+Source: Harris, "Optimizing Parallel Reduction in CUDA", 2007; Neumaier, "Rundungsfehleranalyse einiger Verfahren zur
+Summation endlicher Summen", ZAMM 54, 1974.
+"""
+from functools import cache
+
+from numba import cuda
+
+from . import primitives
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+VECTOR_BYTES = 16
+SECTOR_BYTES = 32
+
+
+def _epilogue(accumulator, result):
+    """The type that sums are brought to and added to results in: one rounding follows."""
+    return "float64" if result == "float64" else accumulator
+
+
+@cache
+def _finish(accumulator, result, accumulate, compensated, partial):
+    """(sums of one column, target, index, lost step): writes the result, or of a part the sum and what was lost."""
+    values = 1 + compensated
+    wide = accumulator if partial else _epilogue(accumulator, result)
+    tidy = primitives.tidy(wide, 1, compensated)
+    if partial:
+        keep = primitives.store_each(accumulator, values, accumulator)
+
+        @cuda.jit(device=True)
+        def finish(sums, target, index, lost_step):
+            keep(target, index, lost_step, values, tidy(sums))
+
+        return finish
+
+    widen = primitives.convert(accumulator, wide, values)
+    settle = primitives.settle(wide, 1, compensated)
+    load = primitives.load_vector(result, 1, wide)
+    plus = primitives.plus(wide, 1, compensated)
+    store = primitives.store_vector(result, 1, wide)
+    if accumulate:
+        @cuda.jit(device=True)
+        def finish(sums, target, index, lost_step):
+            store(target, index, settle(tidy(plus(widen(sums), load(target, index)))))
+    else:
+        @cuda.jit(device=True)
+        def finish(sums, target, index, lost_step):
+            store(target, index, settle(tidy(widen(sums))))
+
+    return finish
+
+
+@cache
+def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_flight, blocks_per_multiprocessor,
+                     accumulate, compensated, partial):
+    """The kernel that adds rows: source[s, m] lies at s * row_stride + m.
+
+    Threads
+        threads_x side by side, times lanes. Lane y adds the rows y, y + lanes, ... of its part, `vectors` vectors of each row
+        and `in_flight` rows at a time; then the lanes are added in ascending order. Lanes are as many as 32 bytes have
+        elements or a multiple (or there is a row for each), so that a lane's shift is the same for all of its rows.
+    Grid
+        (tiles of columns, parts). A tile is tile_cols columns: all that a lane reads or, where rows are shifted, 32 bytes less.
+    Shared memory
+        lanes * threads_x * vectors accumulators of 16 / itemsize each; twice that for compensated sums.
+    """
+    item = ITEM_BYTES[dtype]
+    vector, sector = VECTOR_BYTES // item, SECTOR_BYTES // item
+    threads, spacing = threads_x * lanes, threads_x * vector
+    width = spacing * vectors
+    halves = 1 + compensated
+    pitch = width * halves
+    zeros = primitives.zeros(accumulator, vector * vectors * halves)
+    add_rows = primitives.add_vectors(dtype, vector, accumulator, in_flight, vectors, spacing, compensated)
+    add_edge = primitives.add_inside(dtype, vector, accumulator, in_flight, vectors, spacing, compensated)
+    shared_array = primitives.shared_array("lanes", accumulator, lanes * pitch)
+    store_sums = primitives.store_spread(accumulator, vector, vectors * halves, spacing)
+    load_sum = primitives.load_shared(accumulator, 1)
+    zero = primitives.zeros(accumulator, halves)
+    plus = primitives.plus(accumulator, 1, compensated)
+    tidy = primitives.tidy(accumulator, vector * vectors, compensated)
+    finish = _finish(accumulator, result, accumulate, compensated, partial)
+
+    @primitives.jit(threads, blocks_per_multiprocessor)
+    def sum_strided(source, row_stride, samples, outputs, samples_per_part, tile_cols, target, part_stride, col_stride,
+                    lost_step):
+        thread = cuda.threadIdx.x
+        lane, across = thread // threads_x, thread % threads_x * vector
+
+        # 1. This block's tile of columns and part of the rows; this lane's first row and its shift.
+        tile, part = cuda.blockIdx.x * tile_cols, cuda.blockIdx.y
+        start = part * samples_per_part
+        end = min(samples, start + samples_per_part)
+        row = start + lane
+        origin = int(source) // item + tile
+        shift = origin + row * row_stride & sector - 1
+
+        # 2. sums[j] is the sum of the lane's rows in column tile - shift + across + j.
+        sums = zeros()
+        column = tile - shift
+        inside = column >= 0 and column + width <= outputs
+        column += across
+        index, step = row * row_stride + column, lanes * row_stride
+        left = (end - row + lanes - 1) // lanes
+        while left > 0:
+            if inside and left >= in_flight:
+                sums = add_rows(sums, source, index, step)
+            else:
+                sums = add_edge(sums, source, index, step, left, column, outputs)
+            index += in_flight * step
+            left -= in_flight
+        shared = shared_array()
+        store_sums(shared, lane * pitch + across, tidy(sums), thread)
+        cuda.syncthreads()
+
+        # 3. Column tile + c is the sum of all lanes at c + their shift.
+        for c in range(thread, min(tile_cols, outputs - tile), threads):
+            total = zero()
+            for y in range(lanes):
+                place = y * pitch + c + (origin + (start + y) * row_stride & sector - 1)
+                for half in range(halves):
+                    total = plus(total, load_sum(shared, place + half * width))
+            finish(total, target, part * part_stride + (tile + c) * col_stride, lost_step)
+
+    return sum_strided
+
+
+@cache
+def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in_flight, folders, line_pitch, fold_pitch,
+                        blocks_per_multiprocessor, accumulate, compensated, partial):
+    """The kernel that adds along runs: element i of run r lies at r * run_stride + i and belongs to column r * period + i % period.
+
+    With period 1 a run is one output's batch; with one run and period = outputs it is a whole matrix in C order.
+
+    Threads
+        threads_x side by side on a run, times lanes, each of which has a run of its own. A line is what a lane reads at once,
+        a multiple of the period: a thread meets the same columns in every line. It adds the lines of its part in
+        ascending order, `in_flight` at a time. A shifted thread's first elements may belong to the line before; they are
+        left out at the start of the part and made up for at its end.
+    Folding
+        `folders` threads add every folders-th of a column's copies in a line, then one adds what the folders came to.
+    Grid
+        (groups of runs_per_block runs, parts).
+    Shared memory
+        lanes * line_pitch and folders * period * fold_pitch accumulators; twice that for compensated sums. The pitches are such
+        that accesses which are served together meet different banks.
+    """
+    item = ITEM_BYTES[dtype]
+    vector, sector = VECTOR_BYTES // item, SECTOR_BYTES // item
+    threads, line = threads_x * lanes, threads_x * vector
+    folded = folders * period
+    halves = 1 + compensated
+    pitch, fold_size = line_pitch * halves, folded * fold_pitch
+    zeros = primitives.zeros(accumulator, vector * halves)
+    add_lines = primitives.add_vectors(dtype, vector, accumulator, in_flight, 1, 0, compensated)
+    add_edge = primitives.add_inside(dtype, vector, accumulator, in_flight, 1, 0, compensated, line)
+    line_array = primitives.shared_array("lines", accumulator, lanes * pitch)
+    fold_array = primitives.shared_array("folds", accumulator, fold_size * halves)
+    store_sums = primitives.store_spread(accumulator, vector, halves, line)
+    load_sum, store_sum = primitives.load_shared(accumulator, 1), primitives.store_shared(accumulator, 1)
+    zero = primitives.zeros(accumulator, halves)
+    plus = primitives.plus(accumulator, 1, compensated)
+    tidy, tidy_one = (primitives.tidy(accumulator, count, compensated) for count in (vector, 1))
+    first, turn = primitives.head(accumulator, halves, 1), primitives.rotate(accumulator, halves, 1)
+    finish = _finish(accumulator, result, accumulate, compensated, partial)
+
+    @primitives.jit(threads, blocks_per_multiprocessor)
+    def sum_contiguous(source, run_stride, run_length, runs, runs_per_block, length_per_part, target, part_stride,
+                       col_stride, lost_step):
+        thread = cuda.threadIdx.x
+        lane, across = thread // threads_x, thread % threads_x * vector
+
+        # 1. This block's part of every run, and its runs.
+        part = cuda.blockIdx.y
+        start = part * length_per_part
+        length = min(run_length - start, length_per_part)
+        origin = int(source) // item + start
+        first_run = cuda.blockIdx.x * runs_per_block
+        lines, folds = line_array(), fold_array()
+        for base in range(first_run, min(first_run + runs_per_block, runs), lanes):
+            run = base + lane
+
+            # 2. sums[j] is the sum over the lines at across + j - shift, of the elements inside the part.
+            sums = zeros()
+            position = across - (origin + run * run_stride & sector - 1)
+            index = run * run_stride + start + position
+            end = length if run < runs else 0
+            while position < end:
+                if position >= 0 and position + (in_flight - 1) * line + vector <= end:
+                    sums = add_lines(sums, source, index, line)
+                else:
+                    sums = add_edge(sums, source, index, line, in_flight, position, end)
+                index += in_flight * line
+                position += in_flight * line
+            store_sums(lines, lane * pitch + across, tidy(sums), thread)
+            cuda.syncthreads()
+
+            # 3. folds[f] of a lane is the sum of places f, f + folded, ... of its line; f % period is their column.
+            for fold in range(thread, lanes * folded, threads):
+                y, f = fold // folded, fold % folded
+                shift = origin + (base + y) * run_stride & sector - 1
+                total = zero()
+                for place in range(f, line, folded):
+                    cell = place + shift
+                    if cell >= line:
+                        cell -= line
+                    for half in range(halves):
+                        total = plus(total, load_sum(lines, y * pitch + half * line + cell))
+                total = tidy_one(total)
+                for half in range(halves):
+                    store_sum(folds, half * fold_size + f * fold_pitch + y, first(total))
+                    total = turn(total)
+            cuda.syncthreads()
+
+            # 4. A column is the sum of its folds.
+            for column in range(thread, min(lanes, runs - base) * period, threads):
+                y, c = column // period, column % period
+                total = zero()
+                for f in range(c, folded, period):
+                    for half in range(halves):
+                        total = plus(total, load_sum(folds, half * fold_size + f * fold_pitch + y))
+                finish(total, target, part * part_stride + (base * period + column) * col_stride, lost_step)
+
+    return sum_contiguous
+
+
+@cache
+def make_add_parts(accumulator, result, access, threads, accumulate):
+    """The kernel that adds `parts` matrices of (rows, cols) accumulators in ascending order, `in_flight` at a time.
+
+    Part p of element (r, c) lies at p * part_stride + r * row_pitch + c of the workspace, row_pitch a multiple of 16 bytes;
+    the result, alpha * sum (+ result, if accumulate), at r * row_stride + c * col_stride. It is stored `access` columns at a
+    time: more than one only where col_stride is 1 and all of the result is aligned to that.
+
+    Threads
+        One for each vector of 16 bytes of a row.
+    Grid
+        As many blocks as that takes.
+    """
+    vector = VECTOR_BYTES // ITEM_BYTES[accumulator]
+    in_flight = 4
+    wide = _epilogue(accumulator, result)
+    zeros = primitives.zeros(accumulator, vector)
+    add_all = primitives.add_vectors(accumulator, vector, accumulator, in_flight)
+    add_edge = primitives.add_inside(accumulator, vector, accumulator, in_flight)
+    convert = primitives.convert(accumulator, wide, vector)
+    plus, scale = primitives.plus(wide, access, False), primitives.scale(wide, access)
+    first, turn = primitives.head(wide, vector, access), primitives.rotate(wide, vector, access)
+    load, store = primitives.load_vector(result, access, wide), primitives.store_vector(result, access, wide)
+
+    @primitives.jit(threads)
+    def add_parts(workspace, parts, part_stride, row_pitch, target, rows, cols, row_stride, col_stride, alpha):
+        # 1. This thread's row and first column.
+        item = cuda.blockIdx.x * threads + cuda.threadIdx.x
+        vectors = row_pitch // vector
+        row = item // vectors
+        col = (item - row * vectors) * vector
+        if row < rows:
+            # 2. sums is the sum of the parts.
+            sums = zeros()
+            index, left = row * row_pitch + col, parts
+            while left > 0:
+                if left >= in_flight and col + vector <= cols:
+                    sums = add_all(sums, workspace, index, part_stride)
+                else:
+                    sums = add_edge(sums, workspace, index, part_stride, left, col, cols)
+                index += in_flight * part_stride
+                left -= in_flight
+
+            # 3. The results at the front of `values` are stored and turned to its end.
+            values = convert(sums)
+            for c in range(col, min(col + vector, cols), access):
+                place = row * row_stride + c * col_stride
+                value = scale(first(values), alpha)
+                if accumulate:
+                    value = plus(value, load(target, place))
+                store(target, place, value)
+                values = turn(values)
+
+    return add_parts

@@ -1,0 +1,77 @@
+"""The instruction set the kernels are written in.
+
+Every name exists twice: in ``ptx`` as LLVM and PTX for the compiler, and in ``simulator`` as plain Python and NumPy for
+the Numba CUDA simulator. A test holds the two to each other.
+
+Names
+-----
+address
+    Where an operand's element (0, 0) lies: an int64 on the device, an object with ``read`` and ``write`` in the
+    simulator. An *index* counts elements from there.
+fragment
+    What a thread holds in registers: a tuple of accumulators on the device, a NumPy array in the simulator.
+"""
+from numba import config
+
+if config.ENABLE_CUDASIM:
+    from .simulator import (
+        add,
+        add_inside,
+        add_vectors,
+        convert,
+        head,
+        jit,
+        load_each,
+        load_if,
+        load_shared,
+        load_tile,
+        load_vector,
+        load_whole_tile,
+        multiply_tile,
+        plus,
+        place,
+        rotate,
+        scale,
+        settle,
+        shared_array,
+        store_each,
+        store_shared,
+        store_spread,
+        store_tile,
+        store_vector,
+        tile_offsets,
+        tidy,
+        typed,
+        zeros,
+    )
+else:
+    from .ptx import (
+        add,
+        add_inside,
+        add_vectors,
+        convert,
+        head,
+        jit,
+        load_each,
+        load_if,
+        load_shared,
+        load_tile,
+        load_vector,
+        load_whole_tile,
+        multiply_tile,
+        plus,
+        place,
+        rotate,
+        scale,
+        settle,
+        shared_array,
+        store_each,
+        store_shared,
+        store_spread,
+        store_tile,
+        store_vector,
+        tile_offsets,
+        tidy,
+        typed,
+        zeros,
+    )

@@ -1,0 +1,685 @@
+"""The primitives as LLVM IR and inline PTX: the only module that knows the compiler.
+
+Each factory is cached and returns an intrinsic that Numba's compiler expands in place, fully unrolled, so that fragments
+stay in registers and memory is touched in accesses as wide as asked for.
+
+Source: CUDA C++ Programming Guide, "Device Memory Accesses"; PTX ISA, "ld", "st", "cvt".
+"""
+from functools import cache
+
+
+from llvmlite import ir
+from numba import cuda, types
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+_INT16, _INT32, _INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_SHARED = 3  # address space
+_FLOAT = {"float16": ir.HalfType(), "float32": ir.FloatType(), "float64": ir.DoubleType()}
+_STORED = {**_FLOAT, "bfloat16": _INT16}
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_NUMBA = {"float32": types.float32, "float64": types.float64}
+
+
+def jit(threads, blocks_per_multiprocessor=1):
+    """Decorator of a kernel that is launched with this many threads a block."""
+    return cuda.jit(launch_bounds=(threads, blocks_per_multiprocessor))
+
+
+def typed(dtype):
+    """The type that makes a literal of this dtype inside a kernel."""
+    return _NUMBA[dtype]
+
+
+def _fragment_type(dtype, count):
+    return types.UniTuple(_NUMBA[dtype], count)
+
+
+def _expand(result, parameters, body):
+    """An intrinsic with these Numba types whose code is emitted by body(builder, *values)."""
+
+    def define(*arguments):
+        def emit(context, builder, sig, values):
+            cast = [context.cast(builder, value, have, want)
+                    for value, have, want in zip(values, sig.args, parameters, strict=True)]
+            emitted = body(builder, *cast)
+            return context.get_dummy_value() if emitted is None else emitted
+
+        return signature(result, *arguments), emit
+
+    return intrinsic(_WITH_PARAMETERS[len(parameters)](define))
+
+
+#: Numba reads the number of parameters off the function that defines an intrinsic, and takes no starred ones
+_WITH_PARAMETERS = (
+    lambda define: lambda context: define(),
+    lambda define: lambda context, a: define(a),
+    lambda define: lambda context, a, b: define(a, b),
+    lambda define: lambda context, a, b, c: define(a, b, c),
+    lambda define: lambda context, a, b, c, d: define(a, b, c, d),
+    lambda define: lambda context, a, b, c, d, e: define(a, b, c, d, e),
+    lambda define: lambda context, a, b, c, d, e, f: define(a, b, c, d, e, f),
+    lambda define: lambda context, a, b, c, d, e, f, g: define(a, b, c, d, e, f, g),
+)
+
+
+def _pack(builder, values):
+    """LLVM values as the array that Numba uses for a tuple of one type."""
+    packed = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
+    for position, value in enumerate(values):
+        packed = builder.insert_value(packed, value, position)
+    return packed
+
+
+def _unpack(builder, fragment):
+    return [builder.extract_value(fragment, position) for position in range(fragment.type.count)]
+
+
+def _shared_pointer(builder, array, index, dtype):
+    """A pointer to the element of a shared array."""
+    offset = builder.mul(index, ir.Constant(_INT32, _BYTES[dtype]))
+    return builder.inttoptr(builder.add(array, offset), ir.PointerType(_STORED[dtype], _SHARED))
+
+
+def _cast_pointer(builder, pointer, pointee):
+    return builder.bitcast(pointer, ir.PointerType(pointee, _SHARED))
+
+
+def _widen(builder, value, dtype, wide):
+    """A stored value in the wider float type."""
+    if dtype == "bfloat16":
+        bits = builder.shl(builder.zext(value, _INT32), ir.Constant(_INT32, 16))
+        value, dtype = builder.bitcast(bits, ir.FloatType()), "float32"
+    return value if dtype == wide else builder.fpext(value, _FLOAT[wide])
+
+
+def _widened(builder, values, dtype, wide):
+    return [_widen(builder, value, dtype, wide) for value in values]
+
+
+def _narrow(builder, value, wide, dtype):
+    """A float value as it is stored, rounded once to nearest even."""
+    if dtype == "bfloat16":
+        return _round_to_bfloat16(builder, value)
+    if dtype == wide:
+        return value
+    narrower = _BYTES[dtype] < _BYTES[wide]
+    return (builder.fptrunc if narrower else builder.fpext)(value, _FLOAT[dtype])
+
+
+def _round_to_bfloat16(builder, value):
+    """The upper 16 bits of a float32, rounded to nearest even in integers: compute capability 7.5 has no instruction."""
+    bits = builder.bitcast(value, _INT32)
+    lowest = builder.and_(builder.lshr(bits, ir.Constant(_INT32, 16)), ir.Constant(_INT32, 1))
+    rounded = builder.add(bits, builder.add(lowest, ir.Constant(_INT32, 0x7FFF)))
+    not_a_number = builder.fcmp_unordered("uno", value, value)
+    quiet = builder.or_(bits, ir.Constant(_INT32, 0x400000))
+    chosen = builder.select(not_a_number, quiet, rounded)
+    return builder.trunc(builder.lshr(chosen, ir.Constant(_INT32, 16)), _INT16)
+
+
+def _load_shared(builder, pointer, dtype, count):
+    """count neighbouring shared values in one access."""
+    vector = ir.VectorType(_STORED[dtype], count)
+    loaded = builder.load(_cast_pointer(builder, pointer, vector), align=count * _BYTES[dtype], typ=vector)
+    return _elements(builder, loaded, dtype, count)
+
+
+def _store_shared(builder, pointer, dtype, values):
+    """Neighbouring shared values in one access."""
+    vector = _vector(builder, values)
+    builder.store(vector, _cast_pointer(builder, pointer, vector.type), align=len(values) * _BYTES[dtype])
+
+
+def _load_global(builder, address, index, dtype, count, condition=None):
+    """count neighbouring stored values in one access; where there is a condition and it is false, zeros.
+
+    Inline PTX, since NVVM splits vectors of eight 16-bit values and moves loads down to their first use.
+    """
+    pointer = builder.add(address, builder.mul(index, ir.Constant(_INT64, _BYTES[dtype])))
+    return _load_bytes(builder, pointer, dtype, count, condition)
+
+
+def _load_bytes(builder, pointer, dtype, count, condition):
+    words, word, letter = _words(dtype, count)
+    outputs = ", ".join(f"${n}" for n in range(words))
+    load = f"ld.global{_suffix(words, word)} {{{outputs}}}" if words > 1 else f"ld.global.b{word.width} {outputs}"
+    code = f"{load}, [${words}];"
+    constraints = ",".join([f"=&{letter}"] * words + ["l"])
+    arguments = [pointer]
+    if condition is not None:
+        clear = " ".join(f"mov.b{word.width} ${n}, 0;" for n in range(words))
+        code = f"{{ .reg .pred wanted; setp.ne.b32 wanted, ${words + 1}, 0; {clear} @wanted {code} }}"
+        constraints += ",r"
+        arguments.append(builder.zext(condition, _INT32))
+    result = word if words == 1 else ir.LiteralStructType([word] * words)
+    function = ir.FunctionType(result, [argument.type for argument in arguments])
+    loaded = builder.asm(function, code, constraints, arguments, side_effect=True)
+    if words == 1 and count == 1:
+        return [builder.bitcast(loaded, _STORED[dtype])]
+    parts = [loaded] if words == 1 else [builder.extract_value(loaded, n) for n in range(words)]
+    return _elements(builder, _vector(builder, parts), dtype, count)
+
+
+def _load_partly(builder, address, index, dtype, count, mask):
+    """As _load_global, of those elements only whose bits are set in the mask; zeros for the others.
+
+    Never touches the others' memory: one access where all are wanted, else one for each element.
+    """
+    words, word, letter = _words(dtype, count)
+    halves, size = _BYTES[dtype] == 2, _BYTES[dtype]
+    places = [f"half{n}" for n in range(count)] if halves else [f"${n}" for n in range(words)]
+    pair = [f"{{half{2 * n}, half{2 * n + 1}}}" for n in range(words)]
+    code = [".reg .pred all, one;", ".reg .b32 bit;", f".reg .b16 half<{count}>;"]
+    code += [f"mov.b{word.width} ${n}, 0;" for n in range(words)]
+    code += [f"mov.b16 {place}, 0;" for place in places if halves]
+    code += [f"setp.eq.u32 all, ${words + 1}, {2 ** count - 1};",
+             f"@all ld.global{_suffix(words, word)} {{{', '.join(f'${n}' for n in range(words))}}}, [${words}];"]
+    for n, place in enumerate(places):
+        code += [f"and.b32 bit, ${words + 1}, {1 << n};", "setp.ne.and.u32 one, bit, 0, !all;",
+                 f"@one ld.global.b{8 * size} {place}, [${words} + {n * size}];"]
+    code += [f"@!all mov.b32 ${n}, {pair[n]};" for n in range(words) if halves]
+    pointer = builder.add(address, builder.mul(index, ir.Constant(_INT64, size)))
+    function = ir.FunctionType(ir.LiteralStructType([word] * words), [_INT64, _INT32])
+    loaded = builder.asm(function, f"{{ {' '.join(code)} }}", ",".join([f"=&{letter}"] * words + ["l", "r"]),
+                         [pointer, mask], side_effect=True)
+    return _elements(builder, _vector(builder, [builder.extract_value(loaded, n) for n in range(words)]), dtype, count)
+
+
+def _plus(builder, sums, values, compensated):
+    """sums plus values; if compensated, sums holds as many sums and then what their roundings lost (Neumaier)."""
+    if not compensated:
+        return [builder.fadd(total, value) for total, value in zip(sums, values, strict=True)]
+    totals, lost = [], []
+    for total, error, value in zip(sums[:len(values)], sums[len(values):], values, strict=True):
+        rounded = builder.fadd(total, value)
+        larger = builder.fcmp_ordered(">=", _absolute(builder, total), _absolute(builder, value))
+        large, small = builder.select(larger, total, value), builder.select(larger, value, total)
+        lost.append(builder.fadd(error, builder.fadd(builder.fsub(large, rounded), small)))
+        totals.append(rounded)
+    return totals + lost
+
+
+def _absolute(builder, value):
+    bits = _INT64 if value.type == ir.DoubleType() else _INT32
+    unsigned = builder.and_(builder.bitcast(value, bits), ir.Constant(bits, 2 ** (bits.width - 1) - 1))
+    return builder.bitcast(unsigned, value.type)
+
+
+def _finite(builder, value):
+    """Whether the value is neither infinite nor NaN."""
+    return builder.fcmp_ordered("==", builder.fsub(value, value), ir.Constant(value.type, 0.0))
+
+
+def _store_global(builder, address, index, dtype, values):
+    """Neighbouring stored values in one access."""
+    words, word, letter = _words(dtype, len(values))
+    pointer = builder.add(address, builder.mul(index, ir.Constant(_INT64, _BYTES[dtype])))
+    if len(values) == 1:
+        parts = [builder.bitcast(values[0], word)]
+    else:
+        vector = builder.bitcast(_vector(builder, values), ir.VectorType(word, words))
+        parts = [builder.extract_element(vector, ir.Constant(_INT32, n)) for n in range(words)]
+    inputs = ", ".join(f"${n + 1}" for n in range(words))
+    code = f"st.global{_suffix(words, word)} [$0], {{{inputs}}};" if words > 1 else f"st.global.b{word.width} [$0], $1;"
+    function = ir.FunctionType(ir.VoidType(), [_INT64] + [word] * words)
+    builder.asm(function, code, ",".join(["l"] + [letter] * words), [pointer, *parts], side_effect=True)
+
+
+def _words(dtype, count):
+    """(how many, of which type, PTX register letter) of the registers that hold count stored values."""
+    size = count * _BYTES[dtype]
+    if size == 2:
+        return 1, _INT16, "h"
+    return (size // 8, _INT64, "l") if dtype == "float64" else (size // 4, _INT32, "r")
+
+
+def _suffix(words, word):
+    return f".v{words}.b{word.width}"
+
+
+def _vector(builder, values):
+    vector = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
+    for lane, value in enumerate(values):
+        vector = builder.insert_element(vector, value, ir.Constant(_INT32, lane))
+    return vector
+
+
+def _elements(builder, vector, dtype, count):
+    """The stored values in a vector of words."""
+    values = builder.bitcast(vector, ir.VectorType(_STORED[dtype], count))
+    return [builder.extract_element(values, ir.Constant(_INT32, lane)) for lane in range(count)]
+
+
+# -- fragments
+
+
+@cache
+def zeros(dtype, count):
+    """() -> a fragment of zeros."""
+    return _expand(_fragment_type(dtype, count), (),
+                   lambda builder: _pack(builder, [ir.Constant(_FLOAT[dtype], 0.0)] * count))
+
+
+@cache
+def add(dtype, count):
+    """(left, right) -> their sum, element by element."""
+    fragment = _fragment_type(dtype, count)
+    return _expand(fragment, (fragment, fragment), lambda builder, left, right: _pack(builder, [
+        builder.fadd(a, b) for a, b in zip(_unpack(builder, left), _unpack(builder, right), strict=True)]))
+
+
+@cache
+def plus(dtype, count, compensated):
+    """(sums, values) -> sums plus values.
+
+    Compensated sums are a fragment of twice the length: the sums, then what their roundings lost (Neumaier).
+    """
+    fragment = _fragment_type(dtype, count * (1 + compensated))
+    return _expand(fragment, (fragment, _fragment_type(dtype, count)), lambda builder, sums, values: _pack(
+        builder, _plus(builder, _unpack(builder, sums), _unpack(builder, values), compensated)))
+
+
+@cache
+def tidy(dtype, count, compensated):
+    """(sums) -> the same; what was lost counts as nothing where it is not a number, as beside an infinite sum."""
+
+    def body(builder, sums):
+        values = _unpack(builder, sums)
+        return _pack(builder, values[:count] + [
+            builder.select(_finite(builder, value), value, ir.Constant(value.type, 0.0)) for value in values[count:]])
+
+    fragment = _fragment_type(dtype, count * (1 + compensated))
+    return _expand(fragment, (fragment,), body)
+
+
+@cache
+def settle(dtype, count, compensated):
+    """(tidy sums) -> what they come to."""
+
+    def body(builder, sums):
+        values = _unpack(builder, sums)
+        if compensated:
+            values = [builder.fadd(total, error) for total, error in zip(values[:count], values[count:], strict=True)]
+        return _pack(builder, values)
+
+    return _expand(_fragment_type(dtype, count), (_fragment_type(dtype, count * (1 + compensated)),), body)
+
+
+@cache
+def scale(dtype, count):
+    """(fragment, factor) -> their product."""
+    fragment = _fragment_type(dtype, count)
+    return _expand(fragment, (fragment, _NUMBA[dtype]), lambda builder, values, factor: _pack(builder, [
+        builder.fmul(value, factor) for value in _unpack(builder, values)]))
+
+
+@cache
+def convert(dtype, wide, count):
+    """(fragment of dtype) -> the same values as wide."""
+    return _expand(_fragment_type(wide, count), (_fragment_type(dtype, count),),
+                   lambda builder, values: _pack(builder, _widened(builder, _unpack(builder, values), dtype, wide)))
+
+
+@cache
+def head(dtype, total, count):
+    """(fragment of total) -> its first count elements."""
+    return _expand(_fragment_type(dtype, count), (_fragment_type(dtype, total),),
+                   lambda builder, values: _pack(builder, _unpack(builder, values)[:count]))
+
+
+@cache
+def rotate(dtype, total, count):
+    """(fragment of total) -> the same with its first count elements moved to the end."""
+    fragment = _fragment_type(dtype, total)
+
+    def body(builder, values):
+        unpacked = _unpack(builder, values)
+        return _pack(builder, unpacked[count:] + unpacked[:count])
+
+    return _expand(fragment, (fragment,), body)
+
+
+# -- global memory
+
+
+@cache
+def load_vector(dtype, count, wide):
+    """(address, index) -> count neighbouring elements as a fragment of type wide, in one access."""
+    return _expand(_fragment_type(wide, count), (types.int64, types.int64), lambda builder, address, index: _pack(
+        builder, _widened(builder, _load_global(builder, address, index, dtype, count), dtype, wide)))
+
+
+@cache
+def load_if(dtype, count, wide):
+    """(address, index, condition) -> as load_vector where the condition holds, else zeros; never a branch."""
+    return _expand(
+        _fragment_type(wide, count), (types.int64, types.int64, types.boolean),
+        lambda builder, address, index, condition: _pack(builder, _widened(
+            builder, _load_global(builder, address, index, dtype, count, condition), dtype, wide)))
+
+
+@cache
+def add_vectors(dtype, count, wide, rows, across=1, spacing=0, compensated=False):
+    """(sums, address, index, step) -> sums plus the vectors at index, index + step, ..., added in that order.
+
+    Every row is `across` vectors of count elements, `spacing` apart. All of the loads are issued before the first addition.
+    """
+
+    def body(builder, sums, address, index, step):
+        loaded = []
+        for _ in range(rows):
+            places = [builder.add(index, ir.Constant(_INT64, vector * spacing)) for vector in range(across)]
+            loaded.append([value for place in places for value in _load_global(builder, address, place, dtype, count)])
+            index = builder.add(index, step)
+        totals = _unpack(builder, sums)
+        for stored in loaded:
+            totals = _plus(builder, totals, _widened(builder, stored, dtype, wide), compensated)
+        return _pack(builder, totals)
+
+    fragment = _fragment_type(wide, across * count * (1 + compensated))
+    return _expand(fragment, (fragment, types.int64, types.int64, types.int64), body)
+
+
+@cache
+def add_inside(dtype, count, wide, rows, across=1, spacing=0, compensated=False, advance=0):
+    """(sums, address, index, step, left, position, end) -> as add_vectors, but only of what lies inside.
+
+    The first element stands at `position`, the next row's at position + advance: those in [0, end) of the first `left` rows
+    count, the others are neither touched nor added.
+    """
+
+    def mask(builder, position, end):
+        bits = ir.Constant(_INT32, 0)
+        for element in range(count):
+            inside = builder.icmp_unsigned("<", builder.add(position, ir.Constant(_INT64, element)), end)
+            bits = builder.or_(bits, builder.select(inside, ir.Constant(_INT32, 1 << element), ir.Constant(_INT32, 0)))
+        return bits
+
+    def body(builder, sums, address, index, step, left, position, end):
+        loaded = []
+        for row in range(rows):
+            wanted = builder.icmp_signed("<", ir.Constant(_INT64, row), left)
+            values = []
+            for vector in range(across):
+                offset = ir.Constant(_INT64, vector * spacing)
+                bits = mask(builder, builder.add(position, offset), end)
+                bits = builder.select(wanted, bits, ir.Constant(_INT32, 0))
+                values += _load_partly(builder, address, builder.add(index, offset), dtype, count, bits)
+            loaded.append(values)
+            index = builder.add(index, step)
+            position = builder.add(position, ir.Constant(_INT64, advance))
+        totals = _unpack(builder, sums)
+        for stored in loaded:
+            totals = _plus(builder, totals, _widened(builder, stored, dtype, wide), compensated)
+        return _pack(builder, totals)
+
+    fragment = _fragment_type(wide, across * count * (1 + compensated))
+    return _expand(fragment, (fragment, *[types.int64] * 6), body)
+
+
+@cache
+def store_vector(dtype, count, wide):
+    """(address, index, fragment): stores neighbouring elements in one access, each rounded once to dtype."""
+    return _expand(types.none, (types.int64, types.int64, _fragment_type(wide, count)),
+                   lambda builder, address, index, fragment: _store_global(builder, address, index, dtype, [
+                       _narrow(builder, value, wide, dtype) for value in _unpack(builder, fragment)]))
+
+
+@cache
+def load_each(dtype, count, wide):
+    """(address, index, step, left) -> the elements at index, index + step, ...: the first `left`, zeros for the others."""
+
+    def body(builder, address, index, step, left):
+        values = []
+        for element in range(count):
+            wanted = builder.icmp_signed("<", ir.Constant(_INT64, element), left)
+            values += _load_global(builder, address, index, dtype, 1, wanted)
+            index = builder.add(index, step)
+        return _pack(builder, _widened(builder, values, dtype, wide))
+
+    return _expand(_fragment_type(wide, count), (types.int64, types.int64, types.int64, types.int64), body)
+
+
+@cache
+def store_each(dtype, count, wide):
+    """(address, index, step, left, fragment): stores the first `left` elements at index, index + step, ..."""
+
+    def body(builder, address, index, step, left, fragment):
+        for element, value in enumerate(_unpack(builder, fragment)):
+            with builder.if_then(builder.icmp_signed("<", ir.Constant(_INT64, element), left)):
+                _store_global(builder, address, index, dtype, [_narrow(builder, value, wide, dtype)])
+            index = builder.add(index, step)
+
+    return _expand(types.none, (types.int64, types.int64, types.int64, types.int64, _fragment_type(wide, count)), body)
+
+
+# -- shared memory
+
+
+@cache
+def shared_array(name, dtype, size):
+    """() -> the block's array of this name, aligned to 16 bytes."""
+
+    def body(builder):
+        unique = f"densegrad_{name}_{dtype}_{size}"
+        module = builder.module
+        array = module.globals.get(unique)
+        if array is None:
+            array = ir.GlobalVariable(module, ir.ArrayType(_STORED[dtype], size), unique, addrspace=_SHARED)
+            array.linkage, array.align = "internal", 16
+            array.initializer = ir.Constant(array.value_type, ir.Undefined)
+        return builder.ptrtoint(array, _INT32)
+
+    return _expand(types.int32, (), body)
+
+
+@cache
+def load_shared(dtype, count):
+    """(array, index) -> count neighbouring elements as a fragment, in one access."""
+    return _expand(_fragment_type(dtype, count), (types.int32, types.int32), lambda builder, array, index: _pack(
+        builder, _load_shared(builder, _shared_pointer(builder, array, index, dtype), dtype, count)))
+
+
+@cache
+def store_shared(dtype, count):
+    """(array, index, fragment): stores neighbouring elements in one access."""
+    return _expand(types.none, (types.int32, types.int32, _fragment_type(dtype, count)),
+                   lambda builder, array, index, fragment: _store_shared(
+                       builder, _shared_pointer(builder, array, index, dtype), dtype, _unpack(builder, fragment)))
+
+
+@cache
+def store_spread(dtype, count, across, spacing):
+    """(array, index, fragment, thread): stores `across` vectors of count elements, `spacing` apart, in accesses of 16 bytes.
+
+    Where a vector takes two of them, every second group of four threads begins with the upper one: the threads that are
+    served together then meet all banks, though their vectors lie 32 bytes apart.
+    """
+    width = 16 // _BYTES[dtype]
+
+    def body(builder, array, index, fragment, thread):
+        values = _unpack(builder, fragment)
+        upper = builder.trunc(builder.lshr(thread, ir.Constant(_INT32, 2)), ir.IntType(1))
+        for vector in range(across):
+            start = builder.add(index, ir.Constant(_INT32, vector * spacing))
+            part = values[vector * count:(vector + 1) * count]
+            if count == width:
+                _store_shared(builder, _shared_pointer(builder, array, start, dtype), dtype, part)
+                continue
+            for first in (upper, builder.not_(upper)):
+                place = builder.add(start, builder.select(first, ir.Constant(_INT32, width), ir.Constant(_INT32, 0)))
+                chosen = [builder.select(first, high, low) for low, high in zip(part[:width], part[width:], strict=True)]
+                _store_shared(builder, _shared_pointer(builder, array, place, dtype), dtype, chosen)
+
+    return _expand(types.none, (types.int32, types.int32, _fragment_type(dtype, across * count), types.int32), body)
+
+
+@cache
+def place(dtype):
+    """(address, index) -> the place of an element, for load_tile."""
+    return _expand(types.int64, (types.int64, types.int64), lambda builder, address, index: builder.add(
+        address, builder.mul(index, ir.Constant(_INT64, _BYTES[dtype]))))
+
+
+@cache
+def tile_offsets(copy):
+    """(stride, thread) -> where the thread's accesses of a TileCopy lie, in elements from the tile's first.
+
+    stride is the distance of neighbours along the axis that is not contiguous.
+    """
+
+    def body(builder, stride, thread):
+        first_outer, first_depth = _first_access(builder, copy, thread)
+        offsets = []
+        for outer_step, depth_step in copy.steps():
+            outer = builder.add(first_outer, ir.Constant(_INT32, outer_step))
+            depth = builder.add(first_depth, ir.Constant(_INT32, depth_step))
+            near, far = (depth, outer) if copy.along_depth else (outer, depth)
+            place = builder.add(builder.zext(near, _INT64), builder.mul(builder.zext(far, _INT64), stride))
+            offsets.append(builder.trunc(place, _INT32) if copy.offset_bits == 32 else place)
+        return _pack(builder, offsets)
+
+    return _expand(_offsets_type(copy), (types.int64, types.int32), body)
+
+
+@cache
+def load_tile(copy):
+    """(place, offsets, outer left, depth left, thread) -> the thread's share of a TileCopy, zeros beyond what is left.
+
+    place is that of the tile's first element.
+    """
+
+    def body(builder, start, offsets, outer_left, depth_left, thread):
+        first_outer, first_depth = _first_access(builder, copy, thread)
+        conditions = []
+        for number, (outer_step, depth_step) in enumerate(copy.steps()):
+            outer = builder.add(first_outer, ir.Constant(_INT32, outer_step))
+            depth = builder.add(first_depth, ir.Constant(_INT32, depth_step))
+            inside = builder.and_(builder.icmp_signed("<", outer, outer_left), builder.icmp_signed("<", depth, depth_left))
+            has_one = _has_access(builder, copy, thread, number)
+            conditions.append(inside if has_one is None else builder.and_(has_one, inside))
+        return _load_offsets(builder, copy, start, offsets, conditions)
+
+    return _expand(_fragment_type(copy.wide, copy.rounds * copy.access),
+                   (types.int64, _offsets_type(copy), types.int32, types.int32, types.int32), body)
+
+
+@cache
+def load_whole_tile(copy):
+    """(place, offsets, thread) -> the thread's share of a TileCopy that lies inside the operand."""
+
+    def body(builder, start, offsets, thread):
+        conditions = [_has_access(builder, copy, thread, number) for number in range(copy.rounds)]
+        return _load_offsets(builder, copy, start, offsets, conditions)
+
+    return _expand(_fragment_type(copy.wide, copy.rounds * copy.access),
+                   (types.int64, _offsets_type(copy), types.int32), body)
+
+
+def _offsets_type(copy):
+    return types.UniTuple(types.uint32 if copy.offset_bits == 32 else types.int64, copy.rounds)
+
+
+def _load_offsets(builder, copy, start, offsets, conditions):
+    values = []
+    function = ir.FunctionType(_INT64, [_INT32 if copy.offset_bits == 32 else _INT64, _INT64])
+    multiply_add = "mad.wide.u32" if copy.offset_bits == 32 else "mad.lo.s64"
+    for offset, condition in zip(_unpack(builder, offsets), conditions, strict=True):
+        # One instruction where the compiler would take two to add 32 bits to 64.
+        pointer = builder.asm(function, f"{multiply_add} $0, $1, {_BYTES[copy.dtype]}, $2;",
+                              "=l,r,l" if copy.offset_bits == 32 else "=l,l,l", [offset, start], side_effect=False)
+        loaded = _load_bytes(builder, pointer, copy.dtype, copy.access, condition)
+        values += _widened(builder, loaded, copy.dtype, copy.wide)
+    return _pack(builder, values)
+
+
+@cache
+def store_tile(copy):
+    """(array, index, fragment, thread): stores what load_tile brought into the tile at index of a shared array."""
+    layout = copy.layout
+
+    def store(builder, start, offset, values):
+        for position, part in enumerate([[value] for value in values] if copy.along_depth else [values]):
+            constant = ir.Constant(_INT64, offset + position * layout.outer_size)
+            pointer = builder.gep(start, [constant], inbounds=True, source_etype=_STORED[copy.wide])
+            _store_shared(builder, pointer, copy.wide, part)
+
+    def body(builder, array, index, fragment, thread):
+        outer, depth = _first_access(builder, copy, thread)
+        flip = builder.udiv(depth, ir.Constant(_INT32, layout.flip_every))
+        flip = builder.mul(builder.urem(flip, ir.Constant(_INT32, layout.flip_count)),
+                           ir.Constant(_INT32, layout.flip_unit))
+        start_of_depth = builder.add(index, builder.mul(depth, ir.Constant(_INT32, layout.outer_size)))
+        values = _unpack(builder, fragment)
+        # Steps of whole flip periods leave the flipped bits alone, and so are constant offsets.
+        period = layout.flip_count * layout.flip_unit
+        starts = {}
+        for rest in {outer_step % period for outer_step, _ in copy.steps()}:
+            flipped = builder.xor(builder.add(outer, ir.Constant(_INT32, rest)), flip)
+            starts[rest] = _shared_pointer(builder, array, builder.add(start_of_depth, flipped), copy.wide)
+        for number, (outer_step, depth_step) in enumerate(copy.steps()):
+            rest = outer_step % period
+            offset = depth_step * layout.outer_size + outer_step - rest
+            part = values[number * copy.access:(number + 1) * copy.access]
+            has_one = _has_access(builder, copy, thread, number)
+            if has_one is None:
+                store(builder, starts[rest], offset, part)
+            else:
+                with builder.if_then(has_one):
+                    store(builder, starts[rest], offset, part)
+
+    return _expand(types.none, (types.int32, types.int32, _fragment_type(copy.wide, copy.rounds * copy.access),
+                                types.int32), body)
+
+
+def _first_access(builder, copy, thread):
+    """(outer, depth) of a thread's first access."""
+    neighbours, outers = ir.Constant(_INT32, copy.neighbours), ir.Constant(_INT32, copy.outers)
+    access = ir.Constant(_INT32, copy.access)
+    near, rest = builder.urem(thread, neighbours), builder.udiv(thread, neighbours)
+    outer, far = builder.urem(rest, outers), builder.udiv(rest, outers)
+    if copy.along_depth:
+        return outer, builder.mul(builder.add(near, builder.mul(far, neighbours)), access)
+    return builder.mul(outer, access), far
+
+
+def _has_access(builder, copy, thread, number):
+    """Whether a thread has an access of this number: None for always."""
+    if not copy.partial:
+        return None
+    share = builder.add(thread, ir.Constant(_INT32, number * copy.threads))
+    return builder.icmp_unsigned("<", share, ir.Constant(_INT32, copy.accesses))
+
+
+@cache
+def multiply_tile(dtype, depth, left, right):
+    """(left array, left index, right array, right index, sums) -> sums plus the outer products of depth steps.
+
+    left and right are TileLayouts; the indices are those of the thread's first element at depth 0, unflipped. The steps are
+    written out, in ascending order, one fused multiply-add for each pair of a left and a right element.
+    """
+    vector = 16 // _BYTES[dtype]
+
+    def fragments(builder, layout, array, index):
+        starts = {flip: _shared_pointer(builder, array, builder.xor(index, ir.Constant(_INT32, flip)), dtype)
+                  for flip in {layout.flip(step) for step in range(depth)}}
+        for step in range(depth):
+            values = []
+            for group in range(layout.groups):
+                offset = ir.Constant(_INT64, step * layout.outer_size + group * layout.spacing)
+                pointer = builder.gep(starts[layout.flip(step)], [offset], inbounds=True, source_etype=_STORED[dtype])
+                values += _load_shared(builder, pointer, dtype, vector)
+            yield values
+
+    def body(builder, left_array, left_index, right_array, right_index, sums):
+        totals = _unpack(builder, sums)
+        steps = zip(fragments(builder, left, left_array, left_index),
+                    fragments(builder, right, right_array, right_index), strict=True)
+        for rows, columns in steps:
+            totals = [builder.fma(row, column, totals[i * len(columns) + j])
+                      for i, row in enumerate(rows) for j, column in enumerate(columns)]
+        return _pack(builder, totals)
+
+    fragment = _fragment_type(dtype, vector * left.groups * vector * right.groups)
+    return _expand(fragment, (types.int32, types.int32, types.int32, types.int32, fragment), body)

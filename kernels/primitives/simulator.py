@@ -1,0 +1,355 @@
+"""The primitives in plain Python and NumPy, for the Numba CUDA simulator.
+
+A fragment is a NumPy array, so that one Python operation does the work of many instructions. Shared memory starts as
+NaN, and every access is checked against the end of its array.
+"""
+import threading
+from functools import cache
+
+import numpy as np
+from numba import cuda
+
+_TYPE = {"float32": np.float32, "float64": np.float64}
+
+
+def jit(threads, blocks_per_multiprocessor=1):
+    """Decorator of a kernel that is launched with this many threads a block."""
+    return cuda.jit
+
+
+def typed(dtype):
+    """The type that makes a literal of this dtype inside a kernel."""
+    return _TYPE[dtype]
+
+
+# -- fragments
+
+
+@cache
+def zeros(dtype, count):
+    """() -> a fragment of zeros."""
+    return lambda: np.zeros(count, _TYPE[dtype])
+
+
+@cache
+def add(dtype, count):
+    """(left, right) -> their sum, element by element."""
+    return _quiet(lambda left, right: left + right)
+
+
+@cache
+def plus(dtype, count, compensated):
+    """(sums, values) -> sums plus values.
+
+    Compensated sums are a fragment of twice the length: the sums, then what their roundings lost (Neumaier).
+    """
+    return _quiet(lambda sums, values: _plus(sums, values, compensated))
+
+
+@cache
+def tidy(dtype, count, compensated):
+    """(sums) -> the same; what was lost counts as nothing where it is not a number, as beside an infinite sum."""
+    return lambda sums: np.concatenate([sums[:count], np.where(np.isfinite(sums[count:]), sums[count:], _TYPE[dtype](0))])
+
+
+@cache
+def settle(dtype, count, compensated):
+    """(tidy sums) -> what they come to."""
+    return _quiet(lambda sums: sums[:count] + sums[count:]) if compensated else lambda sums: sums
+
+
+def _plus(sums, values, compensated):
+    if not compensated:
+        return sums + values
+    totals, lost = sums[:len(values)], sums[len(values):]
+    rounded = totals + values
+    larger = np.abs(totals) >= np.abs(values)
+    large, small = np.where(larger, totals, values), np.where(larger, values, totals)
+    return np.concatenate([rounded, lost + ((large - rounded) + small)])
+
+
+@cache
+def scale(dtype, count):
+    """(fragment, factor) -> their product."""
+    return _quiet(lambda fragment, factor: fragment * factor)
+
+
+@cache
+def convert(dtype, wide, count):
+    """(fragment of dtype) -> the same values as wide."""
+    return lambda fragment: fragment.astype(_TYPE[wide])
+
+
+@cache
+def head(dtype, total, count):
+    """(fragment of total) -> its first count elements."""
+    return lambda fragment: fragment[:count]
+
+
+@cache
+def rotate(dtype, total, count):
+    """(fragment of total) -> the same with its first count elements moved to the end."""
+    return lambda fragment: np.roll(fragment, -count)
+
+
+# -- global memory
+
+
+@cache
+def load_vector(dtype, count, wide):
+    """(address, index) -> count neighbouring elements as a fragment of type wide, in one access."""
+    return lambda address, index: address.read(index, count).astype(_TYPE[wide])
+
+
+@cache
+def load_if(dtype, count, wide):
+    """(address, index, condition) -> as load_vector where the condition holds, else zeros; never a branch."""
+    return lambda address, index, condition: (
+        address.read(index, count).astype(_TYPE[wide]) if condition else np.zeros(count, _TYPE[wide]))
+
+
+@cache
+def add_vectors(dtype, count, wide, rows, across=1, spacing=0, compensated=False):
+    """(sums, address, index, step) -> sums plus the vectors at index, index + step, ..., added in that order.
+
+    Every row is `across` vectors of count elements, `spacing` apart.
+    """
+
+    def run(sums, address, index, step):
+        for row in range(rows):
+            values = [address.read(index + row * step + vector * spacing, count) for vector in range(across)]
+            sums = _plus(sums, np.concatenate(values).astype(_TYPE[wide]), compensated)
+        return sums
+
+    return _quiet(run)
+
+
+@cache
+def add_inside(dtype, count, wide, rows, across=1, spacing=0, compensated=False, advance=0):
+    """(sums, address, index, step, left, position, end) -> as add_vectors, but only of what lies inside.
+
+    The first element stands at `position`, the next row's at position + advance: those in [0, end) of the first `left` rows
+    count, the others are neither touched nor added.
+    """
+
+    def run(sums, address, index, step, left, position, end):
+        for row in range(min(rows, left)):
+            values = np.zeros((across, count), _TYPE[wide])
+            for vector in range(across):
+                place, stands = index + row * step + vector * spacing, position + row * advance + vector * spacing
+                first, last = min(max(-stands, 0), count), min(max(end - stands, 0), count)
+                if last - first == count:
+                    values[vector] = address.read(place, count)
+                else:
+                    for element in range(first, last):
+                        values[vector, element] = address.read(place + element, 1)[0]
+            sums = _plus(sums, values.ravel(), compensated)
+        return sums
+
+    return _quiet(run)
+
+
+@cache
+def store_vector(dtype, count, wide):
+    """(address, index, fragment): stores neighbouring elements in one access, each rounded once to dtype."""
+    return _quiet(lambda address, index, fragment: address.write(index, fragment))
+
+
+@cache
+def load_each(dtype, count, wide):
+    """(address, index, step, left) -> the elements at index, index + step, ...: the first `left`, zeros for the others."""
+
+    def run(address, index, step, left):
+        values = np.zeros(count, _TYPE[wide])
+        for element in range(min(count, left)):
+            values[element] = address.read(index + element * step, 1)[0]
+        return values
+
+    return run
+
+
+@cache
+def store_each(dtype, count, wide):
+    """(address, index, step, left, fragment): stores the first `left` elements at index, index + step, ..."""
+
+    def run(address, index, step, left, fragment):
+        for element in range(min(count, left)):
+            address.write(index + element * step, fragment[element:element + 1])
+
+    return _quiet(run)
+
+
+# -- shared memory
+
+
+class _Shared:
+    """One block's array: like the device, it may not be read or written past its end."""
+
+    def __init__(self, size, dtype):
+        self.cells = np.full(size, np.nan, dtype)
+
+    def span(self, index, count):
+        """The cells of one access."""
+        if not 0 <= index <= len(self.cells) - count or index % count:
+            raise IndexError(f"shared elements {index} to {index + count - 1} of {len(self.cells)}, {count} aligned")
+        return self.cells[index:index + count]
+
+
+@cache
+def shared_array(name, dtype, size):
+    """() -> the block's array of this name."""
+
+    def run():
+        block = threading.current_thread()._manager
+        with _shared_lock:
+            arrays = block.__dict__.setdefault("densegrad_shared", {})
+            if name not in arrays:
+                arrays[name] = _Shared(size, _TYPE[dtype])
+            return arrays[name]
+
+    return run
+
+
+_shared_lock = threading.Lock()
+
+
+@cache
+def load_shared(dtype, count):
+    """(array, index) -> count neighbouring elements as a fragment, in one access."""
+    return lambda array, index: array.span(index, count).copy()
+
+
+@cache
+def store_shared(dtype, count):
+    """(array, index, fragment): stores neighbouring elements in one access."""
+
+    def run(array, index, fragment):
+        array.span(index, count)[:] = fragment
+
+    return run
+
+
+@cache
+def store_spread(dtype, count, across, spacing):
+    """(array, index, fragment, thread): stores `across` vectors of count elements, `spacing` apart, in accesses of 16 bytes."""
+    width = 16 // _TYPE[dtype]().itemsize
+
+    def run(array, index, fragment, thread):
+        for start in range(0, across * count, width):
+            array.span(index + start // count * spacing + start % count, width)[:] = fragment[start:start + width]
+
+    return run
+
+
+@cache
+def place(dtype):
+    """(address, index) -> the place of an element, for load_tile."""
+    return lambda address, index: _Place(address, index)
+
+
+class _Place:
+    """On the device a place is an integer, which advances by bytes."""
+
+    def __init__(self, address, index):
+        self.address, self.index = address, index
+
+    def __add__(self, size):
+        return _Place(self.address, self.index + size // self.address.cells.itemsize)
+
+
+@cache
+def tile_offsets(copy):
+    """(stride, thread) -> where the thread's accesses of a TileCopy lie, in elements from the tile's first."""
+
+    def run(stride, thread):
+        return [outer * stride + depth if copy.along_depth else outer + depth * stride
+                for outer, depth in _accesses(copy, thread)]
+
+    return run
+
+
+@cache
+def load_tile(copy):
+    """(place, offsets, outer left, depth left, thread) -> the thread's share of a TileCopy, zeros beyond what is left.
+
+    place is that of the tile's first element.
+    """
+
+    def run(start, offsets, outer_left, depth_left, thread):
+        values = np.zeros((copy.rounds, copy.access), _TYPE[copy.wide])
+        for number, (outer, depth) in enumerate(_accesses(copy, thread)):
+            if outer < outer_left and depth < depth_left:
+                values[number] = start.address.read(start.index + offsets[number], copy.access)
+        return values.ravel()
+
+    return _quiet(run)
+
+
+@cache
+def load_whole_tile(copy):
+    """(place, offsets, thread) -> the thread's share of a TileCopy that lies inside the operand."""
+    load = load_tile(copy)
+    return lambda start, offsets, thread: load(start, offsets, copy.outer_size, copy.depth_size, thread)
+
+
+@cache
+def store_tile(copy):
+    """(array, index, fragment, thread): stores what load_tile brought into the tile at index of a shared array."""
+    layout = copy.layout
+
+    def run(array, index, fragment, thread):
+        values = fragment.reshape(copy.rounds, copy.access)
+        for number, (outer, depth) in enumerate(_accesses(copy, thread)):
+            place = index + depth * layout.outer_size + (outer ^ layout.flip(depth))
+            if copy.along_depth:
+                for step in range(copy.access):
+                    array.span(place + step * layout.outer_size, 1)[:] = values[number, step]
+            else:
+                array.span(place, copy.access)[:] = values[number]
+
+    return run
+
+
+@cache
+def _accesses(copy, thread):
+    """(outer, depth) of each access of a thread, found by counting rather than by the steps that the device takes."""
+    places = []
+    for share in range(thread, copy.accesses, copy.threads):
+        rest, near = divmod(share, copy.neighbours)
+        far, outer = divmod(rest, copy.outers)
+        places.append((outer, (near + far * copy.neighbours) * copy.access) if copy.along_depth
+                      else (outer * copy.access, far))
+    return places
+
+
+@cache
+def multiply_tile(dtype, depth, left, right):
+    """(left array, left index, right array, right index, sums) -> sums plus the outer products of depth steps.
+
+    left and right are TileLayouts; the indices are those of the thread's first element at depth 0, unflipped. The steps are
+    taken in ascending order; product and sum are rounded one after the other, where the device rounds once.
+    """
+    vector = 16 // _TYPE[dtype]().itemsize
+
+    def fragment(layout, array, index, step):
+        start = (index ^ layout.flip(step)) + step * layout.outer_size
+        return np.concatenate([array.span(start + group * layout.spacing, vector) for group in range(layout.groups)])
+
+    def run(left_array, left_index, right_array, right_index, sums):
+        totals = sums.reshape(vector * left.groups, vector * right.groups)
+        for step in range(depth):
+            rows = fragment(left, left_array, left_index, step)
+            totals = totals + rows[:, None] * fragment(right, right_array, right_index, step)
+        return totals.ravel()
+
+    return _quiet(run)
+
+
+def _quiet(run):
+    """A device neither warns of overflow nor of NaN."""
+
+    def wrapped(*arguments):
+        with np.errstate(all="ignore"):
+            return run(*arguments)
+
+    return wrapped
