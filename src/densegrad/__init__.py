@@ -1,0 +1,23 @@
+"""densegrad: the gradients of a dense layer Z = X W + b, as Numba CUDA kernels.
+
+dL/db is the sum of dL/dZ over the batch axis, dL/dW = Xᵀ dL/dZ and dL/dX = dL/dZ Wᵀ.
+"""
+from .errors import DensegradError, DeviceError, DTypeError, OutDeviceError, OutError, PlanError, ShapeError
+from .gradients import DenseGrads, bias_grad, dense_grads, input_grad, weight_grad
+
+__all__ = [
+    "DTypeError",
+    "DenseGrads",
+    "DensegradError",
+    "DeviceError",
+    "OutDeviceError",
+    "OutError",
+    "PlanError",
+    "ShapeError",
+    "bias_grad",
+    "dense_grads",
+    "input_grad",
+    "weight_grad",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,29 @@
+"""What densegrad raises. Every message names the argument, what was expected, what came and the cure."""
+
+
+class DensegradError(Exception):
+    """The base of all of them."""
+
+
+class ShapeError(DensegradError, ValueError):
+    """Sizes or numbers of dimensions that do not fit together."""
+
+
+class DTypeError(DensegradError, TypeError):
+    """An element type that is not supported, or two that should be equal."""
+
+
+class DeviceError(DensegradError, RuntimeError):
+    """No device to run on, or arrays that lie on different ones."""
+
+
+class OutError(DensegradError, ValueError):
+    """An ``out`` that cannot be written: read-only, overlapping an input, or missing where it is needed."""
+
+
+class OutDeviceError(OutError, DeviceError):
+    """An ``out`` that lies on another device than the inputs."""
+
+
+class PlanError(DensegradError, ValueError):
+    """A plan that was made for other sizes or types, or that no kernel can carry out."""

@@ -1,0 +1,320 @@
+"""The public functions. Each reads the same way: accept the user's arrays, plan, run."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from . import launch
+from .errors import OutError
+from .operands import Inputs, Target, accept, accept_out, overlap
+from .plans import BatchSumPlan, MatmulPlan, check_plan, plan_batch_sum, plan_matmul
+
+
+class DenseGrads(NamedTuple):
+    """The gradients of a dense layer; those that were not asked for are None. Also what `out` and `plan` take."""
+
+    dx: Any = None
+    dw: Any = None
+    db: Any = None
+
+
+def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, out: Any = None, accumulate: bool = False,
+              plan: BatchSumPlan | None = None, stream: Any = None) -> Any:
+    """Gradient of the loss with respect to a dense layer's bias: the sum over the batch axis.
+
+        db[m] = sum over s of dz[s, m]                      db = dz.sum(axis=0)
+
+    Parameters
+    ----------
+    dz : array, (..., M) for batch_axis 0 or (M, S) for batch_axis 1, float16 | bfloat16 | float32 | float64
+        Gradient with respect to the layer's output. Any strides; copied once if neither axis is contiguous.
+    batch_axis : int
+        Which axis of dz counts samples: 0, or 1 if dz is handed over transposed.
+    keepdims : bool
+        Whether db has shape (1, M), as `numpy.sum(dz, axis=0, keepdims=True)` has, instead of (M,).
+    out : array, optional
+        Where to write db; its dtype may be another one, and is rounded to once.
+    accumulate : bool
+        Whether to add into `out` instead of overwriting it.
+    plan : BatchSumPlan, optional
+        How to compute it, instead of what `plans.plan_batch_sum` says.
+    stream : CuPy stream, Numba stream, int or object with `__cuda_stream__`, optional
+        Where to queue the work instead of CuPy's current stream. Nothing is synchronised.
+
+    Returns
+    -------
+    array, (M,) or (1, M)
+        `out` if given, else a new array of the same kind and dtype as dz.
+
+    Raises
+    ------
+    ShapeError
+        If dz has too few dimensions or `out` another shape.
+    DTypeError
+        If dz or `out` has another dtype than those above.
+    DeviceError
+        If there is no GPU and the simulator is off.
+    OutError
+        If `out` is read-only, overlaps dz, lies elsewhere, or is missing with accumulate=True.
+    PlanError
+        If `plan` was made for other sizes.
+    TypeError, ValueError
+        If an argument is no array, or batch_axis neither 0 nor 1.
+
+    Notes
+    -----
+    Sums are kept in float32, in float64 for float64. The order of additions follows from shape, dtype and memory layout, so
+    equal inputs give equal bits on every run and on every device. S * M additions; reads S * M elements once. An empty batch
+    gives zeros. db is a sum: whoever averages the loss over the batch has 1/S in dz already.
+    Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5.
+
+    Examples
+    --------
+    >>> bias_grad(numpy.array([[1, 2, 3], [10, 20, 30]], dtype="float32"))
+    array([11., 22., 33.], dtype=float32)
+    """
+    inputs = accept(dz=dz, batch_axis=batch_axis)
+    target = _bias_target("out", out, inputs, keepdims, accumulate)
+    plan = _bias_plan(plan, inputs)
+    with launch.session(inputs, stream) as session:
+        launch.run_batch_sum(session, plan, session.place(inputs.dz), session.result(target), target.accumulate)
+        return session.deliver(target)
+
+
+def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", out: Any = None,
+                accumulate: bool = False, plan: MatmulPlan | None = None, stream: Any = None) -> Any:
+    """Gradient of the loss with respect to a dense layer's weights.
+
+        dw[d, m] = sum over s of x[s, d] dz[s, m]           dw = x.T @ dz
+
+    Parameters
+    ----------
+    x : array, (..., D), float16 | bfloat16 | float32 | float64
+        The layer's input. Any strides; copied once if neither axis is contiguous.
+    dz : array, (..., M) for batch_axis 0 or (M, S) for batch_axis 1, dtype of x
+        Gradient with respect to the layer's output; its batch axes are those of x.
+    batch_axis : int
+        Which axis of dz counts samples: 0, or 1 if dz is handed over transposed.
+    weight_layout : "in_out" or "out_in"
+        Whether dw has shape (D, M), or (M, D) as in PyTorch.
+    out, accumulate, stream
+        As in `bias_grad`.
+    plan : MatmulPlan, optional
+        How to compute it, instead of what `plans.plan_matmul` says.
+
+    Returns
+    -------
+    array, (D, M) or (M, D)
+        `out` if given, else a new array of the same kind and dtype as x.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
+        As in `bias_grad`; ShapeError too if x and dz hold different numbers of samples.
+
+    Notes
+    -----
+    True float32 (never TF32), float64 for float64; half types are multiplied and summed in float32. Equal inputs give equal
+    bits on every run. 2 * S * D * M flops. An empty batch gives zeros. 1/S of a mean loss belongs into dz.
+    Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5.
+
+    Examples
+    --------
+    >>> x = numpy.array([[1, 2], [3, 4]], dtype="float32")
+    >>> weight_grad(x, numpy.array([[1], [10]], dtype="float32"))
+    array([[31.],
+           [42.]], dtype=float32)
+    """
+    inputs = accept(x=x, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
+    target = _weight_target("out", out, inputs, weight_layout, accumulate)
+    plan = _weight_plan(plan, inputs)
+    with launch.session(inputs, stream) as session:
+        _run_weight(session, plan, target, weight_layout)
+        return session.deliver(target)
+
+
+def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", out: Any = None,
+               accumulate: bool = False, plan: MatmulPlan | None = None, stream: Any = None) -> Any:
+    """Gradient of the loss with respect to a dense layer's input.
+
+        dx[s, d] = sum over m of dz[s, m] w[d, m]           dx = dz @ w.T
+
+    Parameters
+    ----------
+    dz : array, (..., M) for batch_axis 0 or (M, S) for batch_axis 1, float16 | bfloat16 | float32 | float64
+        Gradient with respect to the layer's output. Any strides; copied once if neither axis is contiguous.
+    w : array, (D, M) or (M, D), dtype of dz
+        The layer's weights.
+    batch_axis : int
+        Which axis of dz counts samples: 0, or 1 if dz is handed over transposed.
+    weight_layout : "in_out" or "out_in"
+        Whether w has shape (D, M), or (M, D) as in PyTorch.
+    out, accumulate, plan, stream
+        As in `weight_grad`.
+
+    Returns
+    -------
+    array, (..., D)
+        `out` if given, else a new array of the same kind and dtype as dz. Samples first, whatever batch_axis is.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
+        As in `bias_grad`; ShapeError too if dz and w have different numbers of outputs.
+
+    Notes
+    -----
+    Precision and reproducibility as in `weight_grad`. 2 * S * D * M flops. No outputs (M = 0) give zeros.
+    Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5.
+
+    Examples
+    --------
+    >>> w = numpy.array([[1, 2], [3, 4]], dtype="float32")
+    >>> input_grad(numpy.array([[1, 10]], dtype="float32"), w)
+    array([[21., 43.]], dtype=float32)
+    """
+    inputs = accept(w=w, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
+    target = _input_target("out", out, inputs, accumulate)
+    plan = _input_plan(plan, inputs)
+    with launch.session(inputs, stream) as session:
+        _run_input(session, plan, target)
+        return session.deliver(target)
+
+
+def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fields, batch_axis: int = 0,
+                weight_layout: str = "in_out", keepdims: bool = False, out: DenseGrads | None = None,
+                accumulate: bool = False, plan: DenseGrads | None = None, stream: Any = None) -> DenseGrads:
+    """All gradients of a dense layer z = x @ w + b.
+
+        dx = dz @ w.T          dw = x.T @ dz          db = dz.sum(axis=0)
+
+    Parameters
+    ----------
+    x : array, (..., D), float16 | bfloat16 | float32 | float64
+        The layer's input; may be None if dw is not needed.
+    w : array, (D, M) or (M, D), dtype of x
+        The layer's weights; may be None if dx is not needed.
+    dz : array, (..., M) for batch_axis 0 or (M, S) for batch_axis 1, dtype of x
+        Gradient with respect to the layer's output.
+    need : names among "dx", "dw", "db"
+        Which gradients to compute.
+    batch_axis, weight_layout, keepdims, stream
+        As in `bias_grad` and `weight_grad`.
+    out : DenseGrads of arrays or None, optional
+        Where to write each of them, for example `DenseGrads(dw=main_grad)`.
+    accumulate : bool
+        Whether to add into `out`, which must then hold every gradient that is needed.
+    plan : DenseGrads of plans or None, optional
+        How to compute each of them.
+
+    Returns
+    -------
+    DenseGrads
+        `(dx, dw, db)`, each as its own function returns it.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
+        As in `bias_grad`, before anything is written.
+
+    Examples
+    --------
+    >>> one = numpy.ones((2, 2), dtype="float32")
+    >>> dense_grads(one, one, one).db
+    array([2., 2.], dtype=float32)
+    """
+    needed = _needed(need, x, w)
+    outs, plans = _three("out", out), _three("plan", plan)
+    inputs = accept(x=x if "dw" in needed else None, w=w if "dx" in needed else None, dz=dz,
+                    batch_axis=batch_axis, weight_layout=weight_layout)
+    targets: dict[str, Target] = {}
+    steps: dict[str, Any] = {}
+    if "dx" in needed:
+        targets["dx"] = _input_target("out.dx", outs.dx, inputs, accumulate)
+        steps["dx"] = _input_plan(plans.dx, inputs)
+    if "dw" in needed:
+        targets["dw"] = _weight_target("out.dw", outs.dw, inputs, weight_layout, accumulate)
+        steps["dw"] = _weight_plan(plans.dw, inputs)
+    if "db" in needed:
+        targets["db"] = _bias_target("out.db", outs.db, inputs, keepdims, accumulate)
+        steps["db"] = _bias_plan(plans.db, inputs)
+    _check_apart(list(targets.values()))
+    with launch.session(inputs, stream) as session:
+        if "dx" in needed:
+            _run_input(session, steps["dx"], targets["dx"])
+        if "dw" in needed:
+            _run_weight(session, steps["dw"], targets["dw"], weight_layout)
+        if "db" in needed:
+            launch.run_batch_sum(session, steps["db"], session.place(inputs.dz), session.result(targets["db"]),
+                                 targets["db"].accumulate)
+        return DenseGrads(**{name: session.deliver(target) for name, target in targets.items()})
+
+
+def _needed(need: Iterable[str], x: Any, w: Any) -> set[str]:
+    needed = {need} if isinstance(need, str) else set(need)
+    unknown = needed - set(DenseGrads._fields)
+    if unknown or not needed:
+        raise ValueError(f'need must name some of "dx", "dw" and "db"; got {need!r}')
+    for name, gradient, array in (("x", "dw", x), ("w", "dx", w)):
+        if array is None and gradient in needed:
+            raise TypeError(f"{name} must be an array, since {gradient} is needed; got None (leave {gradient} out of need=)")
+    return needed
+
+
+def _three(name: str, given: Any) -> DenseGrads:
+    if given is None:
+        return DenseGrads()
+    if not isinstance(given, tuple) or len(given) != 3:
+        raise TypeError(f"{name} must be a DenseGrads(dx=, dw=, db=) or a tuple of three; got {type(given).__name__}")
+    return DenseGrads(*given)
+
+
+def _check_apart(targets: list[Target]) -> None:
+    given = [target for target in targets if target.argument is not None]
+    for position, target in enumerate(given):
+        for other in given[:position]:
+            if overlap(target.argument.memory, other.argument.memory):
+                raise OutError(f"{target.name} overlaps {other.name} in memory (pass separate arrays)")
+
+
+def _bias_target(name: str, out: Any, inputs: Inputs, keepdims: bool, accumulate: bool) -> Target:
+    shape = (1, inputs.out_features) if keepdims else (inputs.out_features,)
+    return accept_out(name, out, inputs, shape, accumulate)
+
+
+def _bias_plan(plan: BatchSumPlan | None, inputs: Inputs) -> BatchSumPlan:
+    sizes = {"samples": inputs.samples, "outputs": inputs.out_features, "dtype": inputs.dtype, "layout": inputs.dz.layout}
+    if isinstance(plan, BatchSumPlan) and plan.layout == "rows" and inputs.dz.layout == "flat":
+        # Rows without gaps are rows all the same, and the plan for many outputs takes them so.
+        sizes["layout"] = "rows"
+    return check_plan(plan, BatchSumPlan, sizes) or plan_batch_sum(**sizes)
+
+
+def _weight_target(name: str, out: Any, inputs: Inputs, weight_layout: str, accumulate: bool) -> Target:
+    shape = (inputs.in_features, inputs.out_features)
+    return accept_out(name, out, inputs, shape if weight_layout == "in_out" else shape[::-1], accumulate)
+
+
+def _weight_plan(plan: MatmulPlan | None, inputs: Inputs) -> MatmulPlan:
+    sizes = {"rows": inputs.in_features, "cols": inputs.out_features, "depth": inputs.samples, "dtype": inputs.dtype}
+    return check_plan(plan, MatmulPlan, sizes) or plan_matmul(**sizes)
+
+
+def _run_weight(session: launch.Session, plan: MatmulPlan, target: Target, weight_layout: str) -> None:
+    dw = session.result(target)
+    launch.run_matmul(session, plan, session.place(session.inputs.x).T, session.place(session.inputs.dz),
+                      dw if weight_layout == "in_out" else dw.T, target.accumulate)
+
+
+def _input_target(name: str, out: Any, inputs: Inputs, accumulate: bool) -> Target:
+    return accept_out(name, out, inputs, (*inputs.batch_shape, inputs.in_features), accumulate)
+
+
+def _input_plan(plan: MatmulPlan | None, inputs: Inputs) -> MatmulPlan:
+    sizes = {"rows": inputs.samples, "cols": inputs.in_features, "depth": inputs.out_features, "dtype": inputs.dtype}
+    return check_plan(plan, MatmulPlan, sizes) or plan_matmul(**sizes)
+
+
+def _run_input(session: launch.Session, plan: MatmulPlan, target: Target) -> None:
+    launch.run_matmul(session, plan, session.place(session.inputs.dz), session.place(session.inputs.w).T,
+                      session.result(target), target.accumulate)

@@ -1,0 +1,328 @@
+"""Users' arrays -> what kernels take. All validation is here, and happens before anything is copied or launched."""
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from . import device
+from .errors import DeviceError, DTypeError, OutDeviceError, OutError, ShapeError
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+WEIGHT_LAYOUTS = ("in_out", "out_in")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A matrix that a kernel can use where it is; strides count elements from the address of element (0, 0)."""
+
+    name: str
+    array: Any
+    address: Any
+    dtype: str
+    rows: int
+    cols: int
+    row_stride: int
+    col_stride: int
+
+    @property
+    def T(self) -> Operand:
+        """The transposed matrix, in the same memory."""
+        return replace(self, rows=self.cols, cols=self.rows, row_stride=self.col_stride, col_stride=self.row_stride)
+
+    def access(self, most: int) -> int:
+        """How many elements along the columns one access can take: a power of two, at most most."""
+        if self.col_stride != 1:
+            return 1
+        bytes_each = device.dtype_of(self.dtype).itemsize
+        width = most
+        while width > 1 and (self.cols % width or (self.rows > 1 and self.row_stride % width)
+                             or int(self.address) % (width * bytes_each)):
+            width //= 2
+        return width
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One array that a user passed, seen as a matrix of `rows` by `cols`; strides in elements."""
+
+    name: str
+    array: Any
+    memory: device.Memory
+    dtype: str
+    rows: int
+    cols: int
+    row_stride: int
+    col_stride: int
+    compact: bool  # whether kernels need a copy: no axis is contiguous, or it lies on the host
+
+    @classmethod
+    def of(cls, name: str, array: Any, memory: device.Memory, dtype: str, *, any_strides: bool = False) -> Argument:
+        """The array with all but its last axis flattened; any_strides lets neither axis be contiguous."""
+        *batch, cols = memory.shape
+        rows, itemsize = prod(batch), memory.dtype.itemsize
+        strides = [_flat_stride(batch, memory.strides[:-1]), memory.strides[-1] if cols > 1 else itemsize]
+        compact = (memory.place == device.HOST or None in strides or any(s % itemsize for s in strides)
+                   or memory.byte % itemsize != 0)
+        row_stride, col_stride = (cols, 1) if compact else (s // itemsize for s in strides)
+        if rows <= 1:
+            row_stride = cols
+        if rows and cols and col_stride != 1 and row_stride != 1 and not any_strides:
+            row_stride, col_stride, compact = cols, 1, True
+        return cls(name, array, memory, dtype, rows, cols, row_stride, col_stride, compact)
+
+    @property
+    def layout(self) -> str:
+        """How the rows lie in memory, where they are samples: "features_first", "flat" (no gaps) or "rows"."""
+        if self.col_stride == 1 and self.row_stride == self.cols and self.rows > 1:
+            return "flat"
+        return "features_first" if self.row_stride == 1 else "rows"
+
+    @property
+    def T(self) -> Argument:
+        """The transposed matrix."""
+        return replace(self, rows=self.cols, cols=self.rows, row_stride=self.col_stride, col_stride=self.row_stride)
+
+
+def _flat_stride(shape: Iterable[int], strides: Iterable[int]) -> int | None:
+    """The stride in bytes that walks through all of these axes in C order, or None if there is none."""
+    flat: int | None = 0
+    size = 1
+    for length, stride in reversed(list(zip(shape, strides, strict=True))):
+        if length == 1:
+            continue
+        if size == 1:
+            flat = stride
+        elif flat is None or stride != flat * size:
+            return None
+        size *= length
+    return flat
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Accepted inputs of one layer: x is samples by in_features, w in_features by out_features, dz samples by out_features."""
+
+    device: Any
+    place: str
+    dtype: str
+    batch_shape: tuple[int, ...]
+    x: Argument | None
+    w: Argument | None
+    dz: Argument
+
+    @property
+    def samples(self) -> int:
+        """S, the length of the flattened batch."""
+        return self.dz.rows
+
+    @property
+    def out_features(self) -> int:
+        """M, the number of outputs."""
+        return self.dz.cols
+
+    @cached_property
+    def in_features(self) -> int:
+        """D, the number of inputs."""
+        known = self.x.cols if self.x is not None else self.w.rows if self.w is not None else None
+        if known is None:
+            raise ShapeError("neither x nor w was given, so the number of input features is not known")
+        return known
+
+    @property
+    def arguments(self) -> list[Argument]:
+        """Those that were given."""
+        return [argument for argument in (self.x, self.w, self.dz) if argument is not None]
+
+
+def accept(*, dz: Any, x: Any = None, w: Any = None, batch_axis: int = 0, weight_layout: str = "in_out") -> Inputs:
+    """Check one layer's arrays against one another.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, TypeError, ValueError
+        Naming the argument, what was expected, what came and the cure.
+    """
+    batch_axis = _batch_axis(batch_axis)
+    if weight_layout not in WEIGHT_LAYOUTS:
+        raise ValueError(f'weight_layout must be "in_out" for w (in_features, out_features) or "out_in" for '
+                         f"(out_features, in_features); got {weight_layout!r}")
+    where = device.current()
+    given = {name: array for name, array in (("x", x), ("w", w), ("dz", dz)) if array is not None or name == "dz"}
+    memories = {name: _memory(where, name, array) for name, array in given.items()}
+    dtypes = {name: _dtype(name, memory.dtype) for name, memory in memories.items()}
+    _same(memories, dtypes)
+    shapes = {name: memory.shape for name, memory in memories.items()}
+    _check_shapes(shapes, batch_axis, weight_layout)
+
+    arguments = {name: Argument.of(name, given[name], memories[name], dtypes[name]) for name in given}
+    if batch_axis:
+        arguments["dz"] = arguments["dz"].T
+    if weight_layout == "out_in" and "w" in arguments:
+        arguments["w"] = arguments["w"].T
+    batch_shape = shapes["dz"][1:] if batch_axis else shapes["dz"][:-1]
+    return Inputs(where, memories["dz"].place, dtypes["dz"], batch_shape,
+                  arguments.get("x"), arguments.get("w"), arguments["dz"])
+
+
+def _batch_axis(batch_axis: Any) -> int:
+    try:
+        axis = operator.index(batch_axis)
+    except TypeError:
+        raise TypeError(f"batch_axis must be the int 0 or 1; got {batch_axis!r}") from None
+    if axis not in (0, 1):
+        raise ValueError(f"batch_axis must be 0 for dz (samples, outputs) or 1 for dz (outputs, samples); got {axis}")
+    return axis
+
+
+def _memory(where: Any, name: str, array: Any) -> device.Memory:
+    memory = None if isinstance(array, np.ma.MaskedArray) else where.memory(array)
+    if memory is None:
+        cure = "numpy.ma's mask would be lost; use numpy.ma.filled" if isinstance(array, np.ma.MaskedArray) else \
+            "convert it with numpy.asarray or cupy.asarray"
+        raise TypeError(f"{name} must be {where.array_kinds}; got {type(array).__name__} ({cure})")
+    return memory
+
+
+def _dtype(name: str, dtype: np.dtype) -> str:
+    if dtype.name not in DTYPES:
+        raise DTypeError(f"{name} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}; got {dtype} "
+                         f"(convert it, for example with {name}.astype('float32'))")
+    if not dtype.isnative:
+        raise DTypeError(f"{name} must be in the machine's byte order; got {dtype.str} "
+                         f"(convert it with {name}.astype({dtype.newbyteorder('=').str!r}))")
+    return dtype.name
+
+
+def _same(memories: dict[str, device.Memory], dtypes: dict[str, str]) -> None:
+    for name in memories:
+        if dtypes[name] != dtypes["dz"]:
+            raise DTypeError(f"{name} and dz must have the same dtype; {name} is {dtypes[name]} and dz is {dtypes['dz']} "
+                             f"(convert one of them with astype)")
+        if memories[name].place != memories["dz"].place:
+            raise DeviceError(f"{name} and dz must lie on the same device; {name} is on {memories[name].place} and dz on "
+                              f"{memories['dz'].place} (move one of them, for example with cupy.asarray)")
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]], batch_axis: int, weight_layout: str) -> None:
+    dz = shapes["dz"]
+    if batch_axis and len(dz) != 2:
+        raise ShapeError(f"dz must have 2 dimensions (outputs, samples) for batch_axis=1; got shape {dz}")
+    if len(dz) < 2:
+        raise ShapeError(f"dz must have at least 2 dimensions (samples, outputs); got shape {dz} "
+                         "(dz[None, :] is one sample, dz[:, None] is one output)")
+    if "x" in shapes:
+        _check_x(shapes["x"], dz, batch_axis)
+    if "w" in shapes:
+        _check_w(shapes, dz[0] if batch_axis else dz[-1], weight_layout)
+
+
+def _check_x(x: tuple[int, ...], dz: tuple[int, ...], batch_axis: int) -> None:
+    if len(x) < 2:
+        raise ShapeError(f"x must have at least 2 dimensions (samples, in_features); got shape {x} "
+                         "(x[None, :] is one sample, x[:, None] is one feature)")
+    batch = dz[1:] if batch_axis else dz[:-1]
+    if x[:-1] == batch:
+        return
+    if len(x) != 2 or len(dz) != 2:
+        raise ShapeError(f"x and dz must have the same batch axes; x has {x[:-1]} before its last axis and dz has {batch}")
+    other = 1 - batch_axis
+    message = f"x has {x[0]} samples on axis 0 but dz has {batch[0]} on axis {batch_axis}"
+    if dz[other] == x[0]:
+        message += f"; dz.shape[{other}] is {x[0]}: did you mean batch_axis={other}?"
+    elif x[1] == batch[0]:
+        message += f"; x.shape[1] is {x[1]}: did you mean x.T?"
+    else:
+        message += "; both must hold the same samples"
+    raise ShapeError(message)
+
+
+def _check_w(shapes: dict[str, tuple[int, ...]], outputs: int, weight_layout: str) -> None:
+    w = shapes["w"]
+    if len(w) != 2:
+        raise ShapeError(f"w must have 2 dimensions; got shape {w}")
+    inputs = shapes["x"][-1] if "x" in shapes else None
+
+    def fits(shape: tuple[int, ...]) -> bool:
+        return shape[1] == outputs and inputs in (None, shape[0])
+
+    if fits(w if weight_layout == "in_out" else w[::-1]):
+        return
+    wanted = (inputs if inputs is not None else "in_features", outputs)
+    wanted = wanted if weight_layout == "in_out" else wanted[::-1]
+    message = f'w must have shape ({wanted[0]}, {wanted[1]}) for weight_layout="{weight_layout}"; got {w}'
+    if fits(w[::-1] if weight_layout == "in_out" else w):
+        other = WEIGHT_LAYOUTS[weight_layout == "in_out"]
+        message += f'; w.T would fit: did you mean weight_layout="{other}"?'
+    elif "x" not in shapes or len(shapes["dz"]) == 2:
+        message += f" (dz has shape {shapes['dz']}: is batch_axis right?)"
+    raise ShapeError(message)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a result goes: the user's array, or None for a new one."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    argument: Argument | None
+    accumulate: bool
+
+
+def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accumulate: bool) -> Target:
+    """Check an array that a result is to be written to.
+
+    Raises
+    ------
+    OutError, OutDeviceError, ShapeError, DTypeError, TypeError
+        Naming the argument, what was expected, what came and the cure.
+    """
+    if out is None:
+        if accumulate:
+            raise OutError(f"accumulate=True adds into {name}, which was not given (pass {name}=, or accumulate=False)")
+        return Target(name, shape, inputs.dtype, None, False)
+    memory = _memory(inputs.device, name, out)
+    dtype = _dtype(name, memory.dtype)
+    if inputs.dtype == "float64" and dtype in ("float16", "bfloat16"):
+        raise DTypeError(f"{name} must be float64 or float32 for float64 inputs; got {dtype}")
+    if memory.shape != shape:
+        raise ShapeError(f"{name} must have shape {shape}; got {memory.shape}")
+    if memory.readonly:
+        raise OutError(f"{name} is read-only (pass an array that can be written)")
+    if memory.place != inputs.place:
+        raise OutDeviceError(f"{name} must lie where the inputs do, on {inputs.place}; got one on {memory.place}")
+    if any(size > 1 and stride == 0 for size, stride in zip(shape, memory.strides, strict=True)):
+        raise OutError(f"{name} is a broadcast view, several of its elements share memory (pass {name}.copy())")
+    for argument in inputs.arguments:
+        if overlap(memory, argument.memory):
+            raise OutError(f"{name} overlaps {argument.name} in memory (pass another array)")
+    flat = Argument.of(name, out, memory, dtype, any_strides=True)
+    if flat.compact and memory.place != device.HOST:
+        raise OutError(f"{name} must be aligned, with leading axes that flatten to one; got strides {memory.strides} "
+                       "(pass a new array and copy from it)")
+    return Target(name, shape, dtype, flat, accumulate)
+
+
+def overlap(left: device.Memory, right: device.Memory) -> bool:
+    """Whether two arrays have a byte in common."""
+    if left.place != right.place or 0 in left.shape or 0 in right.shape:
+        return False
+    try:
+        return np.shares_memory(_ghost(left), _ghost(right), max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _ghost(memory: device.Memory) -> np.ndarray:
+    """A NumPy array at the same addresses, of which only the addresses may be used."""
+
+    return np.asarray(SimpleNamespace(__array_interface__={
+        "shape": memory.shape, "strides": memory.strides, "version": 3,
+        "typestr": f"|V{memory.dtype.itemsize}", "data": (memory.byte, True)}))

@@ -1,0 +1,391 @@
+"""Plans: how a gradient is computed, as printable values. Pure: shapes and dtypes in, a frozen dataclass out.
+
+A plan never looks at a device, so that the same inputs give the same bits on every one.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import gcd, isqrt
+from typing import Any
+
+from .errors import PlanError
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+#: the largest grid along y and z
+GRID_Y = 65535
+
+
+def accumulator_of(dtype: str) -> str:
+    """The type that sums of this dtype are kept in."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def check_plan(plan: Any, kind: type, sizes: dict[str, Any]) -> Any:
+    """The plan that a user passed, or None.
+
+    Raises
+    ------
+    PlanError
+        If it was made for other sizes than these.
+    TypeError
+        If it is no plan of this kind.
+    """
+    if plan is None:
+        return None
+    if not isinstance(plan, kind):
+        raise TypeError(f"plan must be a {kind.__name__}; got {type(plan).__name__}")
+    for name, wanted in sizes.items():
+        if getattr(plan, name) != wanted:
+            raise PlanError(f"plan was made for {name} {getattr(plan, name)}, but the inputs have {wanted} (make one for them, "
+                            f"for example with dataclasses.replace(plan, {name}={wanted!r}))")
+    return plan
+
+
+@dataclass(frozen=True)
+class MatmulPlan:
+    """How result (rows, cols) = left (rows, depth) @ right (depth, cols) is computed."""
+
+    rows: int
+    cols: int
+    depth: int
+    dtype: str
+    tile_rows: int
+    tile_cols: int
+    tile_depth: int
+    thread_rows: int
+    thread_cols: int
+    parts: int = 1
+
+    @property
+    def T(self) -> MatmulPlan:
+        """The plan of the transposed result, right.T @ left.T."""
+        return replace(self, rows=self.cols, cols=self.rows, tile_rows=self.tile_cols, tile_cols=self.tile_rows,
+                       thread_rows=self.thread_cols, thread_cols=self.thread_rows)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.tile_rows // self.thread_rows * (self.tile_cols // self.thread_cols)
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        """How many blocks the registers have to leave room for."""
+        return 2 if self.thread_rows * self.thread_cols <= 64 else 1
+
+    @property
+    def depth_per_part(self) -> int:
+        """The depth of every part but the last, a multiple of tile_depth."""
+        return max(_ceil(_ceil(self.depth, self.parts), self.tile_depth), 1) * self.tile_depth
+
+    @property
+    def group_bits(self) -> int:
+        """Binary logarithm of how many tile rows are walked together: 8, less for few, more where a grid's y has no room."""
+        down = _ceil(self.rows, self.tile_rows)
+        return max(min(3, down.bit_length() - 1), (_ceil(down, GRID_Y) - 1).bit_length(), 0)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks: (tile columns times group, groups of tile rows, parts)."""
+        group = 1 << self.group_bits
+        return _ceil(self.cols, self.tile_cols) * group, _ceil(_ceil(self.rows, self.tile_rows), group), self.parts
+
+    @property
+    def chain(self) -> int:
+        """The longest chain of additions that one result goes through."""
+        return min(self.depth_per_part, max(self.depth, 1)) + self.parts - 1
+
+
+def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
+    """The plan for these sizes and this dtype."""
+    return MatmulPlan(rows, cols, depth, dtype, 64, 64, 8, 8, 8, 1)
+
+
+def _ceil(length: int, step: int) -> int:
+    return -(-length // step)
+
+
+#: How the matrix of (samples, outputs) lies in memory: outputs side by side; that without gaps between the samples; samples
+#: side by side.
+LAYOUTS = ("rows", "flat", "features_first")
+
+
+@dataclass(frozen=True)
+class BatchSumPlan:
+    """How the sum over the samples of a matrix (samples, outputs) is computed.
+
+    threads_x threads side by side read memory that lies side by side, `lanes` of such groups work in a block, each thread with
+    `in_flight` times `vectors` loads of 16 bytes under way. Which field means what in detail is told by `explain`.
+    """
+
+    samples: int
+    outputs: int
+    dtype: str
+    layout: str
+    threads_x: int
+    lanes: int
+    in_flight: int
+    samples_per_part: int
+    vectors: int = 1
+    runs_per_block: int = 1
+    folders: int = 1
+    compensated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise PlanError(f"plan: dtype must be one of {', '.join(ITEM_BYTES)}; got {self.dtype!r}")
+        if self.layout not in LAYOUTS:
+            raise PlanError(f"plan: layout must be one of {', '.join(LAYOUTS)}; got {self.layout!r}")
+        for name in ("threads_x", "lanes", "in_flight", "samples_per_part", "vectors", "runs_per_block", "folders"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"plan: {name} must be at least 1; got {getattr(self, name)}")
+        if self.threads > 1024:
+            raise PlanError(f"plan: threads_x * lanes must be at most 1024; got {self.threads}")
+        if self.tile * ITEM_BYTES[self.dtype] % 32 or self.tile < 2 * self.sector:
+            raise PlanError(f"plan: a line of {self.tile} elements must be 64 bytes or a greater multiple of 32")
+        if self.parts > 65535:
+            raise PlanError(f"plan: at most 65535 parts; got {self.parts}")
+        if self.shared_bytes > 49152:
+            raise PlanError(f"plan: at most 49152 bytes of shared memory; got {self.shared_bytes}")
+        if self.layout == "rows":
+            if self.lanes % self.sector and self.samples_per_part > self.lanes:
+                raise PlanError(f"plan: lanes must be a multiple of {self.sector} or as many as samples_per_part; "
+                                f"got {self.lanes}")
+        elif self.layout == "flat":
+            if self.lanes > 1 or self.runs_per_block > 1:
+                raise PlanError("plan: a flat matrix is one run: lanes and runs_per_block must be 1")
+            if self.tile % self.outputs or (self.parts > 1 and self.samples_per_part * self.outputs % self.tile):
+                raise PlanError(f"plan: a line of {self.tile} elements must be a multiple of the {self.outputs} outputs, and "
+                                "a part a multiple of lines")
+        elif self.runs_per_block % self.lanes or (self.parts > 1 and self.samples_per_part % self.tile):
+            raise PlanError(f"plan: runs_per_block must be a multiple of the {self.lanes} lanes, and a part one of lines of "
+                            f"{self.tile}")
+
+    @property
+    def accumulator(self) -> str:
+        """The type of the sums."""
+        return accumulator_of(self.dtype)
+
+    @property
+    def vector(self) -> int:
+        """Elements in a load of 16 bytes."""
+        return 16 // ITEM_BYTES[self.dtype]
+
+    @property
+    def sector(self) -> int:
+        """Elements in 32 bytes: what memory is moved in, and where shifted loads begin."""
+        return 32 // ITEM_BYTES[self.dtype]
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.threads_x * self.lanes
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        """How many blocks the registers have to leave room for."""
+        lean = self.vectors == 1 and not self.compensated
+        resident = 768 + 256 * lean if self.dtype == "float64" else 1024 + 512 * lean
+        return min(16, max(1, resident // self.threads))
+
+    @property
+    def tile(self) -> int:
+        """Elements that threads_x threads read side by side."""
+        return self.threads_x * self.vectors * self.vector
+
+    @property
+    def period(self) -> int:
+        """Elements after which the columns repeat along a run."""
+        return self.outputs if self.layout == "flat" else 1
+
+    @property
+    def parts(self) -> int:
+        """Parts of the batch; more than one are added by a second launch."""
+        return max(1, _ceil(self.samples, self.samples_per_part))
+
+    @property
+    def second(self) -> BatchSumPlan | None:
+        """The plan by which the parts are added, if there are several."""
+        if self.parts == 1:
+            return None
+        return _one_part(self.parts * (1 + self.compensated), self.outputs, self.accumulator, self.compensated)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks: (along the outputs, parts); of "rows", where all rows begin at a multiple of 32 bytes."""
+        if self.layout == "rows":
+            return _ceil(self.outputs, self.tile), self.parts
+        return (1 if self.layout == "flat" else _ceil(self.outputs, self.runs_per_block)), self.parts
+
+    @property
+    def pitch(self) -> int:
+        """Elements from one row of the workspace to the next."""
+        size = 32 // ITEM_BYTES[self.accumulator]
+        return _ceil(self.outputs, size) * size
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What the sums of the parts take, with what was lost by rounding if compensated."""
+        if self.parts == 1:
+            return 0
+        return self.parts * (1 + self.compensated) * self.pitch * ITEM_BYTES[self.accumulator]
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        cells = self.lanes * self.line_pitch
+        if self.layout != "rows":
+            cells += self.folders * self.period * self.fold_pitch
+        return cells * (1 + self.compensated) * ITEM_BYTES[self.accumulator]
+
+    @property
+    def line_pitch(self) -> int:
+        """Cells from one lane's line of sums in shared memory to the next, so that lanes which fold together use other banks."""
+        return self.tile + (self.folders * self.period if self.layout != "rows" and self.lanes > 1 else 0)
+
+    @property
+    def fold_pitch(self) -> int:
+        """Cells from one folder's sums to the next folder's, likewise."""
+        if self.lanes == 1:
+            return 1
+        together = max(1, 128 // ITEM_BYTES[self.accumulator] // self.folders)
+        return together * (_ceil(self.lanes, together) | 1)
+
+    @property
+    def chain(self) -> int:
+        """The longest chain of additions that one result goes through."""
+        if self.layout == "rows":
+            chain = _ceil(self.samples_per_part, self.lanes) + self.lanes
+        else:
+            copies = self.tile // self.period
+            chain = _ceil(self.samples_per_part, copies) + _ceil(copies, self.folders) + self.folders
+        return chain + (self.second.chain if self.second else 0)
+
+    def explain(self) -> str:
+        """The plan in words, with reasons."""
+        bytes_each = self.tile * ITEM_BYTES[self.dtype]
+        if self.layout == "rows":
+            how = (f"{self.lanes} lanes of {self.threads_x} threads: a lane adds every {_nth(self.lanes)} sample of its part, "
+                   f"{bytes_each} contiguous bytes of it, {self.in_flight} samples in flight; the lanes are added in order")
+        else:
+            what = f"the whole matrix, whose columns repeat every {self.outputs} elements" if self.layout == "flat" else (
+                f"one output's samples, {self.lanes} outputs at a time, {self.runs_per_block} in all")
+            how = (f"a block reads {what}, in lines of {bytes_each} contiguous bytes, {self.in_flight} in flight; "
+                   f"{self.folders} threads fold the sums of a line")
+        lines = [f"sum of {self.samples} samples of {self.outputs} outputs, {self.dtype}, {self.layout}: each element read once",
+                 how,
+                 f"grid {self.grid[0]} x {self.grid[1]} blocks of {self.threads} threads, {self.shared_bytes} bytes of shared "
+                 f"memory"]
+        if self.second:
+            lines.append(f"{self.parts} parts of {self.samples_per_part} samples, so that the blocks fill a GPU; a second "
+                         f"launch adds them from a workspace of {self.workspace_bytes} bytes")
+        lines.append(f"sums in {self.accumulator}{', compensated (Neumaier)' if self.compensated else ''}; the longest chain "
+                     f"has {self.chain} additions")
+        return "\n".join(lines)
+
+
+#: Blocks of 256 threads for large sums: at most one wave of six on each of 108 multiprocessors, and two thirds of one on 132.
+WAVE, MOST_BLOCKS = 576, 648
+#: Up to so many elements, what counts is how few threads there are, not how much memory they have under way.
+SMALL = 2 ** 14
+
+
+def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensated: bool = False) -> BatchSumPlan:
+    """The plan for these sizes, this dtype and this layout (one of LAYOUTS)."""
+    if not samples or not outputs:
+        return replace(_one_part(samples or 1, outputs or 1, dtype, compensated), samples=samples, outputs=outputs)
+    if layout == "features_first":
+        return _plan_runs(samples, outputs, dtype, compensated)
+    flat = _flat_threads(samples, outputs, dtype) if layout == "flat" else 0
+    if flat:
+        return _plan_flat(samples, outputs, dtype, flat, compensated)
+    plan = _one_part(samples, outputs, dtype, compensated)
+    if samples * outputs <= SMALL or plan.vectors > 1:
+        return plan
+    tiles, shifted_tiles = _ceil(outputs, plan.tile), _ceil(outputs, plan.tile - plan.sector)
+    steps = _cut(_ceil(samples, plan.lanes), _ceil(_blocks(samples * outputs), tiles), MOST_BLOCKS // shifted_tiles)
+    return replace(plan, samples_per_part=min(samples, steps * plan.lanes), in_flight=min(plan.in_flight, steps))
+
+
+def _blocks(elements: int) -> int:
+    """How many blocks are worth their while: two for each of 132 multiprocessors from a million elements, a wave from five."""
+    return min(WAVE, max(min(280, _ceil(elements, 3584)), elements // 8192))
+
+
+def _cut(steps: int, wanted: int, most: int) -> int:
+    """Steps of a part, so that about `wanted` parts result and at most `most`."""
+    return max(1, _ceil(steps, max(most, 1)), steps // wanted)
+
+
+def _in_flight(steps: int, compensated: bool) -> int:
+    return min(steps, 2 if compensated else 4)
+
+
+def _one_part(samples: int, outputs: int, dtype: str, compensated: bool) -> BatchSumPlan:
+    """The plan for rows, by a single launch."""
+    vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
+    small = samples * outputs <= SMALL
+    needed = _power_of_two(_ceil(outputs + sector - 1, vector))
+    if samples <= 64 and outputs > 16 * vector:
+        # Few rows: several vectors of each under way, so that the bytes read twice at the seams of tiles are few.
+        lanes = min(_power_of_two(samples), max(sector, 8))
+        threads_x = min(max((64 if small else 128) // lanes, 8 if small else 16), needed)
+        return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, 1, samples, vectors=3, compensated=compensated)
+    threads = 64 if small else 256
+    threads_x = min(max(4, needed), threads // max(sector, 8))
+    lanes = threads // threads_x
+    return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, _in_flight(_ceil(samples, lanes), compensated),
+                        samples, compensated=compensated)
+
+
+def _plan_runs(samples: int, outputs: int, dtype: str, compensated: bool) -> BatchSumPlan:
+    """The plan for outputs whose samples lie side by side: runs as long as the batch."""
+    vector = 16 // ITEM_BYTES[dtype]
+    small = samples * outputs <= SMALL
+    threads = 64 if small else 256
+    threads_x = min(max(4 if small else 8, _power_of_two(samples // (4 * vector) // 2 + 1)), threads)
+    lanes = min(threads // threads_x, _power_of_two(outputs))
+    tile = threads_x * vector
+    lines, groups = _ceil(samples, tile), _ceil(outputs, lanes)
+    if not small:
+        lines = _cut(lines, _ceil(_blocks(samples * outputs), groups), MOST_BLOCKS // groups)
+    return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, _in_flight(lines, compensated),
+                        min(samples, lines * tile), runs_per_block=_ceil(groups, MOST_BLOCKS) * lanes,
+                        folders=_folders(tile), compensated=compensated)
+
+
+def _plan_flat(samples: int, outputs: int, dtype: str, threads: int, compensated: bool) -> BatchSumPlan:
+    """The plan for a narrow matrix without gaps: one run."""
+    tile = threads * 16 // ITEM_BYTES[dtype]
+    lines = _ceil(samples * outputs, tile)
+    if samples * outputs > SMALL:
+        lines = _cut(lines, _blocks(samples * outputs), MOST_BLOCKS)
+    return BatchSumPlan(samples, outputs, dtype, "flat", threads, 1, _in_flight(lines, compensated),
+                        min(samples, lines * tile // outputs), folders=_folders(tile // outputs), compensated=compensated)
+
+
+def _flat_threads(samples: int, outputs: int, dtype: str) -> int:
+    """Threads whose vectors are a multiple of the outputs and of 32 bytes, with few idle lanes; 0 if there are none."""
+    if outputs > 256:
+        return 0
+    unit = outputs // gcd(outputs, 16 // ITEM_BYTES[dtype])
+    unit *= 1 + unit % 2
+    if samples * outputs <= SMALL:
+        return 64 // unit * unit
+    fitting = [threads for threads in range(unit, 257, unit) if 8 * threads >= 7 * 32 * _ceil(threads, 32)]
+    return max(fitting, default=0)
+
+
+def _folders(copies: int) -> int:
+    """Threads that fold so many copies, so that neither they nor the one that adds them up has much to do."""
+    return min(32, _power_of_two(isqrt(copies) // 2 + 1))
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()
+
+
+def _nth(number: int) -> str:
+    return f"{number}{'th' if 10 < number % 100 < 20 else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
