@@ -41,32 +41,33 @@ def _epilogue(accumulator, result):
 
 @cache
 def _finish(accumulator, result, accumulate, compensated, partial):
-    """(sums of one column, target, index, lost step): writes the result, or of a part the sum and what was lost."""
+    """(sums of one column, target, index, lost step, alpha): writes alpha times the result, or a part's sum and what was lost."""
     values = 1 + compensated
     wide = accumulator if partial else _epilogue(accumulator, result)
     tidy = primitives.tidy(wide, 1, compensated)
     if partial:
         keep = primitives.store_each(accumulator, values, accumulator)
 
-        @cuda.jit(device=True)
-        def finish(sums, target, index, lost_step):
+        @cuda.jit(device=True, inline="always")
+        def finish(sums, target, index, lost_step, alpha):
             keep(target, index, lost_step, values, tidy(sums))
 
         return finish
 
     widen = primitives.convert(accumulator, wide, values)
     settle = primitives.settle(wide, 1, compensated)
+    scale = primitives.scale(wide, values)
     load = primitives.load_vector(result, 1, wide)
     plus = primitives.plus(wide, 1, compensated)
     store = primitives.store_vector(result, 1, wide)
     if accumulate:
-        @cuda.jit(device=True)
-        def finish(sums, target, index, lost_step):
-            store(target, index, settle(tidy(plus(widen(sums), load(target, index)))))
+        @cuda.jit(device=True, inline="always")
+        def finish(sums, target, index, lost_step, alpha):
+            store(target, index, settle(tidy(plus(scale(widen(sums), alpha), load(target, index)))))
     else:
-        @cuda.jit(device=True)
-        def finish(sums, target, index, lost_step):
-            store(target, index, settle(tidy(widen(sums))))
+        @cuda.jit(device=True, inline="always")
+        def finish(sums, target, index, lost_step, alpha):
+            store(target, index, settle(tidy(scale(widen(sums), alpha))))
 
     return finish
 
@@ -104,7 +105,7 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def sum_strided(source, row_stride, samples, outputs, samples_per_part, tile_cols, target, part_stride, col_stride,
-                    lost_step):
+                    lost_step, alpha):
         thread = cuda.threadIdx.x
         lane, across = thread // threads_x, thread % threads_x * vector
 
@@ -141,7 +142,7 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
                 place = y * pitch + c + (origin + (start + y) * row_stride & sector - 1)
                 for half in range(halves):
                     total = plus(total, load_sum(shared, place + half * width))
-            finish(total, target, part * part_stride + (tile + c) * col_stride, lost_step)
+            finish(total, target, part * part_stride + (tile + c) * col_stride, lost_step, alpha)
 
     return sum_strided
 
@@ -172,22 +173,26 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
     folded = folders * period
     halves = 1 + compensated
     pitch, fold_size = line_pitch * halves, folded * fold_pitch
+    # Every fold has as many places, some have one more.
+    places, more = line // folded, line % folded
     zeros = primitives.zeros(accumulator, vector * halves)
     add_lines = primitives.add_vectors(dtype, vector, accumulator, in_flight, 1, 0, compensated)
     add_edge = primitives.add_inside(dtype, vector, accumulator, in_flight, 1, 0, compensated, line)
     line_array = primitives.shared_array("lines", accumulator, lanes * pitch)
     fold_array = primitives.shared_array("folds", accumulator, fold_size * halves)
-    store_sums = primitives.store_spread(accumulator, vector, halves, line)
-    load_sum, store_sum = primitives.load_shared(accumulator, 1), primitives.store_shared(accumulator, 1)
+    store_sums = primitives.store_spread(accumulator, vector, halves, line_pitch)
+    store_sum = primitives.store_shared(accumulator, 1)
     zero = primitives.zeros(accumulator, halves)
-    plus = primitives.plus(accumulator, 1, compensated)
+    add_places = primitives.add_shared(accumulator, places, folded, compensated, line_pitch)
+    add_place = primitives.add_shared(accumulator, 1, folded, compensated, line_pitch)
+    add_folds = primitives.add_shared(accumulator, folders, period * fold_pitch, compensated, fold_size)
     tidy, tidy_one = (primitives.tidy(accumulator, count, compensated) for count in (vector, 1))
     first, turn = primitives.head(accumulator, halves, 1), primitives.rotate(accumulator, halves, 1)
     finish = _finish(accumulator, result, accumulate, compensated, partial)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def sum_contiguous(source, run_stride, run_length, runs, runs_per_block, length_per_part, target, part_stride,
-                       col_stride, lost_step):
+                       col_stride, lost_step, alpha):
         thread = cuda.threadIdx.x
         lane, across = thread // threads_x, thread % threads_x * vector
 
@@ -213,20 +218,20 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
                     sums = add_edge(sums, source, index, line, in_flight, position, end)
                 index += in_flight * line
                 position += in_flight * line
-            store_sums(lines, lane * pitch + across, tidy(sums), thread)
+            sums = tidy(sums)
+            store_sums(lines, lane * pitch + across, sums, thread)
+            if across < sector:
+                # What a shift has moved to the front is read behind the end, where it belongs.
+                store_sums(lines, lane * pitch + line + across, sums, thread)
             cuda.syncthreads()
 
             # 3. folds[f] of a lane is the sum of places f, f + folded, ... of its line; f % period is their column.
             for fold in range(thread, lanes * folded, threads):
-                y, f = fold // folded, fold % folded
-                shift = origin + (base + y) * run_stride & sector - 1
-                total = zero()
-                for place in range(f, line, folded):
-                    cell = place + shift
-                    if cell >= line:
-                        cell -= line
-                    for half in range(halves):
-                        total = plus(total, load_sum(lines, y * pitch + half * line + cell))
+                y, f = (fold // folded, fold % folded) if lanes > 1 else (0, fold)
+                cell = y * pitch + f + (origin + (base + y) * run_stride & sector - 1)
+                total = add_places(zero(), lines, cell)
+                if f < more:
+                    total = add_place(total, lines, cell + places * folded)
                 total = tidy_one(total)
                 for half in range(halves):
                     store_sum(folds, half * fold_size + f * fold_pitch + y, first(total))
@@ -235,12 +240,9 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
 
             # 4. A column is the sum of its folds.
             for column in range(thread, min(lanes, runs - base) * period, threads):
-                y, c = column // period, column % period
-                total = zero()
-                for f in range(c, folded, period):
-                    for half in range(halves):
-                        total = plus(total, load_sum(folds, half * fold_size + f * fold_pitch + y))
-                finish(total, target, part * part_stride + (base * period + column) * col_stride, lost_step)
+                y, c = (column, 0) if period == 1 else (0, column)
+                total = add_folds(zero(), folds, c * fold_pitch + y)
+                finish(total, target, part * part_stride + (base * period + column) * col_stride, lost_step, alpha)
 
     return sum_contiguous
 

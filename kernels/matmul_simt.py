@@ -37,7 +37,7 @@ from functools import cache
 from numba import cuda, int32
 
 from . import primitives
-from .primitives.layout import tile_copy
+from .primitives.layout import tile_copy, tile_share
 
 ENDLESS = 2**31 - 1
 
@@ -45,10 +45,11 @@ ENDLESS = 2**31 - 1
 @cache
 def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_rows, thread_cols, blocks_per_multiprocessor,
                 left_access, left_along_depth, right_access, right_along_depth, offset_bits, result_dtype, result_access,
-                epilogue, accumulate):
+                epilogue, accumulate, sums_of):
     """The kernel for these tiles, types and orientations.
 
     epilogue is the type that alpha * sum (+ result, if accumulate) is computed in before it is rounded to result_dtype.
+    sums_of is "right" or "left" for the kernel that also adds that operand up along the depth, else "".
     """
     lanes_down, lanes_across = tile_rows // thread_rows, tile_cols // thread_cols
     threads = lanes_down * lanes_across
@@ -84,9 +85,21 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
     load_result = primitives.load_vector(result_dtype, result_access, epilogue)
     store_result = primitives.store_vector(result_dtype, result_access, epilogue)
 
+    has_sums, of_left = bool(sums_of), sums_of == "left"
+    summed = left_copy if of_left else right_copy
+    share = tile_share(summed)
+    add_tile, no_sums = primitives.add_tile(share), primitives.zeros(accumulator, share.groups * vector)
+    first_sums = primitives.head(accumulator, share.groups * vector, vector)
+    turn_sums = primitives.rotate(accumulator, share.groups * vector, vector)
+    store_sums, load_sum = primitives.store_shared(accumulator, vector), primitives.load_shared(accumulator, 1)
+    add_sum, no_sum = primitives.add(accumulator, 1), primitives.zeros(accumulator, 1)
+    store_sum = primitives.store_vector(accumulator, 1, accumulator)
+    sums_outer = summed.outer_size
+
     @primitives.jit(threads, blocks_per_multiprocessor)
     def matmul_simt(left, left_stride, right, right_stride, result, row_stride, col_stride, part_stride, rows, cols, depth,
-                    depth_per_part, group_bits, alpha):
+                    depth_per_part, group_bits, alpha,
+                    depth_sums, sums_stride):
         thread = cuda.threadIdx.x
 
         # 1. This block's tile of the result, and its part of the depth. Blocks below the result have nothing to do.
@@ -115,6 +128,10 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
         store_right(right_tiles, 0, right_next, thread)
         cuda.syncthreads()
 
+        # dL/db rides along: dZ's tile is in shared memory, and the blocks of the first tile row (or column) add it up.
+        depth_total = no_sums()
+        sums_here = col == 0 if of_left else row == 0
+
         # 4. While one stage is multiplied, the next tiles travel to registers and from there to the other stage.
         sums = zeros()
         left_now, right_now = int32(0), int32(0)
@@ -126,6 +143,9 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
             right_at += right_step
             left_next = load_whole_left(left_at, left_offsets, thread)
             right_next = load_whole_right(right_at, right_offsets, thread)
+            if has_sums and sums_here:
+                depth_total = add_tile(left_tiles if of_left else right_tiles,
+                                       left_now if of_left else right_now, depth_total, thread)
             sums = multiply(left_tiles, left_now + down * vector, right_tiles, right_now + across * vector, sums)
             left_now, right_now = int32(left_stage - left_now), int32(right_stage - right_now)
             store_left(left_tiles, left_now, left_next, thread)
@@ -139,13 +159,32 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
             right_at += right_step
             left_next = load_left(left_at, left_offsets, rows_left, depth_left, thread)
             right_next = load_right(right_at, right_offsets, cols_left, depth_left, thread)
+            if has_sums and sums_here:
+                depth_total = add_tile(left_tiles if of_left else right_tiles,
+                                       left_now if of_left else right_now, depth_total, thread)
             sums = multiply(left_tiles, left_now + down * vector, right_tiles, right_now + across * vector, sums)
             left_now, right_now = int32(left_stage - left_now), int32(right_stage - right_now)
             store_left(left_tiles, left_now, left_next, thread)
             store_right(right_tiles, right_now, right_next, thread)
             cuda.syncthreads()
 
-        # 6. The results at the front of `sums` are stored and turned to its end, a row after the other.
+        # 6. Shared memory is free again: threads that took the same columns at other depths meet there.
+        if has_sums:
+            for group in range(share.groups):
+                if thread < share.across * share.depths:
+                    place = thread // share.across * sums_outer + (thread % share.across * share.groups + group) * vector
+                    store_sums(left_tiles if of_left else right_tiles, place, first_sums(depth_total))
+                depth_total = turn_sums(depth_total)
+            cuda.syncthreads()
+            begin, end = (row, rows) if of_left else (col, cols)
+            for outer in range(thread, sums_outer if sums_here else 0, threads):
+                if begin + outer < end:
+                    total = no_sum()
+                    for place in range(outer, share.depths * sums_outer, sums_outer):
+                        total = add_sum(total, load_sum(left_tiles if of_left else right_tiles, place))
+                    store_sum(depth_sums, part * sums_stride + begin + outer, total)
+
+        # 7. The results at the front of `sums` are stored and turned to its end, a row after the other.
         for i in range(thread_rows):
             r = row + i // vector * row_spacing + down * vector + i % vector
             for j in range(col_groups * stores):

@@ -17,6 +17,8 @@ if config.ENABLE_CUDASIM:
     from .simulator import (
         add,
         add_inside,
+        add_shared,
+        add_tile,
         add_vectors,
         convert,
         head,
@@ -48,6 +50,8 @@ else:
     from .ptx import (
         add,
         add_inside,
+        add_shared,
+        add_tile,
         add_vectors,
         convert,
         head,

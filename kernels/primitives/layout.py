@@ -69,6 +69,29 @@ class TileCopy(NamedTuple):
         return steps
 
 
+class TileShare(NamedTuple):
+    """How the threads of a block add up a tile in shared memory along its depth.
+
+    Thread t takes `groups` vectors of outer indices, those of number t % across, at depths t // across, + depths, ...;
+    threads of other number than the first across * depths repeat what others do, and their sums are not used.
+    """
+
+    dtype: str
+    depth_size: int
+    across: int
+    depths: int
+    groups: int
+    layout: TileLayout
+
+
+def tile_share(copy: TileCopy) -> TileShare:
+    """The share of each thread of the block that fills the tile by this copy."""
+    vectors = copy.outer_size // (2 if copy.wide == "float64" else 4)
+    across = min(vectors, copy.threads)
+    return TileShare(copy.wide, copy.depth_size, across, min(copy.threads // across, copy.depth_size), vectors // across,
+                     copy.layout)
+
+
 def tile_copy(dtype: str, wide: str, outer_size: int, depth_size: int, access: int, along_depth: bool, threads: int,
               thread_outer: int, offset_bits: int) -> TileCopy:
     """The copy of one operand's tiles, and where they lie in shared memory.

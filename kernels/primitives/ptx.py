@@ -164,21 +164,27 @@ def _load_bytes(builder, pointer, dtype, count, condition):
 def _load_partly(builder, address, index, dtype, count, mask):
     """As _load_global, of those elements only whose bits are set in the mask; zeros for the others.
 
-    Never touches the others' memory: one access where all are wanted, else one for each element.
+    Never touches the others' memory. The elements come in the widest accesses that the mask allows: all, halves, quarters...
     """
     words, word, letter = _words(dtype, count)
-    halves, size = _BYTES[dtype] == 2, _BYTES[dtype]
-    places = [f"half{n}" for n in range(count)] if halves else [f"${n}" for n in range(words)]
-    pair = [f"{{half{2 * n}, half{2 * n + 1}}}" for n in range(words)]
-    code = [".reg .pred all, one;", ".reg .b32 bit;", f".reg .b16 half<{count}>;"]
+    size, packed = _BYTES[dtype], _BYTES[dtype] == 2
+    code = [f".reg .pred one, {', '.join(f'whole{n}' for n in range(2 * count))};", ".reg .b32 bits;",
+            f".reg .b16 half<{count}>;"]
     code += [f"mov.b{word.width} ${n}, 0;" for n in range(words)]
-    code += [f"mov.b16 {place}, 0;" for place in places if halves]
-    code += [f"setp.eq.u32 all, ${words + 1}, {2 ** count - 1};",
-             f"@all ld.global{_suffix(words, word)} {{{', '.join(f'${n}' for n in range(words))}}}, [${words}];"]
-    for n, place in enumerate(places):
-        code += [f"and.b32 bit, ${words + 1}, {1 << n};", "setp.ne.and.u32 one, bit, 0, !all;",
-                 f"@one ld.global.b{8 * size} {place}, [${words} + {n * size}];"]
-    code += [f"@!all mov.b32 ${n}, {pair[n]};" for n in range(words) if halves]
+    code += [f"mov.b16 half{n}, 0;" for n in range(count) if packed]
+    # The pieces are numbered as in a heap: whole1 is all of them, whole2 and whole3 its halves.
+    for piece in range(1, 2 * count):
+        width = count >> piece.bit_length() - 1
+        first = (piece - count // width) * width
+        bits = (2 ** width - 1) << first
+        apart = f".and.b32 one, bits, {bits}, !whole{piece // 2}" if piece > 1 else f".b32 one, bits, {bits}"
+        registers = [f"half{first}"] if packed and width == 1 else [
+            f"${n}" for n in range(first * size // (word.width // 8), (first + width) * size // (word.width // 8))]
+        suffix = f".b{8 * size}" if width == 1 else f".b{word.width}" if len(registers) == 1 else _suffix(len(registers), word)
+        into = registers[0] if len(registers) == 1 else f"{{{', '.join(registers)}}}"
+        code += [f"and.b32 bits, ${words + 1}, {bits};", f"setp.eq.b32 whole{piece}, bits, {bits};", f"setp.eq{apart};",
+                 f"@one ld.global{suffix} {into}, [${words} + {first * size}];"]
+    code += [f"@!whole{count // 2 + n} mov.b32 ${n}, {{half{2 * n}, half{2 * n + 1}}};" for n in range(words) if packed]
     pointer = builder.add(address, builder.mul(index, ir.Constant(_INT64, size)))
     function = ir.FunctionType(ir.LiteralStructType([word] * words), [_INT64, _INT32])
     loaded = builder.asm(function, f"{{ {' '.join(code)} }}", ",".join([f"=&{letter}"] * words + ["l", "r"]),
@@ -490,6 +496,26 @@ def store_shared(dtype, count):
 
 
 @cache
+def add_shared(dtype, count, step, compensated=False, lost=0):
+    """(sums of one column, array, index) -> sums plus the cells at index, index + step, ..., added in that order.
+
+    If compensated, each of them is followed by what was lost, `lost` cells further.
+    """
+
+    def body(builder, sums, array, index):
+        totals = _unpack(builder, sums)
+        for cell in range(count):
+            for offset in (0, lost) if compensated else (0,):
+                place = builder.add(index, ir.Constant(_INT32, cell * step + offset))
+                totals = _plus(builder, totals, _load_shared(builder, _shared_pointer(builder, array, place, dtype), dtype, 1),
+                               compensated)
+        return _pack(builder, totals)
+
+    fragment = _fragment_type(dtype, 1 + compensated)
+    return _expand(fragment, (fragment, types.int32, types.int32), body)
+
+
+@cache
 def store_spread(dtype, count, across, spacing):
     """(array, index, fragment, thread): stores `across` vectors of count elements, `spacing` apart, in accesses of 16 bytes.
 
@@ -650,6 +676,34 @@ def _has_access(builder, copy, thread, number):
         return None
     share = builder.add(thread, ir.Constant(_INT32, number * copy.threads))
     return builder.icmp_unsigned("<", share, ir.Constant(_INT32, copy.accesses))
+
+
+@cache
+def add_tile(share):
+    """(array, index, sums, thread) -> sums plus the thread's TileShare of the tile at index, in ascending order of the depth."""
+    layout, vector = share.layout, 16 // _BYTES[share.dtype]
+
+    def body(builder, array, index, sums, thread):
+        def constant(value):
+            return ir.Constant(_INT32, value)
+
+        first_outer = builder.mul(builder.urem(thread, constant(share.across)), constant(share.groups * vector))
+        first_depth = builder.urem(builder.udiv(thread, constant(share.across)), constant(share.depths))
+        totals = _unpack(builder, sums)
+        for depth_step in range(0, share.depth_size, share.depths):
+            depth = builder.add(first_depth, constant(depth_step))
+            flip = builder.urem(builder.udiv(depth, constant(layout.flip_every)), constant(layout.flip_count))
+            flip = builder.mul(flip, constant(layout.flip_unit))
+            row = builder.add(index, builder.mul(depth, constant(layout.outer_size)))
+            for group in range(share.groups):
+                outer = builder.xor(builder.add(first_outer, constant(group * vector)), flip)
+                pointer = _shared_pointer(builder, array, builder.add(row, outer), share.dtype)
+                for position, value in enumerate(_load_shared(builder, pointer, share.dtype, vector), group * vector):
+                    totals[position] = builder.fadd(totals[position], value)
+        return _pack(builder, totals)
+
+    fragment = _fragment_type(share.dtype, share.groups * vector)
+    return _expand(fragment, (types.int32, types.int32, fragment, types.int32), body)
 
 
 @cache

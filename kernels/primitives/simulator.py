@@ -138,11 +138,13 @@ def add_inside(dtype, count, wide, rows, across=1, spacing=0, compensated=False,
             for vector in range(across):
                 place, stands = index + row * step + vector * spacing, position + row * advance + vector * spacing
                 first, last = min(max(-stands, 0), count), min(max(end - stands, 0), count)
-                if last - first == count:
-                    values[vector] = address.read(place, count)
-                else:
-                    for element in range(first, last):
-                        values[vector, element] = address.read(place + element, 1)[0]
+                element = first
+                while element < last:
+                    width = count
+                    while element % width or element + width > last:
+                        width //= 2
+                    values[vector, element:element + width] = address.read(place + element, width)
+                    element += width
             sums = _plus(sums, values.ravel(), compensated)
         return sums
 
@@ -227,6 +229,22 @@ def store_shared(dtype, count):
         array.span(index, count)[:] = fragment
 
     return run
+
+
+@cache
+def add_shared(dtype, count, step, compensated=False, lost=0):
+    """(sums of one column, array, index) -> sums plus the cells at index, index + step, ..., added in that order.
+
+    If compensated, each of them is followed by what was lost, `lost` cells further.
+    """
+
+    def run(sums, array, index):
+        for cell in range(count):
+            for offset in (0, lost) if compensated else (0,):
+                sums = _plus(sums, array.span(index + cell * step + offset, 1), compensated)
+        return sums
+
+    return _quiet(run)
 
 
 @cache
@@ -320,6 +338,23 @@ def _accesses(copy, thread):
         places.append((outer, (near + far * copy.neighbours) * copy.access) if copy.along_depth
                       else (outer * copy.access, far))
     return places
+
+
+@cache
+def add_tile(share):
+    """(array, index, sums, thread) -> sums plus the thread's TileShare of the tile at index, in ascending order of the depth."""
+    layout, vector = share.layout, 16 // _TYPE[share.dtype]().itemsize
+
+    def run(array, index, sums, thread):
+        totals = sums.reshape(share.groups, vector).copy()
+        first_outer = thread % share.across * share.groups * vector
+        for depth in range(thread // share.across % share.depths, share.depth_size, share.depths):
+            for group in range(share.groups):
+                outer = first_outer + group * vector ^ layout.flip(depth)
+                totals[group] += array.span(index + depth * layout.outer_size + outer, vector)
+        return totals.ravel()
+
+    return _quiet(run)
 
 
 @cache

@@ -3,7 +3,7 @@
 dL/db is the sum of dL/dZ over the batch axis, dL/dW = Xᵀ dL/dZ and dL/dX = dL/dZ Wᵀ.
 """
 from .errors import DensegradError, DeviceError, DTypeError, OutDeviceError, OutError, PlanError, ShapeError
-from .gradients import DenseGrads, bias_grad, dense_grads, input_grad, weight_grad
+from .gradients import DenseGrads, WeightBiasGrads, bias_grad, dense_grads, input_grad, weight_bias_grad, weight_grad
 
 __all__ = [
     "DTypeError",
@@ -14,9 +14,11 @@ __all__ = [
     "OutError",
     "PlanError",
     "ShapeError",
+    "WeightBiasGrads",
     "bias_grad",
     "dense_grads",
     "input_grad",
+    "weight_bias_grad",
     "weight_grad",
 ]
 

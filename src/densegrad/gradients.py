@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from . import launch
 from .errors import OutError
 from .operands import Inputs, Target, accept, accept_out, overlap
-from .plans import BatchSumPlan, MatmulPlan, check_plan, plan_batch_sum, plan_matmul
+from .plans import BatchSumPlan, MatmulPlan, bias_rides_along, check_plan, plan_batch_sum, plan_matmul
+
+Named = TypeVar("Named", bound="DenseGrads | WeightBiasGrads")
 
 
 class DenseGrads(NamedTuple):
@@ -18,8 +20,8 @@ class DenseGrads(NamedTuple):
     db: Any = None
 
 
-def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, out: Any = None, accumulate: bool = False,
-              plan: BatchSumPlan | None = None, stream: Any = None) -> Any:
+def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, alpha: float = 1.0, out: Any = None,
+              accumulate: bool = False, plan: BatchSumPlan | None = None, stream: Any = None) -> Any:
     """Gradient of the loss with respect to a dense layer's bias: the sum over the batch axis.
 
         db[m] = sum over s of dz[s, m]                      db = dz.sum(axis=0)
@@ -32,6 +34,8 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, out: Any 
         Which axis of dz counts samples: 0, or 1 if dz is handed over transposed.
     keepdims : bool
         Whether db has shape (1, M), as `numpy.sum(dz, axis=0, keepdims=True)` has, instead of (M,).
+    alpha : float
+        What the sum is multiplied by, before it is added into `out` or rounded: 1/S of a mean loss, for example.
     out : array, optional
         Where to write db; its dtype may be another one, and is rounded to once.
     accumulate : bool
@@ -65,7 +69,7 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, out: Any 
     -----
     Sums are kept in float32, in float64 for float64. The order of additions follows from shape, dtype and memory layout, so
     equal inputs give equal bits on every run and on every device. S * M additions; reads S * M elements once. An empty batch
-    gives zeros. db is a sum: whoever averages the loss over the batch has 1/S in dz already.
+    gives zeros. db is a sum: whoever averages the loss over the batch has 1/S in dz already, or passes it as alpha.
     Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5.
 
     Examples
@@ -77,12 +81,12 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, out: Any 
     target = _bias_target("out", out, inputs, keepdims, accumulate)
     plan = _bias_plan(plan, inputs)
     with launch.session(inputs, stream) as session:
-        launch.run_batch_sum(session, plan, session.place(inputs.dz), session.result(target), target.accumulate)
+        _run_bias(session, plan, target, alpha)
         return session.deliver(target)
 
 
-def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", out: Any = None,
-                accumulate: bool = False, plan: MatmulPlan | None = None, stream: Any = None) -> Any:
+def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", alpha: float = 1.0,
+                out: Any = None, accumulate: bool = False, plan: MatmulPlan | None = None, stream: Any = None) -> Any:
     """Gradient of the loss with respect to a dense layer's weights.
 
         dw[d, m] = sum over s of x[s, d] dz[s, m]           dw = x.T @ dz
@@ -97,6 +101,8 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
         Which axis of dz counts samples: 0, or 1 if dz is handed over transposed.
     weight_layout : "in_out" or "out_in"
         Whether dw has shape (D, M), or (M, D) as in PyTorch.
+    alpha : float
+        What the result is multiplied by, before it is added into `out` or rounded: 1/S of a mean loss, for example.
     out, accumulate, stream
         As in `bias_grad`.
     plan : MatmulPlan, optional
@@ -115,7 +121,7 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
     Notes
     -----
     True float32 (never TF32), float64 for float64; half types are multiplied and summed in float32. Equal inputs give equal
-    bits on every run. 2 * S * D * M flops. An empty batch gives zeros. 1/S of a mean loss belongs into dz.
+    bits on every run. 2 * S * D * M flops. An empty batch gives zeros.
     Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5.
 
     Examples
@@ -129,12 +135,68 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
     target = _weight_target("out", out, inputs, weight_layout, accumulate)
     plan = _weight_plan(plan, inputs)
     with launch.session(inputs, stream) as session:
-        _run_weight(session, plan, target, weight_layout)
+        _run_weight(session, plan, target, weight_layout, alpha)
         return session.deliver(target)
 
 
-def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", out: Any = None,
-               accumulate: bool = False, plan: MatmulPlan | None = None, stream: Any = None) -> Any:
+class WeightBiasGrads(NamedTuple):
+    """The gradients of a dense layer's parameters. Also what `out` takes."""
+
+    dw: Any = None
+    db: Any = None
+
+
+def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", keepdims: bool = False,
+                     alpha: float = 1.0, out: WeightBiasGrads | None = None, accumulate: bool = False,
+                     plan: MatmulPlan | None = None, stream: Any = None) -> WeightBiasGrads:
+    """Gradients with respect to weights and bias, with dz read once: db is added up while dw is multiplied.
+
+        dw = x.T @ dz          db = dz.sum(axis=0)
+
+    Parameters
+    ----------
+    x, dz, batch_axis, weight_layout, alpha, accumulate, plan, stream
+        As in `weight_grad`; alpha scales both.
+    keepdims : bool
+        Whether db has shape (1, M) instead of (M,).
+    out : WeightBiasGrads of arrays or None, optional
+        Where to write each of them.
+
+    Returns
+    -------
+    WeightBiasGrads
+        `(dw, db)`.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
+        As in `weight_grad`, before anything is written.
+
+    Notes
+    -----
+    db has the same bits on every run and device, but not those of `bias_grad`, since its order of additions follows the tiles
+    of dw: thread row r of R adds the samples r, r + R, ... of each part, the R sums are added in ascending order, then the
+    parts.
+
+    Examples
+    --------
+    >>> one = numpy.ones((2, 2), dtype="float32")
+    >>> weight_bias_grad(one, one).db
+    array([2., 2.], dtype=float32)
+    """
+    outs = _named("out", out, WeightBiasGrads)
+    inputs = accept(x=x, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
+    weight = _weight_target("out.dw", outs.dw, inputs, weight_layout, accumulate)
+    bias = _bias_target("out.db", outs.db, inputs, keepdims, accumulate)
+    _check_apart([weight, bias])
+    plan = _weight_plan(plan, inputs)
+    with launch.session(inputs, stream) as session:
+        _run_weight_bias(session, plan, weight, bias, weight_layout, alpha)
+        return WeightBiasGrads(session.deliver(weight), session.deliver(bias))
+
+
+def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", alpha: float = 1.0,
+               out: Any = None, accumulate: bool = False, plan: MatmulPlan | None = None, stream: Any = None) -> Any:
     """Gradient of the loss with respect to a dense layer's input.
 
         dx[s, d] = sum over m of dz[s, m] w[d, m]           dx = dz @ w.T
@@ -149,7 +211,7 @@ def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in
         Which axis of dz counts samples: 0, or 1 if dz is handed over transposed.
     weight_layout : "in_out" or "out_in"
         Whether w has shape (D, M), or (M, D) as in PyTorch.
-    out, accumulate, plan, stream
+    alpha, out, accumulate, plan, stream
         As in `weight_grad`.
 
     Returns
@@ -177,12 +239,12 @@ def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in
     target = _input_target("out", out, inputs, accumulate)
     plan = _input_plan(plan, inputs)
     with launch.session(inputs, stream) as session:
-        _run_input(session, plan, target)
+        _run_input(session, plan, target, alpha)
         return session.deliver(target)
 
 
 def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fields, batch_axis: int = 0,
-                weight_layout: str = "in_out", keepdims: bool = False, out: DenseGrads | None = None,
+                weight_layout: str = "in_out", keepdims: bool = False, alpha: float = 1.0, out: DenseGrads | None = None,
                 accumulate: bool = False, plan: DenseGrads | None = None, stream: Any = None) -> DenseGrads:
     """All gradients of a dense layer z = x @ w + b.
 
@@ -198,8 +260,8 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
         Gradient with respect to the layer's output.
     need : names among "dx", "dw", "db"
         Which gradients to compute.
-    batch_axis, weight_layout, keepdims, stream
-        As in `bias_grad` and `weight_grad`.
+    batch_axis, weight_layout, keepdims, alpha, stream
+        As in `bias_grad` and `weight_grad`; alpha scales all three.
     out : DenseGrads of arrays or None, optional
         Where to write each of them, for example `DenseGrads(dw=main_grad)`.
     accumulate : bool
@@ -217,6 +279,11 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
         As in `bias_grad`, before anything is written.
 
+    Notes
+    -----
+    db rides along with dw as in `weight_bias_grad`, with its bits, where the model of the plans says that this is cheaper and
+    no plan for db is given.
+
     Examples
     --------
     >>> one = numpy.ones((2, 2), dtype="float32")
@@ -224,7 +291,7 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     array([2., 2.], dtype=float32)
     """
     needed = _needed(need, x, w)
-    outs, plans = _three("out", out), _three("plan", plan)
+    outs, plans = _named("out", out, DenseGrads), _named("plan", plan, DenseGrads)
     inputs = accept(x=x if "dw" in needed else None, w=w if "dx" in needed else None, dz=dz,
                     batch_axis=batch_axis, weight_layout=weight_layout)
     targets: dict[str, Target] = {}
@@ -239,14 +306,16 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
         targets["db"] = _bias_target("out.db", outs.db, inputs, keepdims, accumulate)
         steps["db"] = _bias_plan(plans.db, inputs)
     _check_apart(list(targets.values()))
+    rides = {"dw", "db"} <= needed and plans.db is None and bias_rides_along(steps["dw"])
     with launch.session(inputs, stream) as session:
         if "dx" in needed:
-            _run_input(session, steps["dx"], targets["dx"])
-        if "dw" in needed:
-            _run_weight(session, steps["dw"], targets["dw"], weight_layout)
-        if "db" in needed:
-            launch.run_batch_sum(session, steps["db"], session.place(inputs.dz), session.result(targets["db"]),
-                                 targets["db"].accumulate)
+            _run_input(session, steps["dx"], targets["dx"], alpha)
+        if rides:
+            _run_weight_bias(session, steps["dw"], targets["dw"], targets["db"], weight_layout, alpha)
+        elif "dw" in needed:
+            _run_weight(session, steps["dw"], targets["dw"], weight_layout, alpha)
+        if "db" in needed and not rides:
+            _run_bias(session, steps["db"], targets["db"], alpha)
         return DenseGrads(**{name: session.deliver(target) for name, target in targets.items()})
 
 
@@ -261,12 +330,15 @@ def _needed(need: Iterable[str], x: Any, w: Any) -> set[str]:
     return needed
 
 
-def _three(name: str, given: Any) -> DenseGrads:
+def _named(name: str, given: Any, kind: type[Named]) -> Named:
+    """The tuple that a user passed as a named one."""
     if given is None:
-        return DenseGrads()
-    if not isinstance(given, tuple) or len(given) != 3:
-        raise TypeError(f"{name} must be a DenseGrads(dx=, dw=, db=) or a tuple of three; got {type(given).__name__}")
-    return DenseGrads(*given)
+        return kind()
+    names = ", ".join(f"{field}=" for field in kind._fields)
+    if not isinstance(given, tuple) or len(given) != len(kind._fields):
+        raise TypeError(f"{name} must be a {kind.__name__}({names}) or a tuple of {len(kind._fields)}; got "
+                        f"{type(given).__name__}")
+    return kind(*given)
 
 
 def _check_apart(targets: list[Target]) -> None:
@@ -300,10 +372,26 @@ def _weight_plan(plan: MatmulPlan | None, inputs: Inputs) -> MatmulPlan:
     return check_plan(plan, MatmulPlan, sizes) or plan_matmul(**sizes)
 
 
-def _run_weight(session: launch.Session, plan: MatmulPlan, target: Target, weight_layout: str) -> None:
+def _run_weight(session: launch.Session, plan: MatmulPlan, target: Target, weight_layout: str, alpha: float,
+                bias: Target | None = None) -> None:
     dw = session.result(target)
     launch.run_matmul(session, plan, session.place(session.inputs.x).T, session.place(session.inputs.dz),
-                      dw if weight_layout == "in_out" else dw.T, target.accumulate)
+                      dw if weight_layout == "in_out" else dw.T, target.accumulate, alpha,
+                      sums=None if bias is None else session.result(bias))
+
+
+def _run_weight_bias(session: launch.Session, plan: MatmulPlan, weight: Target, bias: Target, weight_layout: str,
+                     alpha: float) -> None:
+    if session.inputs.in_features:
+        _run_weight(session, plan, weight, weight_layout, alpha, bias)
+    else:
+        # No weights, hence no tiles that db could ride along with.
+        session.result(weight)
+        _run_bias(session, _bias_plan(None, session.inputs), bias, alpha)
+
+
+def _run_bias(session: launch.Session, plan: BatchSumPlan, target: Target, alpha: float) -> None:
+    launch.run_batch_sum(session, plan, session.place(session.inputs.dz), session.result(target), target.accumulate, alpha)
 
 
 def _input_target(name: str, out: Any, inputs: Inputs, accumulate: bool) -> Target:
@@ -315,6 +403,6 @@ def _input_plan(plan: MatmulPlan | None, inputs: Inputs) -> MatmulPlan:
     return check_plan(plan, MatmulPlan, sizes) or plan_matmul(**sizes)
 
 
-def _run_input(session: launch.Session, plan: MatmulPlan, target: Target) -> None:
+def _run_input(session: launch.Session, plan: MatmulPlan, target: Target, alpha: float) -> None:
     launch.run_matmul(session, plan, session.place(session.inputs.dz), session.place(session.inputs.w).T,
-                      session.result(target), target.accumulate)
+                      session.result(target), target.accumulate, alpha)

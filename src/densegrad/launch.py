@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .operands import Argument, Inputs, Operand, Target
-from .plans import ITEM_BYTES, BatchSumPlan, MatmulPlan, accumulator_of
+from .plans import ITEM_BYTES, MATMUL_TILES, BatchSumPlan, MatmulPlan, accumulator_of, plan_batch_sum
 
 
 @dataclass(frozen=True)
@@ -100,60 +100,78 @@ def _matrix(target: Target) -> Operand:
 
 
 def run_matmul(session: Session, plan: MatmulPlan, left: Operand, right: Operand, result: Operand, accumulate: bool,
-               alpha: float = 1.0) -> None:
-    """result = alpha * left @ right, or that added into result."""
-    from .kernels.matmul_simt import make_matmul
+               alpha: float = 1.0, sums: Operand | None = None) -> None:
+    """result = alpha * left @ right, and sums (1, cols) = alpha * the sum of the rows of right, if wanted on the way.
 
+    With accumulate, both are added into what is there. Sums are only wanted of a result that has elements.
+    """
     if not result.rows or not result.cols or (accumulate and not plan.depth):
         return
+    sums_of = "right" if sums is not None else ""
     if result.row_stride == 1 and result.col_stride != 1:
         plan, left, right, result = plan.T, right.T, left.T, result.T
-    accumulator = accumulator_of(plan.dtype)
-    vector = 16 // np.dtype(accumulator).itemsize
+        sums_of = "left" if sums_of else ""
     split = plan.parts > 1
-    pitch = -(-result.cols // vector) * vector
+    target = _workspace(session, plan.parts, result.rows, plan.pitch, plan.accumulator) if split else result
+    partial_sums = None
+    if sums is not None:
+        partial_sums = _workspace(session, plan.parts, 1, -(-sums.cols // 4) * 4, plan.accumulator)
+    _launch_matmul(session, plan, left, right, target, accumulate and not split, 1.0 if split else alpha, sums_of,
+                   partial_sums)
     if split:
-        workspace = session.device.empty(plan.parts * result.rows * pitch, accumulator)
-        target = Operand("workspace", workspace, session.device.address(workspace), accumulator, result.rows, pitch, pitch, 1)
-    else:
-        target = result
-    epilogue = "float64" if target.dtype == "float64" else accumulator
+        run_add_parts(session, target, plan.parts, result, accumulate, alpha, plan)
+    if sums is not None:
+        run_add_parts(session, partial_sums, plan.parts, sums, accumulate, alpha, plan)
+
+
+def _workspace(session: Session, parts: int, rows: int, pitch: int, dtype: str) -> Operand:
+    """Room for parts that follow one another; the operand is the first of them."""
+    array = session.device.empty((parts, rows, pitch), dtype)
+    return Operand("workspace", array, session.device.address(array), dtype, rows, pitch, pitch, 1)
+
+
+def _launch_matmul(session: Session, plan: MatmulPlan, left: Operand, right: Operand, target: Operand, accumulate: bool,
+                   alpha: float, sums_of: str, sums: Operand | None) -> None:
+    from .kernels.matmul_simt import make_matmul
+
+    vector = 16 // ITEM_BYTES[plan.accumulator]
+    epilogue = "float64" if target.dtype == "float64" else plan.accumulator
     left_side, right_side = _side(left, vector), _side(right.T, vector)
-    kernel = make_matmul(plan.dtype, accumulator, plan.tile_rows, plan.tile_cols, plan.tile_depth, plan.thread_rows,
+    kernel = make_matmul(plan.dtype, plan.accumulator, plan.tile_rows, plan.tile_cols, plan.tile_depth, plan.thread_rows,
                          plan.thread_cols, plan.blocks_per_multiprocessor, left_side.access, left_side.along_depth,
-                         right_side.access, right_side.along_depth,
-                         _offset_bits(plan, left_side, right_side), target.dtype, target.access(vector), epilogue,
-                         accumulate and not split)
+                         right_side.access, right_side.along_depth, _offset_bits(plan, left_side, right_side), target.dtype,
+                         target.access(vector), epilogue, accumulate, sums_of)
     session.launch(kernel, plan.grid, plan.threads, (
         left.address, left_side.stride, right.address, right_side.stride, target.address, target.row_stride,
         target.col_stride, target.rows * target.row_stride, plan.rows, plan.cols, plan.depth, plan.depth_per_part,
-        plan.group_bits, np.dtype(epilogue).type(1.0 if split else alpha)), plan)
-    if split:
-        wider = "float64" if result.dtype == "float64" else accumulator
-        run_add_parts(session, target, plan.parts, result, accumulate, np.dtype(wider).type(alpha), plan)
+        plan.group_bits, np.dtype(epilogue).type(alpha), sums.address if sums else 0, sums.row_stride if sums else 0), plan)
 
 
-def run_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, result: Operand, accumulate: bool) -> None:
-    """result (1, outputs) = the sum of the rows of source (samples, outputs), or that added into result."""
+def run_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, result: Operand, accumulate: bool,
+                  alpha: float = 1.0) -> None:
+    """result (1, outputs) = alpha * the sum of the rows of source (samples, outputs), or that added into result."""
     if not result.cols or (accumulate and not source.rows):
         return
     second = plan.second
     if second is None:
-        _launch_batch_sum(session, plan, source, result, accumulate, partial=False)
+        _launch_batch_sum(session, plan, source, result, accumulate, alpha)
         return
     array = session.device.empty((second.samples, plan.pitch), plan.accumulator)
     workspace = Operand("workspace", array, session.device.address(array), plan.accumulator, second.samples, plan.outputs,
                         plan.pitch, 1)
-    _launch_batch_sum(session, plan, source, workspace, False, partial=True)
-    _launch_batch_sum(session, second, workspace, result, accumulate, partial=False)
+    _launch_batch_sum(session, plan, source, workspace, False, None)
+    _launch_batch_sum(session, second, workspace, result, accumulate, alpha)
 
 
 def _launch_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, target: Operand, accumulate: bool,
-                      partial: bool) -> None:
+                      alpha: float | None) -> None:
+    """alpha is None where only a part's sums are kept."""
     from .kernels.batch_sum import make_sum_contiguous, make_sum_strided
 
+    partial = alpha is None
+    wide = "float64" if target.dtype == "float64" else plan.accumulator
     written = (target.address, target.row_stride * (1 + plan.compensated) if partial else 0, target.col_stride,
-               target.row_stride)
+               target.row_stride, np.dtype(wide).type(1.0 if alpha is None else alpha))
     if plan.layout == "rows":
         kernel = make_sum_strided(plan.dtype, plan.accumulator, target.dtype, plan.threads_x, plan.lanes, plan.vectors,
                                   plan.in_flight, plan.blocks_per_multiprocessor, accumulate, plan.compensated, partial)
@@ -173,12 +191,11 @@ def _launch_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, tar
     session.launch(kernel, grid, plan.threads, arguments + written, plan)
 
 
-def run_add_parts(session: Session, workspace: Operand, parts: int, result: Operand, accumulate: bool, alpha: Any,
+def run_add_parts(session: Session, workspace: Operand, parts: int, result: Operand, accumulate: bool, alpha: float,
                   plan: Any) -> None:
     """result = alpha * the sum of `parts` matrices that follow one another in workspace, or that added into result.
 
-    workspace is the first of them, as wide as result or padded; alpha has the type of result or of the accumulator,
-    whichever is wider.
+    workspace is the first of them, as wide as result or padded.
     """
     from .kernels.batch_sum import make_add_parts
 
@@ -188,7 +205,8 @@ def run_add_parts(session: Session, workspace: Operand, parts: int, result: Oper
     items = result.rows * workspace.row_stride // vector
     session.launch(kernel, (-(-items // threads),), threads, (
         workspace.address, parts, workspace.rows * workspace.row_stride, workspace.row_stride, result.address, result.rows,
-        result.cols, result.row_stride, result.col_stride, alpha), plan)
+        result.cols, result.row_stride, result.col_stride,
+        np.dtype("float64" if result.dtype == "float64" else workspace.dtype).type(alpha)), plan)
 
 
 @dataclass(frozen=True)
@@ -213,3 +231,87 @@ def _side(operand: Operand, vector: int) -> _Side:
     if operand.row_stride == 1:
         return _Side(False, operand.col_stride, operand.T.access(vector))
     return _Side(True, operand.row_stride, operand.access(vector))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as it is launched for some layer, with what the compiler needs to know of it."""
+
+    kernel: Any
+    signature: tuple
+    threads: int
+    min_cc: tuple[int, int]
+    description: str
+
+
+class _Catalogue(Session):
+    """A session without a device, which keeps the kernels that it would have launched. All of its arrays are aligned."""
+
+    def __init__(self) -> None:
+        self.device: Any = self
+        self.variants: dict[str, Variant] = {}
+        self.title = ""
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> None:
+        """No memory."""
+
+    def address(self, array: None) -> int:
+        """Where no memory begins."""
+        return 0
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, plan: Any) -> None:
+        """Keep the kernel under its own name and the title, "-second" for another one of these."""
+        from numba import typeof
+
+        if all(variant.kernel is not kernel for variant in self.variants.values()):
+            name = f"{kernel.__name__}-{self.title}"
+            self.variants[name + "-second" * (name in self.variants)] = Variant(
+                kernel, tuple(typeof(argument) for argument in arguments), block, (7, 5), plan.explain().partition("\n")[0])
+
+    def add_matmul(self, dtype: str, tile: tuple[int, int, int, int, int], along_depth: tuple[bool, bool] = (False, False),
+                   length: int = 1024, result: str = "", accumulate: bool = False, sums: bool = False) -> None:
+        """Keep the kernel for square operands of this length, contiguous along the depth or the other axis."""
+        (left_along, right_along), result = along_depth, result or dtype
+        self.title = "-".join([dtype, "x".join(map(str, tile[:3])), "x".join(map(str, tile[3:])),
+                               "depth" if left_along else "rows", "depth" if right_along else "cols"]
+                              + [f"to-{result}"] * (result != dtype) + ["odd"] * (length % 2)
+                              + ["accumulate"] * accumulate + ["sums"] * sums)
+        left, right, whole = (Operand(name, None, 0, kind, length, length, length, 1)
+                              for name, kind in (("left", dtype), ("right", dtype), ("result", result)))
+        run_matmul(self, MatmulPlan(length, length, length, dtype, *tile), left if left_along else left.T,
+                   right.T if right_along else right, whole, accumulate,
+                   sums=Operand("sums", None, 0, result, 1, length, length, 1) if sums else None)
+
+    def add_batch_sum(self, samples: int, outputs: int, dtype: str, layout: str, result: str = "", accumulate: bool = False,
+                      compensated: bool = False) -> None:
+        """Keep the kernels for a batch of this shape."""
+        result = result or dtype
+        self.title = "-".join([dtype, f"{samples}x{outputs}", layout] + [f"to-{result}"] * (result != dtype)
+                              + ["accumulate"] * accumulate + ["compensated"] * compensated)
+        source = Operand("dz", None, 0, dtype, samples, outputs, *((1, samples) if layout == "features_first" else (outputs, 1)))
+        run_batch_sum(self, plan_batch_sum(samples, outputs, dtype, layout, compensated), source,
+                      Operand("db", None, 0, result, 1, outputs, outputs, 1), accumulate)
+
+
+def kernel_variants() -> dict[str, Variant]:
+    """The kernels for all dtypes, tiles, layouts and options, by name. Needs a compiler, but no device."""
+    catalogue = _Catalogue()
+    medium, large = MATMUL_TILES[3], MATMUL_TILES[1]
+    for dtype in ITEM_BYTES:
+        accumulator = accumulator_of(dtype)
+        for along_depth in ((False, False), (True, True), (True, False), (False, True)):
+            catalogue.add_matmul(dtype, large, along_depth)
+            catalogue.add_matmul(dtype, medium, along_depth, length=1023)
+        catalogue.add_matmul(dtype, medium, sums=True)
+        catalogue.add_matmul(dtype, medium, accumulate=True)
+        if accumulator != dtype:
+            catalogue.add_matmul(dtype, medium, result=accumulator, accumulate=True)
+        for samples, outputs, layout in ((8192, 3072, "rows"), (33, 50257, "rows"), (64, 10, "rows"), (65536, 10, "flat"),
+                                         (64, 10, "flat"), (8192, 3072, "features_first"), (64, 10, "features_first")):
+            catalogue.add_batch_sum(samples, outputs, dtype, layout)
+        for layout in ("rows", "flat", "features_first"):
+            catalogue.add_batch_sum(65536, 10, dtype, layout, result=accumulator, accumulate=True, compensated=True)
+    for tile in MATMUL_TILES:
+        catalogue.add_matmul("float32", tile)
+        catalogue.add_matmul("float32", (tile[1], tile[0], tile[2], tile[4], tile[3]))
+    return catalogue.variants

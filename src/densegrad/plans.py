@@ -5,7 +5,8 @@ A plan never looks at a device, so that the same inputs give the same bits on ev
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import gcd, isqrt
+from functools import lru_cache
+from math import gcd, isqrt, prod
 from typing import Any
 
 from .errors import PlanError
@@ -45,7 +46,26 @@ def check_plan(plan: Any, kind: type, sizes: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class MatmulPlan:
-    """How result (rows, cols) = left (rows, depth) @ right (depth, cols) is computed."""
+    """How result (rows, cols) = left (rows, depth) @ right (depth, cols) is computed on FMA units.
+
+    Parameters
+    ----------
+    rows, cols, depth : int
+        Sizes. For dL/dW: in_features, out_features, samples; for dL/dX: samples, in_features, out_features.
+    dtype : str
+        Of the operands.
+    tile_rows, tile_cols, tile_depth : int
+        What a block multiplies at a time; powers of two.
+    thread_rows, thread_cols : int
+        The results of one thread; powers of two, whole vectors of 16 bytes.
+    parts : int
+        How many pieces the depth is cut into, which are added in ascending order afterwards.
+
+    Raises
+    ------
+    PlanError
+        If no kernel can carry it out.
+    """
 
     rows: int
     cols: int
@@ -57,6 +77,34 @@ class MatmulPlan:
     thread_rows: int
     thread_cols: int
     parts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise PlanError(f"dtype must be one of {', '.join(ITEM_BYTES)}; got {self.dtype!r}")
+        for name in ("tile_rows", "tile_cols", "tile_depth", "thread_rows", "thread_cols"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise PlanError(f"{name} must be a power of two; got {value}")
+        vector = 16 // ITEM_BYTES[self.accumulator]
+        for name, thread, tile in (("rows", self.thread_rows, self.tile_rows), ("cols", self.thread_cols, self.tile_cols)):
+            if not vector <= thread <= tile:
+                raise PlanError(f"thread_{name} must be between {vector} and tile_{name}, {tile}; got {thread}")
+        if self.tile_depth < vector:
+            raise PlanError(f"tile_depth must be at least {vector}; got {self.tile_depth}")
+        if self.threads > 1024:
+            raise PlanError(f"a block has at most 1024 threads; got tiles for {self.threads}")
+        if self.shared_bytes > SHARED_BYTES:
+            raise PlanError(f"two stages of these tiles take {self.shared_bytes} bytes of shared memory; at most "
+                            f"{SHARED_BYTES} fit (make the tiles smaller)")
+        if not 1 <= self.parts <= GRID_Y:
+            raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
+        if self.depth_per_part > 2**30:
+            raise PlanError(f"a part has at most {2**30} depths; got {self.depth_per_part} (take more parts)")
+
+    @property
+    def accumulator(self) -> str:
+        """The type of sums."""
+        return accumulator_of(self.dtype)
 
     @property
     def T(self) -> MatmulPlan:
@@ -71,8 +119,9 @@ class MatmulPlan:
 
     @property
     def blocks_per_multiprocessor(self) -> int:
-        """How many blocks the registers have to leave room for."""
-        return 2 if self.thread_rows * self.thread_cols <= 64 else 1
+        """How many blocks the registers have to leave room for: 512 threads, or 256 with over 64 registers of sums."""
+        sums = self.thread_rows * self.thread_cols * ITEM_BYTES[self.accumulator] // 4
+        return max(min((512 if sums <= 64 else 256) // self.threads, 16), 1)
 
     @property
     def depth_per_part(self) -> int:
@@ -92,14 +141,175 @@ class MatmulPlan:
         return _ceil(self.cols, self.tile_cols) * group, _ceil(_ceil(self.rows, self.tile_rows), group), self.parts
 
     @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: two stages of both tiles."""
+        return 2 * self.tile_depth * (self.tile_rows + self.tile_cols) * ITEM_BYTES[self.accumulator]
+
+    @property
+    def pitch(self) -> int:
+        """The length of a row of the workspace: cols in whole vectors of 16 bytes."""
+        vector = 16 // ITEM_BYTES[self.accumulator]
+        return _ceil(self.cols, vector) * vector
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory for the parts of the result."""
+        return self.parts * self.rows * self.pitch * ITEM_BYTES[self.accumulator] if self.parts > 1 else 0
+
+    @property
     def chain(self) -> int:
         """The longest chain of additions that one result goes through."""
         return min(self.depth_per_part, max(self.depth, 1)) + self.parts - 1
 
+    @property
+    def loaded_bytes(self) -> int:
+        """What the blocks read from global memory, most of it from cache: each operand once per tile of the other axis."""
+        down, across = _ceil(self.rows, self.tile_rows), _ceil(self.cols, self.tile_cols)
+        return (self.rows * across + self.cols * down) * self.depth * ITEM_BYTES[self.dtype]
 
+    @property
+    def cost(self) -> MatmulCost:
+        """What the model says this plan takes."""
+        return _matmul_cost(self)
+
+    def explain(self) -> str:
+        """The plan in words, with its reasons and what the model says."""
+        cost = self.cost
+        tiles = _ceil(self.rows, self.tile_rows) * _ceil(self.cols, self.tile_cols)
+        used = self.rows * self.cols / (tiles * self.tile_rows * self.tile_cols) if self.rows and self.cols else 0.0
+        lines = [
+            f"({self.rows}, {self.depth}) @ ({self.depth}, {self.cols}), {self.dtype}, FMA units, sums in {self.accumulator}",
+            f"tiles of {self.tile_rows} x {self.tile_cols}, {self.tile_depth} deep: {tiles} tiles, {used:.0%} of them results; "
+            f"{self.thread_rows} x {self.thread_cols} results a thread, {self.threads} threads a block",
+        ]
+        if self.parts > 1:
+            lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, since {tiles} tiles alone would "
+                         f"leave multiprocessors idle; {self.workspace_bytes} bytes of workspace, added in ascending order")
+        else:
+            lines.append("the depth is not cut: the tiles alone are enough blocks, or cutting would cost more than it gains")
+        lines.append(f"longest chain of additions {self.chain}: |error| <= {self.chain + 1} u (|left| @ |right|)")
+        lines.append(f"model, not measured: {cost.total:.0f} cycles on {MODEL_MULTIPROCESSORS} multiprocessors, bound by "
+                     f"{cost.bound} (arithmetic {cost.arithmetic:.0f}, memory {cost.memory:.0f}, parts {cost.parts:.0f})")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class MatmulCost:
+    """The model's cycles: of arithmetic and of memory, which overlap, and of adding up the parts, which does not."""
+
+    arithmetic: float
+    memory: float
+    parts: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return max(self.arithmetic, self.memory) + self.parts
+
+    @property
+    def bound(self) -> str:
+        """Which of the two that overlap is longer."""
+        return "arithmetic" if self.arithmetic >= self.memory else "memory"
+
+
+#: A nominal GPU, so that plans are the same on every one: an H100's multiprocessors and bytes per clock cycle.
+MODEL_MULTIPROCESSORS = 132
+MODEL_DRAM_BYTES = 15.0  # per multiprocessor and cycle
+MODEL_L2_BYTES = 40.0
+MODEL_LATENCY = 700.0  # cycles from a load to its data, which the next tile's loads take at the least
+MODEL_BLOCK = 1500.0  # cycles to start a block, fill its first stage and store its results
+MODEL_LAUNCH = 5000.0  # cycles of a second kernel; it has four parts in flight
+
+#: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols), from large to small; their transposes are tried too
+MATMUL_TILES = (
+    (256, 128, 16, 16, 8),
+    (128, 128, 8, 8, 8),
+    (128, 64, 8, 8, 8),
+    (64, 64, 8, 8, 8),
+    (64, 32, 8, 8, 4),
+    (32, 32, 8, 4, 4),
+    (128, 16, 8, 8, 4),
+    (64, 16, 8, 8, 4),
+    (128, 4, 8, 4, 4),
+    (16, 16, 8, 4, 4),
+)
+#: what two stages may take of shared memory that a kernel declares
+SHARED_BYTES = 49152
+
+
+def _matmul_cost(plan: MatmulPlan) -> MatmulCost:
+    """Cycles on the nominal GPU, when nothing else runs there."""
+    item, sum_bytes = ITEM_BYTES[plan.dtype], ITEM_BYTES[plan.accumulator]
+    tiles = _ceil(plan.rows, plan.tile_rows) * _ceil(plan.cols, plan.tile_cols)
+    blocks = tiles * plan.parts
+    warps = _ceil(plan.threads, 32)
+    # Instructions of a warp for one step of tile_depth; a float64 multiply-add takes two issue slots.
+    fragments = (plan.thread_rows + plan.thread_cols) * sum_bytes // 16
+    copies = _ceil((plan.tile_rows + plan.tile_cols) * plan.tile_depth * sum_bytes // 16, plan.threads)
+    step = plan.tile_depth * (plan.thread_rows * plan.thread_cols * sum_bytes // 4 + fragments) + 4 * copies + 16
+    # Blocks that share a multiprocessor share its four schedulers, and hide one another's latency.
+    each = _ceil(blocks, MODEL_MULTIPROCESSORS)
+    registers = plan.thread_rows * plan.thread_cols * sum_bytes // 4 + 64
+    resident = max(min(each, 65536 // (registers * warps * 32), 32), 1)
+    steps = _ceil(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
+    busy = max(step * _ceil(warps * resident, 4), MODEL_LATENCY)
+    arithmetic = _ceil(each, resident) * (steps * busy + MODEL_BLOCK)
+    operands = (plan.rows * plan.depth + plan.depth * plan.cols) * item + plan.rows * plan.cols * item
+    memory = max((operands + 2 * plan.workspace_bytes) / MODEL_DRAM_BYTES,
+                 (plan.loaded_bytes + 2 * plan.workspace_bytes) / MODEL_L2_BYTES) / MODEL_MULTIPROCESSORS
+    adding = MODEL_LAUNCH + plan.parts * MODEL_LATENCY / 4 if plan.parts > 1 else 0.0
+    return MatmulCost(arithmetic, memory, adding)
+
+
+def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[MatmulPlan]:
+    """Every plan that plan_matmul chooses from."""
+    double = dtype == "float64"
+    tiles = dict.fromkeys(tile for r, c, k, i, j in MATMUL_TILES for tile in ((r, c, k, i, j), (c, r, k, j, i)))
+    input_bytes = (rows + cols) * depth * ITEM_BYTES[dtype]
+    plans = []
+    for tile_rows, tile_cols, tile_depth, thread_rows, thread_cols in tiles:
+        if double and thread_rows * thread_cols > 64:
+            continue
+        whole = MatmulPlan(rows, cols, depth, dtype, tile_rows, tile_cols, tile_depth, thread_rows, thread_cols,
+                           _ceil(max(depth, 1), 2**30))
+        plans.append(whole)
+        parts = 2
+        while parts * MIN_TILES_OF_A_PART * tile_depth <= depth and parts <= 4096:
+            plan = replace(whole, parts=parts)
+            if parts > whole.parts and 2 * plan.workspace_bytes <= max(input_bytes // 50, SMALL_WORKSPACE):
+                plans.append(plan)
+            parts += max(parts // 2, 1)
+    return plans
+
+
+def bias_rides_along(plan: MatmulPlan) -> bool:
+    """Whether adding dZ up within dL/dW's blocks is cheaper than reading it once more, by the model.
+
+    The blocks of the first tile row spend about 2 % more instructions on it, and they end up to that much later.
+    """
+    cost = plan.cost
+    extra = 0.02 * cost.arithmetic / _ceil(max(plan.rows, 1), plan.tile_rows)
+    again = plan.depth * plan.cols * ITEM_BYTES[plan.dtype] / (MODEL_DRAM_BYTES * MODEL_MULTIPROCESSORS)
+    return extra < again + MODEL_LAUNCH
+
+
+#: a part is at least this many tile depths long
+MIN_TILES_OF_A_PART = 4
+#: workspace traffic in bytes that always may be spent; beyond it, at most 2 % of the operands
+SMALL_WORKSPACE = 2**23
+
+
+@lru_cache(maxsize=4096)
 def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
-    """The plan for these sizes and this dtype."""
-    return MatmulPlan(rows, cols, depth, dtype, 64, 64, 8, 8, 8, 1)
+    """The plan for these sizes and this dtype: the fewest warps among those within 5 % of the model's best.
+
+    Depends on nothing else, so that it is the same on every device. Fewer warps leave room for what runs beside them.
+    """
+    candidates = matmul_candidates(rows, cols, depth, dtype)
+    costs = {plan: plan.cost.total for plan in candidates}
+    least = min(costs.values())
+    good = [plan for plan, cost in costs.items() if cost <= 1.05 * least]
+    return min(good, key=lambda plan: (prod(plan.grid) * _ceil(plan.threads, 32), costs[plan]))
 
 
 def _ceil(length: int, step: int) -> int:
@@ -144,6 +354,8 @@ class BatchSumPlan:
             raise PlanError(f"plan: threads_x * lanes must be at most 1024; got {self.threads}")
         if self.tile * ITEM_BYTES[self.dtype] % 32 or self.tile < 2 * self.sector:
             raise PlanError(f"plan: a line of {self.tile} elements must be 64 bytes or a greater multiple of 32")
+        if self.layout != "rows" and self.folders * self.period > self.tile:
+            raise PlanError(f"plan: folders times the period {self.period} must not exceed the line of {self.tile} elements")
         if self.parts > 65535:
             raise PlanError(f"plan: at most 65535 parts; got {self.parts}")
         if self.shared_bytes > 49152:
@@ -187,7 +399,7 @@ class BatchSumPlan:
         """How many blocks the registers have to leave room for."""
         lean = self.vectors == 1 and not self.compensated
         resident = 768 + 256 * lean if self.dtype == "float64" else 1024 + 512 * lean
-        return min(16, max(1, resident // self.threads))
+        return min(16, _ceil(resident, 32 * _ceil(self.threads, 32)))
 
     @property
     def tile(self) -> int:
@@ -241,8 +453,17 @@ class BatchSumPlan:
 
     @property
     def line_pitch(self) -> int:
-        """Cells from one lane's line of sums in shared memory to the next, so that lanes which fold together use other banks."""
-        return self.tile + (self.folders * self.period if self.layout != "rows" and self.lanes > 1 else 0)
+        """Cells from one lane's line of sums in shared memory to the next.
+
+        Behind a line of "flat" or "features_first" is room for what shifts move there, and so much more that lanes which
+        fold together meet other banks.
+        """
+        if self.layout == "rows":
+            return self.tile
+        banks, folded = 128 // ITEM_BYTES[self.accumulator], self.folders * self.period
+        if self.lanes == 1:
+            return self.tile + self.sector
+        return self.tile + folded + max(0, _ceil(self.sector - folded, banks)) * banks
 
     @property
     def fold_pitch(self) -> int:
@@ -351,7 +572,7 @@ def _plan_runs(samples: int, outputs: int, dtype: str, compensated: bool) -> Bat
     if not small:
         lines = _cut(lines, _ceil(_blocks(samples * outputs), groups), MOST_BLOCKS // groups)
     return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, _in_flight(lines, compensated),
-                        min(samples, lines * tile), runs_per_block=_ceil(groups, MOST_BLOCKS) * lanes,
+                        min(samples, lines * tile), runs_per_block=_ceil(groups, 32 if small else MOST_BLOCKS) * lanes,
                         folders=_folders(tile), compensated=compensated)
 
 
@@ -373,8 +594,9 @@ def _flat_threads(samples: int, outputs: int, dtype: str) -> int:
     unit *= 1 + unit % 2
     if samples * outputs <= SMALL:
         return 64 // unit * unit
-    fitting = [threads for threads in range(unit, 257, unit) if 8 * threads >= 7 * 32 * _ceil(threads, 32)]
-    return max(fitting, default=0)
+    filled = {threads: threads / (32 * _ceil(threads, 32)) for threads in range(unit, 289, unit)}
+    return max([threads for threads in filled if threads <= 256 and filled[threads] >= 0.9]
+               or [threads for threads in filled if filled[threads] >= 0.875], default=0)
 
 
 def _folders(copies: int) -> int:
