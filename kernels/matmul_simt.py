@@ -40,6 +40,7 @@ from . import primitives
 from .primitives.layout import tile_copy, tile_share
 
 ENDLESS = 2**31 - 1
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @cache
@@ -61,7 +62,7 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
     row_spacing, col_spacing = tile_rows * vector // thread_rows, tile_cols * vector // thread_cols
     col_groups = thread_cols // vector
     stores = vector // result_access
-    item_bytes = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[dtype]
+    item_bytes = ITEM_BYTES[dtype]
     sums_count, left_stage, right_stage = thread_rows * thread_cols, tile_depth * tile_rows, tile_depth * tile_cols
 
     left_copy = tile_copy(dtype, accumulator, tile_rows, tile_depth, left_access, left_along_depth, threads, thread_rows,
@@ -77,6 +78,11 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
     load_whole_left, load_whole_right = primitives.load_whole_tile(left_copy), primitives.load_whole_tile(right_copy)
     multiply = primitives.multiply_tile(accumulator, tile_depth, left_copy.layout, right_copy.layout)
     zeros = primitives.zeros(accumulator, sums_count)
+    staged = result_access == 1 and lanes_down <= 2 * tile_depth
+    liners, sector, result_bytes = min(32, threads), 32 // ITEM_BYTES[result_dtype], ITEM_BYTES[result_dtype]
+    first_vector = primitives.head(accumulator, sums_count, vector)
+    turn_vector = primitives.rotate(accumulator, sums_count, vector)
+    stage_vector, load_staged = primitives.store_shared(accumulator, vector), primitives.load_shared(accumulator, 1)
     first = primitives.head(accumulator, sums_count, result_access)
     turn = primitives.rotate(accumulator, sums_count, result_access)
     convert = primitives.convert(accumulator, epilogue, result_access)
@@ -91,7 +97,6 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
     add_tile, no_sums = primitives.add_tile(share), primitives.zeros(accumulator, share.groups * vector)
     first_sums = primitives.head(accumulator, share.groups * vector, vector)
     turn_sums = primitives.rotate(accumulator, share.groups * vector, vector)
-    store_sums, load_sum = primitives.store_shared(accumulator, vector), primitives.load_shared(accumulator, 1)
     add_sum, no_sum = primitives.add(accumulator, 1), primitives.zeros(accumulator, 1)
     store_sum = primitives.store_vector(accumulator, 1, accumulator)
     sums_outer = summed.outer_size
@@ -152,7 +157,9 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
             store_right(right_tiles, right_now, right_next, thread)
             cuda.syncthreads()
 
-        # 5. The same where the next tiles are cut off by an edge; after the last there is nothing left to load.
+        # 5. The same where tiles are cut off by an edge; warps beyond it rest, and after the last there is nothing to load.
+        works = its_warp // warps_across * warp_down * vector < rows_left
+        works = works and its_warp % warps_across * warp_across * vector < cols_left
         while depth_left > 0:
             depth_left = int32(depth_left - tile_depth)
             left_at += left_step
@@ -162,7 +169,8 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
             if has_sums and sums_here:
                 depth_total = add_tile(left_tiles if of_left else right_tiles,
                                        left_now if of_left else right_now, depth_total, thread)
-            sums = multiply(left_tiles, left_now + down * vector, right_tiles, right_now + across * vector, sums)
+            if works:
+                sums = multiply(left_tiles, left_now + down * vector, right_tiles, right_now + across * vector, sums)
             left_now, right_now = int32(left_stage - left_now), int32(right_stage - right_now)
             store_left(left_tiles, left_now, left_next, thread)
             store_right(right_tiles, right_now, right_next, thread)
@@ -173,7 +181,7 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
             for group in range(share.groups):
                 if thread < share.across * share.depths:
                     place = thread // share.across * sums_outer + (thread % share.across * share.groups + group) * vector
-                    store_sums(left_tiles if of_left else right_tiles, place, first_sums(depth_total))
+                    stage_vector(left_tiles if of_left else right_tiles, place, first_sums(depth_total))
                 depth_total = turn_sums(depth_total)
             cuda.syncthreads()
             begin, end = (row, rows) if of_left else (col, cols)
@@ -181,20 +189,42 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
                 if begin + outer < end:
                     total = no_sum()
                     for place in range(outer, share.depths * sums_outer, sums_outer):
-                        total = add_sum(total, load_sum(left_tiles if of_left else right_tiles, place))
+                        total = add_sum(total, load_staged(left_tiles if of_left else right_tiles, place))
                     store_sum(depth_sums, part * sums_stride + begin + outer, total)
+            cuda.syncthreads()
 
-        # 7. The results at the front of `sums` are stored and turned to its end, a row after the other.
+        # 7. The results at the front of `sums` are stored and turned to its end, a row of each thread after the other.
         for i in range(thread_rows):
-            r = row + i // vector * row_spacing + down * vector + i % vector
-            for j in range(col_groups * stores):
-                c = col + j // stores * col_spacing + across * vector + j % stores * result_access
-                if r < rows and c < cols:
-                    index = part * part_stride + r * row_stride + c * col_stride
-                    value = scale(convert(first(sums)), alpha)
-                    if accumulate:
-                        value = add(value, load_result(result, index))
-                    store_result(result, index, value)
-                sums = turn(sums)
+            first_row = row + i // vector * row_spacing + i % vector
+            if staged:
+                # Where the result takes no vectors, its rows pass through shared memory, so that neighbouring threads
+                # write neighbouring elements, from whole sectors on.
+                for j in range(col_groups):
+                    place = down * tile_cols + across * vector + j * col_spacing
+                    stage_vector(right_tiles, place, first_vector(sums))
+                    sums = turn_vector(sums)
+                cuda.syncthreads()
+                for line in range(thread // liners, lanes_down, threads // liners):
+                    index = (first_row + line * vector) * row_stride + col * col_stride
+                    shift = (int(result) // result_bytes + index) % sector
+                    for start_c in range(-shift, cols_left, liners):
+                        c = start_c + thread % liners
+                        if 0 <= c < cols_left and first_row + line * vector < rows:
+                            value = scale(convert(load_staged(right_tiles, line * tile_cols + c)), alpha)
+                            if accumulate:
+                                value = add(value, load_result(result, index + c * col_stride))
+                            store_result(result, index + c * col_stride, value)
+                cuda.syncthreads()
+            else:
+                r = first_row + down * vector
+                for j in range(col_groups * stores):
+                    c = col + j // stores * col_spacing + across * vector + j % stores * result_access
+                    if r < rows and c < cols:
+                        index = part * part_stride + r * row_stride + c * col_stride
+                        value = scale(convert(first(sums)), alpha)
+                        if accumulate:
+                            value = add(value, load_result(result, index))
+                        store_result(result, index, value)
+                    sums = turn(sums)
 
     return matmul_simt

@@ -108,7 +108,7 @@ def run_matmul(session: Session, plan: MatmulPlan, left: Operand, right: Operand
     if not result.rows or not result.cols or (accumulate and not plan.depth):
         return
     sums_of = "right" if sums is not None else ""
-    if result.row_stride == 1 and result.col_stride != 1:
+    if result.row_stride == 1 and (result.col_stride != 1 or result.cols == 1):
         plan, left, right, result = plan.T, right.T, left.T, result.T
         sums_of = "left" if sums_of else ""
     split = plan.parts > 1

@@ -1,0 +1,4 @@
+"""``python -m densegrad``."""
+from .cli import main
+
+main()

@@ -1,0 +1,160 @@
+"""The self-test behind `densegrad check`: every function and orientation against float64, within derived bounds."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+
+from . import reference
+from .device import dtype_of
+from .launch import recorded
+from .plans import accumulator_of
+
+#: unit roundoff, and the error of rounding the smallest results
+ROUNDOFF = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8, "float32": 2.0 ** -24, "float64": 2.0 ** -53}
+UNDERFLOW = {"float16": 2.0 ** -25, "bfloat16": 2.0 ** -134, "float32": 2.0 ** -150, "float64": 2.0 ** -1075}
+
+#: (samples, in_features, out_features): less than a tile, in every dtype
+SMALL = (19, 5, 10)
+#: one of everything, and across tiles; on a GPU also many blocks and parts
+OTHERS = {
+    "simulator": ((1, 1, 1), (66, 65, 10)),
+    "gpu": ((1, 1, 1), (70, 65, 66), (4099, 257, 130), (20000, 64, 10)),
+}
+
+_ORIENTATIONS = (
+    ("bias_grad", 0, "in_out"), ("bias_grad", 1, "in_out"),
+    *((function, axis, layout) for function in ("weight_grad", "input_grad", "dense_grads")
+      for axis in (0, 1) for layout in ("in_out", "out_in")),
+)
+
+_ARGUMENTS = {"bias_grad": ("dz",), "weight_grad": ("x", "dz"), "input_grad": ("dz", "w")}
+#: in the order of densegrad.DenseGrads
+_GRADIENTS = {"dense_grads": ("input_grad", "weight_grad", "bias_grad")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One function on one size, dtype and orientation."""
+
+    function: str
+    samples: int
+    in_features: int
+    out_features: int
+    dtype: str
+    batch_axis: int
+    weight_layout: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out: the worst error as a share of its bound, where, and whether two runs gave the same bits."""
+
+    case: Case
+    error: float
+    bound: float
+    share: float
+    repeats: bool
+    fault: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the result is right and repeatable."""
+        return not self.fault and self.share <= 1 and self.repeats
+
+
+def cases(kind: str, quick: bool = False) -> list[Case]:
+    """The cases for a device of this kind ("gpu" or "simulator").
+
+    A small size comes in every dtype, or in one for each orientation if quick; the others only then, and in one.
+    """
+    dtypes = cycle(ROUNDOFF)
+    small = [Case(function, *SMALL, dtype, axis, layout) for function, axis, layout in _ORIENTATIONS
+             for dtype in ((next(dtypes),) if quick else ROUNDOFF)]
+    others = () if quick else OTHERS[kind]
+    return small + [Case(function, *size, next(dtypes), axis, layout) for size in others
+                    for function, axis, layout in _ORIENTATIONS]
+
+
+def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int, dtype: str) -> np.ndarray:
+    """What the error of a sum of products may be, entry by entry.
+
+    Parameters
+    ----------
+    magnitude : ndarray
+        The sum of the products' magnitudes, |x|ᵀ|dz|.
+    exact : ndarray
+        The result in float64.
+    chain, terms : int
+        The longest chain of additions in the plan, and the number of products in the float64 sum.
+    dtype : str
+        Of inputs and result.
+
+    Returns
+    -------
+    ndarray
+        Rounding of the additions, (chain + 1) u |x|ᵀ|dz|, and of the result, and that of the float64 reference itself.
+    """
+    sums = (chain + 1) * ROUNDOFF[accumulator_of(dtype)] * magnitude
+    return (sums + ROUNDOFF[dtype] * (np.abs(exact) + sums) + UNDERFLOW[dtype]
+            + (terms + 1) * ROUNDOFF["float64"] * magnitude)
+
+
+def compare(result: Any, exact: np.ndarray, bound: np.ndarray) -> tuple[float, float, float]:
+    """Error, bound and share of the entry whose error is the largest share of its bound. NaN is infinitely wrong."""
+    error = np.abs(np.asarray(result, np.float64) - exact)
+    error = np.where(np.isnan(error), np.inf, error)
+    share = np.divide(error, bound, out=np.where(error > 0, np.inf, 0.0), where=bound > 0)
+    worst = np.unravel_index(np.argmax(share), share.shape)
+    return float(error[worst]), float(bound[worst]), float(share[worst])
+
+
+def run(case: Case) -> Outcome:
+    """Run one case twice, into outputs full of NaN."""
+    try:
+        return _run(case)
+    except Exception as error:  # a case that raises is a row that failed; the rows after it still count
+        return Outcome(case, np.inf, 0.0, np.inf, False, f"{type(error).__name__}: {error}")
+
+
+def _run(case: Case) -> Outcome:
+    import densegrad
+
+    arrays, options = _problem(case)
+    names = _GRADIENTS.get(case.function, (case.function,))
+    exact, magnitude, bounds = {}, {}, []
+    for name in names:
+        given = [arrays[argument] for argument in _ARGUMENTS[name]]
+        accepted = {"batch_axis": case.batch_axis} if name == "bias_grad" else options
+        exact[name] = getattr(reference, name)(*given, **accepted)
+        magnitude[name] = getattr(reference, name)(*map(np.abs, given), **accepted)
+    results = []
+    with recorded() as launches:
+        for _ in range(2):
+            outs = [np.full(exact[name].shape, np.nan, dtype_of(case.dtype)) for name in names]
+            if case.function == "dense_grads":
+                out = densegrad.DenseGrads(*outs)
+                densegrad.dense_grads(arrays["x"], arrays["w"], arrays["dz"], out=out, **options)
+            else:
+                getattr(densegrad, case.function)(*given, out=outs[0], **accepted)
+            results.append(outs)
+    chain = max(launch.plan.chain for launch in launches)
+    for name in names:
+        terms = case.out_features if name == "input_grad" else case.samples
+        bounds.append(error_bound(magnitude[name], exact[name], chain, terms, case.dtype))
+    worst = max((compare(*three) for three in zip(results[0], exact.values(), bounds, strict=True)),
+                key=lambda compared: compared[2])
+    repeats = all(first.tobytes() == second.tobytes() for first, second in zip(*results, strict=True))
+    return Outcome(case, *worst, repeats)
+
+
+def _problem(case: Case) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Normal data in the case's orientation, and the options that say it."""
+    draw = np.random.default_rng([case.samples, case.in_features, case.out_features, case.batch_axis])
+    s, d, m = case.samples, case.in_features, case.out_features
+    x, w, dz = (draw.standard_normal(shape).astype(dtype_of(case.dtype)) for shape in ((s, d), (d, m), (s, m)))
+    return ({"x": x, "w": w if case.weight_layout == "in_out" else np.ascontiguousarray(w.T),
+             "dz": np.ascontiguousarray(dz.T) if case.batch_axis else dz},
+            {"batch_axis": case.batch_axis, "weight_layout": case.weight_layout})

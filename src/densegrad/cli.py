@@ -1,0 +1,494 @@
+"""The command line: reads options, calls the package, prints. What is computed lives in the modules it calls."""
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib import metadata
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from . import device
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .launch import Launch, Variant
+
+SIMULATOR = "NUMBA_ENABLE_CUDASIM"
+_INSTALL = 'pip install "densegrad[cuda13]"  (cuda12 for drivers of CUDA 12)'
+
+
+class _OneLineErrors(typer.core.TyperGroup):
+    """Commands whose errors are one line on stderr and exit status 1; `--traceback` shows where they came from."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            handled_by_typer = isinstance(error, (typer.Abort, BrokenPipeError)) or hasattr(error, "exit_code")
+            if handled_by_typer or ctx.params.get("traceback"):
+                raise
+            _notes().print(Text.assemble(("error: ", "bold red"), _sentence(error)), soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=_OneLineErrors, rich_markup_mode="markdown", no_args_is_help=True, add_completion=False,
+                  context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+def _sentence(error: Exception) -> str:
+    """An error as one line. Errors that are not meant for users also say their type."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    words = " ".join(str(error).split())
+    meant = isinstance(error, (ValueError, TypeError, RuntimeError, OSError)) and words
+    return words if meant else f"{type(error).__name__}: {words} (densegrad --traceback ... shows where)"
+
+
+def _results() -> Console:
+    """Where results go."""
+    return Console(highlight=False)
+
+
+def _notes() -> Console:
+    """Where progress and remarks go."""
+    return Console(stderr=True, highlight=False)
+
+
+def _progress(*columns: Any) -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns, TimeElapsedColumn(),
+                    console=_notes())
+
+
+def _use_device() -> None:
+    """Use the GPU if there is one, else turn the simulator on for this process; say which."""
+    if _simulator_is_on():
+        why = f"{SIMULATOR} is set"
+    elif device.gpu_missing():
+        os.environ[SIMULATOR] = "1"
+        why = "No GPU (densegrad info says why)"
+    else:
+        _notes().print(f"Running on {device.current().name}.", style="dim")
+        return
+    _notes().print(f"{why}: running in Numba's CUDA simulator, on the CPU.", style="dim", soft_wrap=True)
+
+
+def _simulator_is_on() -> bool:
+    return os.environ.get(SIMULATOR, "0") not in ("", "0")
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when it is complete."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path}: " + ("is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("xb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _results().print(f"densegrad {metadata.version('densegrad')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version.")] = False,
+) -> None:
+    """Gradients of a dense layer Z = X W + b, computed by Numba CUDA kernels.
+
+    On a machine without a GPU the commands run the same kernels in Numba's CUDA simulator.
+    """
+
+
+@app.command()
+def demo(steps: Annotated[int, typer.Option(min=1, help="Steps of training, of 128 images each.")] = 20) -> None:
+    """Check the gradients on real handwritten digits, then train with them.
+
+    The gradients of a softmax layer on 128 of the 1,797 UCI digits are compared with float64 and with finite
+    differences of the loss; then the layer is trained. Forward pass and softmax are NumPy, dX, dW and db come from the
+    kernels.
+
+    Examples:
+
+        densegrad demo
+        densegrad demo --steps 100
+    """
+    _use_device()
+    from . import demo as digits_demo
+    from .launch import recorded
+
+    started, out = time.perf_counter(), _results()
+    digits = digits_demo.load_digits()
+    with _notes().status("Comparing the gradients of 128 images with float64 and finite differences"):
+        comparisons = digits_demo.compare_gradients(digits)
+    out.print(_comparison_table(comparisons))
+    out.print("Worst errors, and their bounds there, which are derived and not tuned. The\n"
+              "differences are central, in float64; their own error is part of the bound.\n", style="dim")
+    figures = (TextColumn("loss {task.fields[loss]:.3f}"), TextColumn("test accuracy {task.fields[accuracy]:.1%}"))
+    with recorded() as launches, _progress(*figures) as progress:
+        task = progress.add_task("Training", total=steps, loss=float("nan"), accuracy=float("nan"))
+        for step in digits_demo.train(digits, steps):
+            progress.update(task, completed=step.number, loss=step.loss, accuracy=step.accuracy)
+    out.print(f"After {steps} steps: loss [bold]{step.loss:.3f}[/bold], [bold]{step.accuracy:.1%}[/bold] of the "
+              f"{len(digits.test_y)} held-out digits read right.\n")
+    _show_digits(out, digits, digits_demo.predict(digits.test_x, step.w, step.b))
+    _show_launches(out, launches)
+    out.print(f"{len(launches)} launches on {device.current().name}; the demonstration took "
+              f"{time.perf_counter() - started:.1f} s.\n\n"
+              "Digits: E. Alpaydin, C. Kaynak, UCI Machine Learning Repository, CC BY 4.0.", style="dim")
+    if not all(comparison.passed for comparison in comparisons):
+        raise typer.Exit(1)
+
+
+def _comparison_table(comparisons: list[Any]) -> Table:
+    table = _table("Gradients of one batch of 128 digits, float32", ("", "shape"),
+                   ("error to float64", "bound", "error to differences", "bound"), ("",))
+    for c in comparisons:
+        table.add_row(c.name, str(c.shape), f"{c.error:.1e}", f"{c.bound:.1e}", f"{c.difference_error:.1e}",
+                      f"{c.difference_bound:.1e}", _verdict(c.passed))
+    return table
+
+
+def _table(title: str | None, left: tuple[str, ...], right: tuple[str, ...], last: tuple[str, ...] = ()) -> Table:
+    """A table whose columns are words, then numbers, then words."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in left:
+        table.add_column(heading)
+    for heading in right:
+        table.add_column(heading, justify="right")
+    for heading in last:
+        table.add_column(heading)
+    return table
+
+
+def _verdict(passed: bool) -> str:
+    return "[green]pass[/green]" if passed else "[bold red]FAIL[/bold red]"
+
+
+def _show_digits(out: Console, digits: Any, predictions: np.ndarray) -> None:
+    from .demo import sketch
+
+    shown = range(8)
+    for line in zip(*(sketch(digits.test_x[i]) for i in shown), strict=True):
+        out.print("  ".join(line), markup=False)
+    marks = []
+    for i in shown:
+        right = predictions[i] == digits.test_y[i]
+        marks.append((f"{f'{predictions[i]}' if right else f'{predictions[i]} not {digits.test_y[i]}':^8}  ",
+                      "green" if right else "bold red"))
+    out.print(Text.assemble(*marks), end="\n\n")
+
+
+def _show_launches(out: Console, launches: list[Launch]) -> None:
+    out.print("What ran in training", style="bold")
+    counted = Counter((one.kernel, one.grid, one.block, one.plan.explain().partition("\n")[0]) for one in launches)
+    for (kernel, grid, block, plan), times in counted.items():
+        blocks = " x ".join(map(str, grid))
+        out.print(f"{times:4d} x {kernel}, grid {blocks}, block {block}\n       {plan}", soft_wrap=True)
+
+
+@app.command()
+def grads(
+    x: Annotated[Path, typer.Option("--x", metavar="X.npy", help="The layer's input, (samples, in_features).")],
+    dz: Annotated[Path, typer.Option("--dz", metavar="DZ.npy", help="dL/dZ, (samples, outputs), or transposed.")],
+    out: Annotated[Path, typer.Option("--out", metavar="GRADS.npz", help="Where to write dw, db (and dx).")],
+    w: Annotated[Path | None, typer.Option("--w", metavar="W.npy", help="The weights, for dx too.")] = None,
+    batch_axis: Annotated[int, typer.Option(min=0, max=1, help="Which axis of dz counts samples.")] = 0,
+    weight_layout: Annotated[str, typer.Option(help='"in_out" or "out_in" (PyTorch), for w and dw.')] = "in_out",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Compute the gradients of your own arrays.
+
+    The arrays are NumPy files of one floating dtype; the result is a NumPy archive with dw, db and, if the weights are
+    given, dx. It is written whole or not at all.
+
+    Examples:
+
+        densegrad grads --x x.npy --dz dz.npy --out grads.npz
+        densegrad grads --x x.npy --w w.npy --dz dz_t.npy --batch-axis 1 --out grads.npz --force
+    """
+    import numpy as np
+
+    if out.exists() and not force:
+        raise ValueError(f"--out {out} exists (--force overwrites it)")
+    arrays = [None if path is None else _load(name, path) for name, path in (("x", x), ("w", w), ("dz", dz))]
+    _use_device()
+    from . import dense_grads
+
+    need = ("dw", "db") if w is None else ("dx", "dw", "db")
+    with _notes().status("Computing the gradients"):
+        result = dense_grads(*arrays, need=need, batch_axis=batch_axis, weight_layout=weight_layout)
+    computed = {name: getattr(result, name) for name in need}
+    with _whole_file(out) as file:
+        np.savez(file, **computed)
+    table = _table(str(out), ("", "shape", "dtype"), ("largest magnitude",))
+    for name, array in computed.items():
+        table.add_row(name, str(array.shape), str(array.dtype), f"{np.abs(array).max(initial=0):.6g}")
+    _results().print(table)
+
+
+def _load(name: str, path: Path) -> np.ndarray:
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"--{name} {path}: not a NumPy array file ({' '.join(str(error).split())})") from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError(f"--{name} {path}: an archive of several arrays; save the one that is meant with numpy.save")
+    return array
+
+
+@app.command()
+def explain(
+    samples: Annotated[int, typer.Option(min=1, max=8, help="S, the batch size.")] = 2,
+    features: Annotated[int, typer.Option(min=1, max=8, help="D, the inputs of the layer.")] = 4,
+    outputs: Annotated[int, typer.Option(min=1, max=8, help="M, the outputs of the layer.")] = 3,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the picture instead of printing text.")] = None,
+) -> None:
+    """Show which axis is summed for dL/db, and why.
+
+    A layer with small integer entries, worked through: the bias gradient as a matrix product, as a sum over axis 0, and
+    as a sum over axis 1 of the transposed upstream gradient; the weight gradient likewise. The numbers come from the
+    kernels.
+
+    Examples:
+
+        densegrad explain
+        densegrad explain --samples 3 --outputs 2
+        densegrad explain --svg which-axis.svg
+    """
+    _use_device()
+    from . import explain as worked
+
+    with _notes().status("Computing the gradients"):
+        example = worked.work_out(samples, features, outputs)
+    out = _results()
+    if svg is None:
+        for title, body in worked.pages(example):
+            out.rule(Text(title, "bold"), align="left", style="dim")
+            out.print(_axes_coloured(f"\n{body}\n"), soft_wrap=True)
+    else:
+        from .picture import draw
+
+        with _whole_file(svg) as file:
+            file.write(draw(example).encode())
+        out.print(f"Wrote {svg}", soft_wrap=True)
+    if not example.agrees:
+        raise typer.Exit(1)
+
+
+def _axes_coloured(body: str) -> Text:
+    text = Text(body)
+    for words, style in ((r"\bsamples?\b", "yellow"), (r"\bfeatures\b", "magenta"), (r"\boutputs?\b|\bdb\b", "cyan"),
+                         (r"densegrad\.\w+\(.*?\)(\.T)?|np\.sum\(.*?\)", "bold"), (r"All equal.*", "green"),
+                         (r"NOT ALL.*", "bold red")):
+        text.highlight_regex(words, style)
+    return text
+
+
+@app.command()
+def info() -> None:
+    """Show versions, the device, and what is missing with the command that installs it.
+
+    It runs no kernel, and works whatever is missing.
+
+    Examples:
+
+        densegrad info
+    """
+    reason, out = device.gpu_missing(), _results()
+    table = Table.grid(padding=(0, 2))
+    for package in ("densegrad", "numpy", "numba", "numba-cuda", "ml_dtypes"):
+        table.add_row(package, _installed(package) or "[red]missing[/red]")
+    cupy = next((name for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if _installed(name)), "")
+    table.add_row("CuPy", f"{_installed(cupy)} ({cupy})" if cupy else "not installed")
+    table.add_row("Python", sys.version.split()[0])
+    compiler = _missing_libraries()
+    table.add_row("compiler", "NVVM and nvJitLink found" if not compiler else f"not found: {', '.join(compiler)}")
+    runs = "simulator" if reason or _simulator_is_on() else device.current().name
+    table.add_row("runs on", "Numba's CUDA simulator, on the CPU" if runs == "simulator" else runs)
+    out.print(table)
+    for what, cure in _cures(reason, cupy, compiler):
+        out.print(f"\n{what}", style="yellow", markup=False, soft_wrap=True)
+        out.print(f"  {cure}", markup=False, soft_wrap=True)
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package) if package else ""
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _missing_libraries() -> list[str]:
+    """Which of the libraries that compile and link kernels cannot be loaded."""
+    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+
+    missing = []
+    for name in ("nvvm", "nvJitLink"):
+        try:
+            load_nvidia_dynamic_lib(name)
+        except (DynamicLibNotFoundError, RuntimeError):
+            missing.append(name)
+    return missing
+
+
+def _cures(reason: str, cupy: str, compiler: list[str]) -> Iterator[tuple[str, str]]:
+    if not cupy:
+        yield "CuPy is missing, which kernels need to run on a GPU:", _INSTALL
+    elif reason:
+        yield f"No GPU: {reason}", "nvidia-smi shows whether the NVIDIA driver is there; without, the simulator is used"
+    if compiler and cupy:
+        yield "The compiler's libraries are missing, which kernels need to be compiled:", _INSTALL
+
+
+@app.command()
+def check(
+    quick: Annotated[bool, typer.Option("--quick", help="One size, one dtype for each orientation.")] = False,
+) -> None:
+    """Test every function on this device against float64, within derived error bounds.
+
+    Each row is run twice into arrays full of NaN: the error must lie within its bound and both runs must give the same
+    bits. The exit status is 1 if a row fails.
+
+    Examples:
+
+        densegrad check --quick
+        densegrad check
+    """
+    _use_device()
+    from . import checks
+
+    outcomes = []
+    cases = checks.cases(device.current().kind, quick)
+    with _progress() as progress:
+        for case in progress.track(cases, description="Checking"):
+            outcomes.append(checks.run(case))
+    out = _results()
+    out.print(_check_table(outcomes))
+    for outcome in outcomes:
+        if outcome.fault:
+            out.print(f"{outcome.case}: {outcome.fault}", style="red", markup=False)
+    failed = sum(not outcome.passed for outcome in outcomes)
+    out.print(f"{len(outcomes) - failed} of {len(outcomes)} pass on {device.current().name}",
+              style="bold red" if failed else "green")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _check_table(outcomes: list[Any]) -> Table:
+    table = _table(None, ("function", "S, D, M", "dtype", "axis", "weights"), ("worst error", "bound"), ("",))
+    for outcome in outcomes:
+        case = outcome.case
+        restless = outcome.share <= 1 and not outcome.repeats
+        table.add_row(case.function, f"{case.samples}, {case.in_features}, {case.out_features}", case.dtype,
+                      str(case.batch_axis), "" if case.function == "bias_grad" else case.weight_layout,
+                      f"{outcome.error:.1e}", f"{outcome.bound:.1e}",
+                      "[bold red]bits differ[/bold red]" if restless else _verdict(outcome.passed))
+    return table
+
+
+@app.command()
+def ptx(
+    kernel: Annotated[str | None, typer.Argument(help="A kernel from the list.")] = None,
+    cc: Annotated[str, typer.Option(help="Compute capability, such as 8.0, 9.0 or 12.0.")] = "9.0",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write instead of stdout.")] = None,
+) -> None:
+    """List the kernels, or compile one to PTX. Needs no GPU.
+
+    Without a name every kernel is listed, with the types and options it comes in. The PTX is what the compiler makes of
+    the kernel; what a GPU runs is linked and assembled from it.
+
+    Examples:
+
+        densegrad ptx
+        densegrad ptx NAME --cc 8.0 -o kernel.ptx
+    """
+    capability = _capability(cc)
+    if _simulator_is_on():
+        _notes().print(f"{SIMULATOR} is left aside: the simulator compiles nothing.", style="dim")
+        del os.environ[SIMULATOR]
+    missing = _missing_libraries()
+    if missing:
+        raise RuntimeError(f"{' and '.join(missing)} not found, which kernels are compiled with: {_INSTALL}")
+    from .launch import kernel_variants
+
+    variants = kernel_variants()
+    if kernel is None:
+        _show_variants(variants)
+        return
+    if kernel not in variants:
+        close = [name for name in variants if kernel in name] or get_close_matches(kernel, variants)
+        cure = f"did you mean {close[0]}?" if close else "densegrad ptx lists them"
+        raise ValueError(f"no kernel {kernel}: {cure}")
+    with _notes().status(f"Compiling {kernel}"):
+        text = _compiled(variants[kernel], capability)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    with _whole_file(output) as file:
+        file.write(text.encode())
+    _notes().print(f"Wrote {output}", soft_wrap=True)
+
+
+def _capability(cc: str) -> tuple[int, int]:
+    major, _, minor = cc.partition(".")
+    if not (major.isdecimal() and minor.isdecimal() and cc.isascii()):
+        raise ValueError(f"--cc must be a compute capability such as 9.0; got {cc}")
+    return int(major), int(minor)
+
+
+def _show_variants(variants: dict[str, Variant]) -> None:
+    """Every variant below the first line of its kernel's file."""
+    out = _results()
+    for about, group in groupby(variants.items(), lambda named: sys.modules[named[1].kernel.py_func.__module__].__doc__):
+        out.print(f"\n{(about or '').partition(chr(10))[0]}", style="bold", soft_wrap=True)
+        for name, variant in group:
+            out.print(Text.assemble((f"  {name}", "cyan"), f"  {variant.description}"), soft_wrap=True)
+
+
+def _compiled(variant: Variant, capability: tuple[int, int]) -> str:
+    from numba import cuda
+
+    if capability < variant.min_cc:
+        raise ValueError("this kernel needs compute capability {}.{}".format(*variant.min_cc))
+    text, _ = cuda.compile_ptx(variant.kernel.py_func, variant.signature, cc=capability,
+                               launch_bounds=variant.kernel.targetoptions.get("launch_bounds"))
+    target = "sm_{}{}".format(*capability)
+    if f".target {target}" not in text:
+        # Numba takes the next older capability that its compiler knows.
+        raise ValueError(f"the compiler that is installed makes no code for {target}")
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What tests, `densegrad check` and benchmarks share: data, memory layouts with guards, derived bounds and the verdict."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import reference
+from .device import dtype_of
+from .plans import accumulator_of
+
+#: unit roundoff, and the error of rounding the smallest results
+ROUNDOFF = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8, "float32": 2.0 ** -24, "float64": 2.0 ** -53}
+UNDERFLOW = {"float16": 2.0 ** -25, "bfloat16": 2.0 ** -134, "float32": 2.0 ** -150, "float64": 2.0 ** -1075}
+
+#: what memory around an output holds before and after a call: a number that every dtype can represent
+SENTINEL = -99.0
+_MARGIN = 64
+
+
+def normal(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
+    """Normally distributed numbers, the same for every call with this seed."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype_of(dtype))
+
+
+def integers(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
+    """Integers from -3 to 3: their sums of products are exact in every dtype as long as they stay below 256."""
+    return np.random.default_rng(seed).integers(-3, 4, shape).astype(dtype_of(dtype))
+
+
+def _c(cells: Any, rows: int, cols: int) -> Any:
+    return cells[:rows * cols].reshape(rows, cols)
+
+
+def _padded(cells: Any, rows: int, cols: int) -> Any:
+    pitch = cols + 16 - cols % 8
+    return cells[:rows * pitch].reshape(rows, pitch)[:, :cols]
+
+
+#: how a matrix may lie in memory: name -> (one-dimensional memory, rows, cols) -> view
+LAYOUTS: dict[str, Callable[[Any, int, int], Any]] = {
+    "C": _c,
+    "F": lambda cells, rows, cols: _c(cells, cols, rows).T,
+    "padded": _padded,
+    "padded F": lambda cells, rows, cols: _padded(cells, cols, rows).T,
+    "offset": lambda cells, rows, cols: _c(cells[1:], rows, cols),
+    "gaps": lambda cells, rows, cols: _c(cells, rows, cols + 3)[:, 1:cols + 1],
+    "spread": lambda cells, rows, cols: _c(cells, 2 * rows, 3 * cols)[::2, ::3],
+    "upside down": lambda cells, rows, cols: _c(cells, rows, cols)[::-1],
+    "mirrored": lambda cells, rows, cols: _c(cells, rows, cols)[:, ::-1],
+}
+
+
+class Placed:
+    """Values in memory of their own, in one of LAYOUTS, with cells around and between them that nothing may touch.
+
+    Parameters
+    ----------
+    values : ndarray of one or two dimensions
+        What `array` holds.
+    layout : str
+        One of LAYOUTS.
+    module : numpy or cupy
+        Whose array.
+    surround : float
+        What the other cells hold: NaN, which spoils every result it is read into, or a number to be found again.
+    """
+
+    def __init__(self, values: np.ndarray, layout: str = "C", module: ModuleType = np, surround: float = np.nan):
+        self._shape, self._layout = values.shape, layout
+        rows, cols = (1, *values.shape)[-2:]
+        self._host = np.full(2 * _MARGIN + 6 * (rows + 16) * (cols + 16), surround, values.dtype)
+        self._view(self._host)[...] = values
+        self._memory = module.asarray(self._host.copy())
+        self.array = self._view(self._memory)
+
+    def _view(self, memory: Any) -> Any:
+        rows, cols = (1, *self._shape)[-2:]
+        return LAYOUTS[self._layout](memory[_MARGIN:-_MARGIN], rows, cols).reshape(self._shape)
+
+    def read(self) -> np.ndarray:
+        """The values that `array` holds now.
+
+        Raises
+        ------
+        AssertionError
+            If a cell around or between them has changed.
+        """
+        now = host(self._memory)
+        outside = np.ones(now.shape, bool)
+        self._view(outside)[...] = False
+        touched = np.flatnonzero(outside & (bits(now) != bits(self._host)))
+        if touched.size:
+            raise AssertionError(f"{touched.size} cells outside of the {self._shape} output were written, the first "
+                                 f"{touched[0] - _MARGIN} cells from its memory's start: {now[touched[0]]}")
+        return self._view(now)
+
+
+def poisoned(shape: tuple[int, ...], dtype: str, layout: str = "C", module: ModuleType = np) -> Placed:
+    """An output full of NaN, between sentinels."""
+    return Placed(np.full(shape, np.nan, dtype_of(dtype)), layout, module, SENTINEL)
+
+
+def host(array: Any) -> np.ndarray:
+    """The array as NumPy's."""
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def bits(array: Any) -> np.ndarray:
+    """The array's bit patterns, by which results are equal to the last bit, NaN and signs of zeros included."""
+    array = np.ascontiguousarray(host(array))
+    return array.view(f"u{array.itemsize}")
+
+
+def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int, dtype: str,
+                result_dtype: str | None = None) -> np.ndarray:
+    """What the error of a sum of products may be, entry by entry.
+
+    Parameters
+    ----------
+    magnitude : ndarray
+        The sum of the products' magnitudes, |x|ᵀ|dz|.
+    exact : ndarray
+        The result in float64.
+    chain, terms : int
+        The longest chain of additions in the plan, and the number of products in the float64 sum.
+    dtype, result_dtype : str
+        Of the inputs; of the result if it has another one.
+
+    Returns
+    -------
+    ndarray
+        Rounding of the additions, (chain + 1) u |x|ᵀ|dz|, and of the result, and that of the float64 reference itself.
+    """
+    accumulator, result_dtype = accumulator_of(dtype), result_dtype or dtype
+    sums = (chain + 1) * (ROUNDOFF[accumulator] * magnitude + UNDERFLOW[accumulator])
+    return (sums + ROUNDOFF[result_dtype] * (np.abs(exact) + sums) + UNDERFLOW[result_dtype]
+            + (terms + 1) * ROUNDOFF["float64"] * magnitude)
+
+
+def expected(function: str, arrays: tuple[np.ndarray, ...], options: dict[str, Any], chain: int,
+             result_dtype: str | None = None, old: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """What a public function should give, in float64, and how far it may be off.
+
+    Parameters
+    ----------
+    function : str
+        Its name, in `reference` too.
+    arrays, options
+        Its arguments, those that `reference` takes.
+    chain : int
+        The longest chain of additions in the plan.
+    result_dtype : str, optional
+        If not the inputs'.
+    old : ndarray, optional
+        What the result is added to.
+    """
+    meaning, dtype = getattr(reference, function), arrays[0].dtype.name
+    with np.errstate(all="ignore"):
+        exact = meaning(*arrays, **options)
+        magnitude = meaning(*(np.abs(array.astype(np.float64)) for array in arrays), **options)
+        terms = max(max(array.shape, default=0) for array in arrays)
+        if old is not None:
+            exact, magnitude = exact + old.astype(np.float64), magnitude + np.abs(old.astype(np.float64))
+        return exact, error_bound(magnitude, exact, chain + (old is not None), terms, dtype, result_dtype)
+
+
+def check_within(result: Any, exact: np.ndarray, bound: np.ndarray | float) -> None:
+    """Hold a result to the exact one: not finite where that is not and in the same way, elsewhere within the bound.
+
+    Raises
+    ------
+    AssertionError
+        With the first five wrong entries.
+    """
+    result = host(result)
+    if result.shape != exact.shape:
+        raise AssertionError(f"the result has shape {result.shape}, not {exact.shape}")
+    wide, bound = result.astype(np.float64), np.broadcast_to(bound, exact.shape)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(wide - exact)
+        right = np.where(np.isfinite(exact), error <= bound, (wide == exact) | (np.isnan(wide) & np.isnan(exact)))
+    wrong = np.argwhere(~right)
+    if len(wrong):
+        rows = [f"  {tuple(map(int, index))}: got {wide[tuple(index)]!s}, exactly {exact[tuple(index)]!s}, error "
+                f"{error[tuple(index)]:.3g}, bound {bound[tuple(index)]:.3g}" for index in wrong[:5]]
+        raise AssertionError("\n".join([f"{len(wrong)} of {exact.size} entries are wrong:", *rows]))

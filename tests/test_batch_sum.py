@@ -1,0 +1,290 @@
+"""dL/db: every layout, dtype and alignment, held to integers, to a NumPy model of the same order of additions, and to float64."""
+from dataclasses import replace
+from math import fsum, lcm
+
+import numpy as np
+import pytest
+
+import densegrad as dg
+from densegrad import reference
+from densegrad.device import current, dtype_of
+from densegrad.errors import PlanError
+from densegrad.launch import recorded, run_add_parts
+from densegrad.operands import Operand
+from densegrad.plans import ITEM_BYTES, BatchSumPlan, accumulator_of, plan_batch_sum
+from densegrad.testing import Placed, bits, check_within, error_bound, host, integers, normal, poisoned
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+#: a layout of the plan, and how the memory of dz then lies: (name of a memory layout, batch_axis)
+MEMORY = {"rows": (("padded", 0), ("gaps", 0), ("F", 1), ("upside down", 0)), "flat": (("C", 0), ("offset", 0)),
+          "features_first": (("C", 1), ("offset", 1), ("padded", 1), ("F", 0), ("gaps", 1))}
+CASES = [(layout, *memory) for layout, memories in MEMORY.items() for memory in memories]
+
+
+class Sums:
+    """Sums that grow by one addition after another, as a kernel's do."""
+
+    def __init__(self, count, plan):
+        self.total = np.zeros(count, plan.accumulator)
+        self.lost = np.zeros(count, plan.accumulator) if plan.compensated else None
+
+    def add(self, values):
+        """One addition to the first of them."""
+        total, n = self.total[:len(values)], len(values)
+        rounded = total + values
+        if self.lost is not None:
+            larger = np.abs(total) >= np.abs(values)
+            self.lost[:n] += np.where(larger, (total - rounded) + values, (values - rounded) + total)
+        self.total[:n] = rounded
+
+    @property
+    def rows(self):
+        """What is added where these sums are added to others."""
+        return [self.total] if self.lost is None else [self.total, self.lost]
+
+
+def model(plan, dz):
+    """The sum over the first axis of dz in the plan's order, in a few lines of NumPy."""
+    dz, parts = dz.astype(plan.accumulator), []
+    for start in range(0, len(dz), plan.samples_per_part):
+        part = dz[start:start + plan.samples_per_part]
+        parts += (_by_lanes if plan.layout == "rows" else _by_lines)(plan, part).rows
+    return model(plan.second, np.array(parts)) if plan.second else np.sum(parts, axis=0, dtype=plan.accumulator)
+
+
+def _by_lanes(plan, part):
+    result = Sums(plan.outputs, plan)
+    for lane in range(plan.lanes):
+        sums = Sums(plan.outputs, plan)
+        for row in part[lane::plan.lanes]:
+            sums.add(row)
+        for row in sums.rows:
+            result.add(row)
+    return result
+
+
+def _by_lines(plan, part):
+    line, period = plan.threads_x * 16 // ITEM_BYTES[plan.dtype], plan.period
+    columns = []
+    for run in [part.ravel()] if plan.layout == "flat" else part.T:
+        cells, folds, result = Sums(line, plan), Sums(plan.folders * period, plan), Sums(period, plan)
+        for start in range(0, len(run), line):
+            cells.add(run[start:start + line])
+        for start in range(0, line, plan.folders * period):
+            for row in cells.rows:
+                folds.add(row[start:start + plan.folders * period])
+        for start in range(0, plan.folders * period, period):
+            for row in folds.rows:
+                result.add(row[start:start + period])
+        columns.append(result)
+    whole = Sums(plan.outputs, plan)
+    whole.total = np.concatenate([column.total for column in columns])
+    if plan.compensated:
+        whole.lost = np.concatenate([column.lost for column in columns])
+    return whole
+
+
+def small_plan(samples, outputs, dtype, layout, parts=1, compensated=False):
+    """A plan of few threads that has everything in it: lanes, several vectors in flight, an edge, parts."""
+    vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
+    if layout == "rows":
+        return BatchSumPlan(samples, outputs, dtype, layout, threads_x=4, lanes=sector, in_flight=2, vectors=1 + parts % 2,
+                            samples_per_part=-(-samples // parts), compensated=compensated)
+    threads_x = 4 if layout == "features_first" else max(4, lcm(outputs, 2 * vector) // vector)
+    line = threads_x * vector
+    if layout == "flat":
+        lines = -(-samples * outputs // (line * parts))
+        return BatchSumPlan(samples, outputs, dtype, layout, threads_x, 1, 2, lines * line // outputs, folders=2,
+                            compensated=compensated)
+    return BatchSumPlan(samples, outputs, dtype, layout, threads_x, 4, 2, -(-samples // (line * parts)) * line,
+                        runs_per_block=8, folders=4, compensated=compensated)
+
+
+def placed(values, memory, batch_axis, xp):
+    """values (samples, outputs) on the lane's device, in this memory layout, as batch_axis says."""
+    return Placed(values.T if batch_axis else values, memory, xp).array
+
+
+@pytest.mark.parametrize(("layout", "memory", "batch_axis"), CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_integers_are_exact_and_nothing_else_is_touched(layout, memory, batch_axis, dtype, xp):
+    values = integers((37, 9), dtype)
+    out = poisoned((9,), dtype, module=xp)
+    dg.bias_grad(placed(values, memory, batch_axis, xp), batch_axis=batch_axis, out=out.array,
+                 plan=small_plan(37, 9, dtype, layout, parts=2))
+    np.testing.assert_array_equal(out.read().astype(float), reference.bias_grad(values))
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize(("layout", "memory", "batch_axis"), CASES)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_bits_are_those_of_the_plans_order(layout, memory, batch_axis, parts, compensated, xp):
+    values = normal((53, 10), "float32", seed=3) * 10.0 ** np.arange(10, dtype="float32")
+    plan = small_plan(53, 10, "float32", layout, parts, compensated)
+    result = dg.bias_grad(placed(values, memory, batch_axis, xp), batch_axis=batch_axis, plan=plan)
+    np.testing.assert_array_equal(bits(result), bits(model(plan, values)))
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 4, 5, 17, 40])
+@pytest.mark.parametrize("samples", [1, 2, 7, 33])
+@pytest.mark.parametrize("batch_axis", [0, 1])
+def test_planned_sums_are_within_the_bound_and_in_the_plans_order(samples, outputs, batch_axis, xp):
+    values = normal((samples, outputs), "float32", seed=samples)
+    dz = placed(values, "C", batch_axis, xp)
+    with recorded() as launches:
+        result = dg.bias_grad(dz, batch_axis=batch_axis)
+    plan, exact = launches[0].plan, reference.bias_grad(values)
+    bound = error_bound(np.abs(values.astype(float)).sum(axis=0), exact, plan.chain, samples, "float32")
+    check_within(result, exact, bound)
+    np.testing.assert_array_equal(bits(result), bits(model(plan, values)))
+
+
+@pytest.mark.parametrize(("layout", "memory", "batch_axis"), CASES)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_nan_and_infinities_stay_in_their_columns(layout, memory, batch_axis, compensated, xp):
+    values = np.ones((37, 9), "float32")
+    values[0, 0] = values[36, 8] = np.nan
+    values[17, 3], values[30, 4], values[2, 6], values[33, 6] = np.inf, -np.inf, np.inf, -np.inf
+    expected = np.full(9, 37.0)
+    expected[[0, 3, 4, 6, 8]] = np.nan, np.inf, -np.inf, np.nan, np.nan
+    plan = small_plan(37, 9, "float32", layout, 2, compensated)
+    result = dg.bias_grad(placed(values, memory, batch_axis, xp), batch_axis=batch_axis, plan=plan)
+    np.testing.assert_array_equal(host(result), expected)
+
+
+@pytest.mark.parametrize("layout", MEMORY)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_every_element_counts_once(layout, compensated, xp):
+    memory, batch_axis = MEMORY[layout][0]
+    values = np.arange(41 * 7).reshape(41, 7).astype("float64") ** 2 + 1
+    plan = small_plan(41, 7, "float64", layout, 3, compensated)
+    for row, col in [(0, 0), (40, 6), (13, 5), (14, 0), (27, 3), (28, 2)]:
+        marked = values.copy()
+        marked[row, col] = 2.0 ** 40
+        difference = (host(dg.bias_grad(placed(marked, memory, batch_axis, xp), batch_axis=batch_axis, plan=plan))
+                      - reference.bias_grad(values))
+        np.testing.assert_array_equal(np.flatnonzero(difference), [col])
+        assert difference[col] == 2.0 ** 40 - values[row, col]
+
+
+@pytest.mark.parametrize("layout", MEMORY)
+@pytest.mark.parametrize(("dtype", "out_dtype"), [("float16", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"),
+                                                  ("float32", "float64"), ("float32", "float16"), ("float64", "float32")])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_accumulating_rounds_once(layout, dtype, out_dtype, parts, xp):
+    memory, batch_axis = MEMORY[layout][0]
+    values, before = normal((37, 9), dtype, seed=5), normal((9,), out_dtype, seed=6)
+    out = Placed(before, "C", xp, -99.0)
+    plan = small_plan(37, 9, dtype, layout, parts)
+    dg.bias_grad(placed(values, memory, batch_axis, xp), batch_axis=batch_axis, out=out.array, accumulate=True, plan=plan)
+    wide = "float64" if out_dtype == "float64" else plan.accumulator
+    expected = (model(plan, values).astype(wide) + before.astype(wide)).astype(dtype_of(out_dtype))
+    np.testing.assert_array_equal(bits(out.read()), bits(expected))
+
+
+def test_small_bfloat16_steps_do_not_stick(xp):
+    values = np.ones((300, 2), dtype_of("bfloat16"))
+    values[0] = 256
+    out = xp.zeros(2, "float32")
+    dg.bias_grad(placed(values, "C", 0, xp), out=out)
+    np.testing.assert_array_equal(host(out), [555, 555])
+
+
+@pytest.mark.parametrize("layout", MEMORY)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_compensated_sums_are_within_two_units_in_the_last_place(layout, parts, xp):
+    memory, batch_axis = MEMORY[layout][0]
+    values = normal((101, 6), "float32", seed=9) * np.float32(10) ** np.random.default_rng(1).integers(-4, 5, (101, 6))
+    values = values.astype("float32")
+    values[60] = -0.99 * (values.sum(axis=0) - values[60])  # a hundredth is left: plain sums lose two digits
+    plan = small_plan(101, 6, "float32", layout, parts, compensated=True)
+    result = host(dg.bias_grad(placed(values, memory, batch_axis, xp), batch_axis=batch_axis, plan=plan))
+    exact = np.array([fsum(column) for column in values.T.astype(float)])
+    assert (np.abs(result - exact) <= 2 * np.spacing(np.abs(result))).all()
+    plain = model(replace(plan, compensated=False), values)
+    assert (np.abs(plain - exact) > 2 * np.spacing(np.abs(plain))).any()
+
+
+@pytest.mark.parametrize("layout", MEMORY)
+def test_an_empty_batch_gives_zeros_or_leaves_out_alone(layout, xp):
+    dz = xp.empty((3, 0) if layout == "features_first" else (0, 3), "float32")
+    batch_axis = int(layout == "features_first")
+    np.testing.assert_array_equal(host(dg.bias_grad(dz, batch_axis=batch_axis)), np.zeros(3))
+    out = xp.full(3, 7, "float32")
+    dg.bias_grad(dz, batch_axis=batch_axis, out=out, accumulate=True)
+    np.testing.assert_array_equal(host(out), np.full(3, 7))
+
+
+def test_a_broadcast_sample_is_summed_where_it_is(xp):
+    row = xp.arange(9, dtype="float32")
+    np.testing.assert_array_equal(host(dg.bias_grad(xp.broadcast_to(row, (33, 9)))), 33 * np.arange(9))
+    np.testing.assert_array_equal(host(dg.bias_grad(xp.broadcast_to(row[:, None], (9, 33)))), np.full(33, 36))
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), [("float32", "float32"), ("float32", "bfloat16"), ("float64", "float64")])
+@pytest.mark.parametrize(("memory", "cols"), [("C", 6), ("padded", 8), ("gaps", 5), ("F", 6)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_parts_of_a_product_are_added_in_order(dtype, out_dtype, memory, cols, accumulate, xp):
+    where, vector = current(), 16 // ITEM_BYTES[dtype]
+    pitch, parts, rows, alpha = -(-cols // vector) * vector, 6, 3, np.dtype(dtype).type(2.0)
+    values, before = normal((parts, rows, cols), dtype, seed=2), normal((rows, cols), out_dtype, seed=3)
+    padded = np.full((parts, rows, pitch), np.nan, dtype)
+    padded[:, :, :cols] = values
+    array = xp.asarray(padded)
+    workspace = Operand("workspace", array, where.address(array), dtype, rows, cols, pitch, 1)
+    out = Placed(before, memory, xp, -99.0)
+    strides = (stride // ITEM_BYTES[out_dtype] for stride in out.array.strides)
+    result = Operand("out", out.array, where.address(out.array), out_dtype, rows, cols, *strides)
+
+    class Session:
+        device = where
+
+        @staticmethod
+        def launch(kernel, grid, block, arguments, plan):
+            where.launch(kernel, grid, block, arguments, 0)
+
+    run_add_parts(Session(), workspace, parts, result, accumulate, alpha, None)
+    total = np.zeros((rows, cols), dtype)
+    for part in values:
+        total += part
+    total *= alpha
+    if accumulate:
+        total += before.astype(dtype)
+    np.testing.assert_array_equal(bits(out.read()), bits(total.astype(dtype_of(out_dtype))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", MEMORY)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_plans_fill_a_gpu_and_keep_what_they_write_small(dtype, layout, compensated):
+    for samples, outputs in [(8192, 3072), (65536, 1024), (1_000_003, 1), (1_000_003, 17), (1_000_003, 100), (1024, 1024),
+                             (5000, 256), (200, 20_000), (100_000, 12), (4096, 4096)]:
+        plan = plan_batch_sum(samples, outputs, dtype, layout, compensated)
+        blocks = plan.grid[0] * plan.grid[1]
+        assert 264 <= blocks <= 648, (plan, blocks)
+        assert 1 <= (plan.parts - 1) * plan.samples_per_part + 1 <= samples
+        if samples * outputs * ITEM_BYTES[dtype] > 64e6 and not compensated:
+            written = plan.workspace_bytes + outputs * ITEM_BYTES[dtype]
+            assert written <= 0.008 * samples * outputs * ITEM_BYTES[dtype]
+        assert f"{blocks // plan.grid[1]} x {plan.parts} blocks of {plan.threads} threads" in plan.explain()
+
+
+@pytest.mark.parametrize("layout", MEMORY)
+def test_small_sums_take_few_threads(layout):
+    for samples, outputs in [(1, 1), (128, 10), (16, 64), (1797, 9), (256, 64), (2, 8000)]:
+        plan = plan_batch_sum(samples, outputs, "float32", layout)
+        assert plan.threads <= 64
+        assert plan.threads * plan.grid[0] * plan.grid[1] <= max(64, samples * outputs // 4)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"dtype": "int32"}, {"layout": "sideways"}, {"lanes": 0}, {"lanes": 300}, {"threads_x": 3}, {"lanes": 5},
+    {"vectors": 400}, {"samples": 10 ** 6, "samples_per_part": 8}, {"layout": "flat"}, {"layout": "features_first"}])
+def test_a_plan_that_no_kernel_can_carry_out_is_refused(wrong):
+    plan = BatchSumPlan(64, 10, "float32", "rows", threads_x=4, lanes=8, in_flight=2, samples_per_part=16)
+    with pytest.raises(PlanError, match="plan: "):
+        replace(plan, **wrong)
+
+
+def test_sums_of_halves_are_kept_in_float32():
+    assert [accumulator_of(dtype) for dtype in DTYPES] == ["float32", "float32", "float32", "float64"]

@@ -1,0 +1,394 @@
+"""The command line, run in this process on the lane's device, or in its own where start-up is what is tested."""
+import dataclasses
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import densegrad
+from densegrad import checks, cli, demo, device, explain, picture, reference
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("demo", "grads", "explain", "info", "check", "ptx")
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
+
+
+def run_alone(*arguments):
+    """A process that has not been told about the simulator."""
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    return subprocess.run([sys.executable, "-m", "densegrad", *map(str, arguments)], env=environment, check=False,
+                          capture_output=True, text=True, encoding="utf-8", timeout=120)
+
+
+def assert_one_line_error(result, *words):
+    assert result.exit_code == 1
+    remarks = ("Running on", "NUMBA_ENABLE_CUDASIM is set")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(remarks)]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    examples = result.output.split("Examples:")[1]
+    assert f"densegrad {command}" in examples
+
+
+def test_help_lists_every_command():
+    result = run("--help")
+    for command in COMMANDS:
+        assert f" {command} " in result.output
+
+
+# grads
+
+
+@pytest.fixture
+def layer(tmp_path):
+    draw = np.random.default_rng(3)
+    arrays = {name: draw.integers(-4, 5, shape).astype(np.float32) for name, shape in
+              (("x", (6, 3)), ("w", (3, 5)), ("dz", (6, 5)))}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    return arrays
+
+
+def test_grads_of_integers_are_exact(layer, tmp_path):
+    result = run("grads", "--x", tmp_path / "x.npy", "--w", tmp_path / "w.npy", "--dz", tmp_path / "dz.npy",
+                 "--out", tmp_path / "out.npz")
+    assert result.exit_code == 0, result.output
+    with np.load(tmp_path / "out.npz") as out:
+        assert sorted(out) == ["db", "dw", "dx"]
+        np.testing.assert_array_equal(out["db"], reference.bias_grad(layer["dz"]))
+        np.testing.assert_array_equal(out["dw"], reference.weight_grad(layer["x"], layer["dz"]))
+        np.testing.assert_array_equal(out["dx"], reference.input_grad(layer["dz"], layer["w"]))
+        assert out["dw"].dtype == np.float32
+
+
+def test_grads_of_a_transposed_upstream_without_weights(layer, tmp_path):
+    np.save(tmp_path / "dz_t.npy", layer["dz"].T)
+    result = run("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz_t.npy", "--batch-axis", 1,
+                 "--weight-layout", "out_in", "--out", tmp_path / "out.npz")
+    assert result.exit_code == 0, result.output
+    with np.load(tmp_path / "out.npz") as out:
+        assert sorted(out) == ["db", "dw"]
+        np.testing.assert_array_equal(out["db"], reference.bias_grad(layer["dz"]))
+        np.testing.assert_array_equal(out["dw"], reference.weight_grad(layer["x"], layer["dz"]).T)
+
+
+def test_grads_overwrites_only_by_force(layer, tmp_path):
+    out = tmp_path / "out.npz"
+    out.write_bytes(b"precious")
+    command = ("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz.npy", "--out", out)
+    assert_one_line_error(run(*command), "exists", "--force")
+    assert out.read_bytes() == b"precious"
+    assert run(*command, "--force").exit_code == 0
+    with np.load(out) as written:
+        assert sorted(written) == ["db", "dw"]
+
+
+def test_grads_that_fails_half_way_leaves_nothing(layer, tmp_path, monkeypatch):
+    def full_disk(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    out = tmp_path / "out.npz"
+    out.write_bytes(b"precious")
+    before = sorted(tmp_path.iterdir())
+    result = run("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz.npy", "--out", out, "--force")
+    assert_one_line_error(result, "No space left")
+    assert out.read_bytes() == b"precious"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_grads_says_what_is_wrong_with_the_arrays(layer, tmp_path):
+    np.save(tmp_path / "dz_t.npy", layer["dz"].T)
+    result = run("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz_t.npy", "--out", tmp_path / "out.npz")
+    assert_one_line_error(result, "did you mean batch_axis=1?")
+    assert not (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (None, "No such file"),
+    (b"", "not a NumPy array file"),
+    (b"neither text nor array", "not a NumPy array file"),
+    ("objects", "not a NumPy array file"),
+    ("archive", "archive of several arrays"),
+    ("integers", "dz must be float16"),
+])
+def test_grads_refuses_bad_files(layer, tmp_path, content, words):
+    bad = tmp_path / "bad.npy"
+    if isinstance(content, bytes):
+        bad.write_bytes(content)
+    elif content == "objects":
+        np.save(bad, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    elif content == "archive":
+        with bad.open("wb") as file:
+            np.savez(file, a=layer["x"])
+    elif content == "integers":
+        np.save(bad, np.ones((6, 5), np.int64))
+    result = run("grads", "--x", tmp_path / "x.npy", "--dz", bad, "--out", tmp_path / "out.npz")
+    assert_one_line_error(result, words)
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_grads_needs_the_folder_to_exist(layer, tmp_path):
+    result = run("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz.npy", "--out", tmp_path / "no" / "out.npz")
+    assert_one_line_error(result, "no folder")
+
+
+# explain
+
+
+@pytest.fixture(scope="module")
+def example():
+    return explain.work_out()
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 3), (1, 1, 1), (3, 2, 3), (8, 8, 8)])
+def test_the_example_is_right(sizes):
+    worked = explain.work_out(*sizes)
+    samples, features, outputs = sizes
+    assert worked.dz.shape == worked.z.shape == (samples, outputs)
+    for m in range(outputs):
+        assert worked.db[m] == sum(int(worked.dz[s, m]) for s in range(samples))
+        for d in range(features):
+            assert worked.dw[d, m] == sum(int(worked.x[s, d]) * int(worked.dz[s, m]) for s in range(samples))
+    assert worked.agrees
+    ElementTree.fromstring(picture.draw(worked))
+
+
+def test_the_example_tells_when_one_way_disagrees(example):
+    *ways, last = example.bias_ways["the kernels"]
+    wrong = dataclasses.replace(last, value=last.value + np.float32([0, 0, 1]))
+    broken = dataclasses.replace(example, bias_ways={**example.bias_ways, "the kernels": (*ways, wrong)})
+    assert not broken.agrees
+    assert "NOT ALL EQUAL" in dict(explain.pages(broken))["dL/db: add up the samples"]
+
+
+def test_explain_answers_the_question(example):
+    result = run("explain")
+    assert result.exit_code == 0, result.output
+    for words in ("dZᵀ·1", "np.sum(dz, axis=0, keepdims=True)", "np.sum(dz_t, axis=1)",
+                  "densegrad.bias_grad(dz_t, batch_axis=1)", '"Sum the rows" is "sum over axis 0"',
+                  "whose length is the batch size", "dL/dW = Xᵀ dZ", "All equal"):
+        assert words in result.output
+    numbers = " ".join(f"{int(value):2d}" for value in example.db)
+    assert result.output.count(numbers) >= 8
+    assert max(len(line) for _, body in explain.pages(example) for line in body.splitlines()) <= 81
+
+
+def test_explain_warns_where_the_shape_cannot_tell():
+    assert "the shape cannot tell" in run("explain", "--samples", 3, "--outputs", 3).output
+
+
+def test_the_picture_in_the_readme_is_the_one_drawn(tmp_path):
+    result = run("explain", "--svg", tmp_path / "explain.svg")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "explain.svg").read_bytes() == (ROOT / ".github" / "explain.svg").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["explain.svg"]
+
+
+def test_the_picture_shows_both_orientations_with_the_same_answer(example):
+    root = ElementTree.fromstring(picture.draw(example))
+    texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    for words in ("samples · axis 1", "outputs · axis 1", "dz.shape is (2, 3)", "dz_t.shape is (3, 2)",
+                  "densegrad.bias_grad(dz)", "densegrad.bias_grad(dz_t, batch_axis=1)", "the same"):
+        assert words in texts
+    minus = "\N{MINUS SIGN}"
+    bold = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")
+            if element.get("font-weight") == "700" and (element.text or "").lstrip(minus).isdecimal()]
+    db = [f"{int(value)}".replace("-", minus) for value in example.db]
+    assert bold[:6] == db + db
+
+
+# demo
+
+
+def test_the_digits_are_whole():
+    digits = demo.load_digits()
+    labels = np.concatenate([digits.train_y, digits.test_y])
+    pixels = np.concatenate([digits.train_x, digits.test_x])
+    assert pixels.shape == (1797, 64)
+    assert (pixels.min(), pixels.max()) == (0, 1)
+    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert pixels.astype(np.float64).sum() * 16 == 561718
+
+
+def test_demo():
+    result = run("demo", "--steps", 2)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("pass") == 3
+    for words in ("dW", "db", "dX", "After 2 steps", "held-out digits", "What ran", device.current().name, "CC BY 4.0"):
+        assert words in result.output
+
+
+def test_demo_fails_if_a_gradient_is_wrong(monkeypatch):
+    right = densegrad.bias_grad
+    monkeypatch.setattr(densegrad, "bias_grad", lambda dz, **options: right(dz, **options) + np.float32(1e-3))
+    dw, db, dx = demo.compare_gradients(demo.load_digits())
+    assert dw.passed
+    assert dx.passed
+    assert db.share > 1
+    assert db.difference_share > 1
+    assert not db.passed
+
+
+def test_training_learns():
+    *_, last = demo.train(demo.load_digits(), 5)
+    assert last.number == 5
+    assert last.loss < np.log(10)
+    assert last.accuracy > 0.5
+
+
+# check
+
+
+def test_check_passes_here(monkeypatch):
+    some = checks.cases(device.current().kind, quick=True)[::3]
+    monkeypatch.setattr(checks, "cases", lambda kind, quick: some)
+    result = run("check", "--quick")
+    assert result.exit_code == 0, result.output
+    assert f"{len(some)} of {len(some)} pass" in result.output
+
+
+def test_check_covers_every_orientation_and_dtype():
+    for kind in ("simulator", "gpu"):
+        cases = checks.cases(kind)
+        assert len(set(cases)) == len(cases)
+        for function in ("weight_grad", "input_grad", "dense_grads"):
+            covered = {(c.dtype, c.batch_axis, c.weight_layout) for c in cases if c.function == function}
+            assert len(covered) == 4 * 2 * 2
+        assert {(c.dtype, c.batch_axis) for c in cases if c.function == "bias_grad"} == {
+            (dtype, axis) for dtype in checks.ROUNDOFF for axis in (0, 1)}
+
+
+CASE = checks.Case("bias_grad", 5, 1, 3, "float32", 0, "in_out")
+
+
+def test_check_notices_a_wrong_sum(monkeypatch):
+    right = densegrad.bias_grad
+
+    def without_the_last(dz, *, out, **options):
+        return right(dz[:-1], out=out, **options)
+
+    monkeypatch.setattr(densegrad, "bias_grad", without_the_last)
+    monkeypatch.setattr(checks, "cases", lambda kind, quick: [CASE])
+    assert checks.run(CASE).share > 1
+    result = run("check")
+    assert result.exit_code == 1
+    assert "FAIL" in result.output
+
+
+def test_check_notices_an_entry_that_is_not_written(monkeypatch):
+    right = densegrad.bias_grad
+
+    def forgetful(dz, *, out, **options):
+        out[:-1] = right(dz, **options)[:-1]
+        return out
+
+    monkeypatch.setattr(densegrad, "bias_grad", forgetful)
+    assert checks.run(CASE).error == np.inf
+
+
+def test_check_notices_bits_that_differ(monkeypatch):
+    right, calls = densegrad.bias_grad, []
+
+    def restless(dz, *, out, **options):
+        right(dz, out=out, **options)
+        calls.append(out)
+        out[0] = np.nextafter(out[0], np.float32(np.inf)) if len(calls) % 2 else out[0]
+        return out
+
+    monkeypatch.setattr(densegrad, "bias_grad", restless)
+    outcome = checks.run(CASE)
+    assert outcome.share <= 1
+    assert not outcome.repeats
+    assert not outcome.passed
+
+
+def test_check_goes_on_after_an_error(monkeypatch):
+    def broken(dz, **options):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(densegrad, "bias_grad", broken)
+    monkeypatch.setattr(checks, "cases", lambda kind, quick: [CASE, dataclasses.replace(CASE, function="weight_grad")])
+    result = run("check")
+    assert result.exit_code == 1
+    assert "out of luck" in result.output
+    assert "1 of 2 pass" in result.output
+
+
+# info, ptx, errors, start
+
+
+def test_info_names_versions_and_cures(monkeypatch):
+    monkeypatch.setattr(device, "gpu_missing", lambda: "CuPy is not installed")
+    monkeypatch.setattr(cli, "_installed", lambda package: "" if "cupy" in package else "1.2.3")
+    result = run("info")
+    assert result.exit_code == 0, result.output
+    for words in ("numba-cuda", "1.2.3", "simulator", "CuPy is missing", 'pip install "densegrad[cuda13]"'):
+        assert words in result.output
+
+
+def test_unknown_errors_are_one_line(monkeypatch):
+    def broken(*sizes):
+        raise KeyError("tile")
+
+    monkeypatch.setattr(explain, "work_out", broken)
+    assert_one_line_error(run("explain"), "KeyError", "--traceback")
+    result = run("--traceback", "explain")
+    assert isinstance(result.exception, KeyError)
+
+
+def test_ptx_lists_and_compiles_without_a_gpu(tmp_path):
+    listed = run_alone("ptx")
+    assert listed.returncode == 0, listed.stderr
+    names = [line.split()[0] for line in listed.stdout.splitlines() if line.startswith("  ")]
+    assert len(set(names)) == len(names) > 0
+    output = tmp_path / "kernel.ptx"
+    compiled = run_alone("ptx", names[0], "--cc", "8.0", "-o", output)
+    assert compiled.returncode == 0, compiled.stderr
+    assert ".target sm_80" in output.read_text()
+    assert ".entry" in output.read_text()
+    unknown = run_alone("ptx", names[0], "--cc", "99.0")
+    assert unknown.returncode == 1
+    assert "no code for sm_990" in unknown.stderr
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("--cc", "nine"), "compute capability"),
+    (("no_such_kernel",), "densegrad ptx lists them"),
+    (("add_parts",), "did you mean add_parts-"),
+])
+def test_ptx_refuses(arguments, words):
+    refused = run_alone("ptx", *arguments)
+    assert refused.returncode == 1
+    assert words in refused.stderr.splitlines()[-1]
+
+
+def test_version():
+    result = run_alone("--version")
+    assert result.stdout.split() == ["densegrad", densegrad.__version__]
+
+
+@pytest.mark.only("simulator")
+def test_a_fresh_process_finds_its_device_and_says_so():
+    result = run_alone("explain")
+    assert result.returncode == 0, result.stderr
+    assert "CUDA simulator" in result.stderr or "Running on" in result.stderr
+    assert "All equal" in result.stdout

@@ -1,0 +1,105 @@
+"""The arrows between modules go one way, and importing the package costs nothing."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import densegrad
+
+SOURCE = Path(densegrad.__file__).parent
+KERNELS = Path(__file__).parents[1] / "kernels"
+
+#: module -> those of the package that it may import; kernels are one more of them
+ARROWS = {
+    "__init__": {"errors", "gradients"},
+    "__main__": {"cli"},
+    "errors": set(),
+    "reference": set(),
+    "plans": {"errors"},
+    "device": {"errors"},
+    "operands": {"device", "errors"},
+    "launch": {"kernels", "operands", "plans"},
+    "gradients": {"errors", "launch", "operands", "plans"},
+    "testing": {"device", "plans", "reference"},
+}
+#: what is not the standard library -> the modules that may import it
+OUTSIDE = {
+    "numpy": {"device", "launch", "operands", "reference", "testing"},
+    "ml_dtypes": {"device"},
+    "cupy": {"device"},
+    "numba": {"device", "launch"},
+}
+#: the command line may use the whole package, but no other module may use the command line
+COMMANDS = {"cli", "checks", "demo", "explain", "picture"}
+#: what kernels may import from outside, and which of their files more than that
+OF_KERNELS = {"functools", "math", "numba"}
+OF_PRIMITIVES = {"layout": {"typing"}, "ptx": {"llvmlite"}, "simulator": {"numpy", "threading"}}
+
+
+def imports(path, package):
+    """(modules of the package, modules from outside) that a file imports, wherever in it."""
+    own, outside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            of_package = node.level and not node.module
+            names = [(node.level, alias.name if of_package else node.module) for alias in node.names]
+        else:
+            continue
+        for level, name in names:
+            head, _, rest = name.partition(".")
+            if level or head == package:
+                own.add((name if level else rest).partition(".")[0])
+            else:
+                outside.add(head)
+    return own, {name for name in outside if name != "__future__"}
+
+
+@pytest.mark.parametrize("module", ARROWS)
+def test_arrows_go_one_way(module):
+    own, outside = imports(SOURCE / f"{module}.py", "densegrad")
+    assert own <= ARROWS[module]
+    foreign = outside - sys.stdlib_module_names
+    assert foreign == {name for name in foreign if module in OUTSIDE.get(name, ())}
+
+
+def test_every_module_has_its_arrows():
+    assert {path.stem for path in SOURCE.glob("*.py")} <= ARROWS.keys() | COMMANDS
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.stem)
+def test_kernels_are_leaves(path):
+    own, outside = imports(path, "densegrad")
+    assert own <= {"primitives", "layout", "ptx", "simulator"}
+    more = OF_PRIMITIVES.get(path.stem, set()) if path.parent.name == "primitives" else set()
+    assert outside <= OF_KERNELS | more
+
+
+def test_only_the_device_knows_of_the_simulator():
+    """The other exception is the one line that chooses between the two kinds of primitives."""
+    knowing = {path.relative_to(path.parents[1]).as_posix() for folder in (SOURCE, KERNELS) for path in folder.rglob("*.py")
+               if "ENABLE_CUDASIM" in path.read_text() and path.stem not in COMMANDS}
+    assert knowing == {"densegrad/device.py", "primitives/__init__.py"}
+
+
+def test_importing_is_light_and_leaves_the_choice_of_device_open():
+    program = ("import os, sys; before = dict(os.environ); import densegrad; "
+               "assert not {'numba', 'cupy', 'torch', 'llvmlite'} & set(sys.modules), 'imported too early'; "
+               "assert dict(os.environ) == before; "
+               "os.environ['NUMBA_ENABLE_CUDASIM'] = '1'; import numpy; "
+               "print(densegrad.bias_grad(numpy.ones((2, 3), 'float32')))")
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "[2. 2. 2.]\n", "")
+
+
+def test_without_a_device_a_call_names_both_ways_out():
+    program = "import densegrad, numpy; densegrad.bias_grad(numpy.ones((2, 3), 'float32'))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
+                           env={"PATH": "", "CUDA_VISIBLE_DEVICES": "-1"})
+    message = found.stderr.splitlines()[-1]
+    assert message.startswith("densegrad.errors.DeviceError: densegrad found no GPU")
+    assert "densegrad[cuda13]" in message
+    assert "NUMBA_ENABLE_CUDASIM=1" in message

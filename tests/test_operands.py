@@ -1,0 +1,299 @@
+"""What is accepted and what is refused: containers, streams, outputs, and errors that say what to do."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import densegrad
+from densegrad import DenseGrads, device, errors, operands, testing
+from densegrad.plans import MatmulPlan, plan_batch_sum, plan_matmul
+from densegrad.testing import Placed, bits, check_within, host, integers
+
+
+def zeros(*shape, dtype="float32"):
+    return np.zeros(shape, device.dtype_of(dtype))
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+X, W, DZ = zeros(6, 4), zeros(4, 3), zeros(6, 3)
+PLAN = MatmulPlan(4, 3, 6, "float32", 8, 8, 4, 4, 4)
+
+#: what is wrong -> (call, class of the built-in error, class of ours or None, what the message says)
+REFUSED = {
+    "bias: list": (lambda: densegrad.bias_grad([[1.0]]), TypeError, None, ["dz must be", "got list", "asarray"]),
+    "bias: scalar": (lambda: densegrad.bias_grad(1.0), TypeError, None, ["dz must be", "got float"]),
+    "bias: None": (lambda: densegrad.bias_grad(None), TypeError, None, ["dz must be", "got NoneType"]),
+    "bias: masked": (lambda: densegrad.bias_grad(np.ma.masked_array(DZ)), TypeError, None, ["dz must be", "mask", "filled"]),
+    "bias: vector": (lambda: densegrad.bias_grad(zeros(6)), ValueError, densegrad.ShapeError,
+                     ["dz must have at least 2 dimensions", "(6,)", "dz[None, :]"]),
+    "bias: cube, axis 1": (lambda: densegrad.bias_grad(zeros(2, 3, 4), batch_axis=1), ValueError, densegrad.ShapeError,
+                           ["dz must have 2 dimensions", "batch_axis=1", "(2, 3, 4)"]),
+    "axis 2": (lambda: densegrad.bias_grad(DZ, batch_axis=2), ValueError, None, ["batch_axis must be 0", "got 2"]),
+    "axis -1": (lambda: densegrad.bias_grad(DZ, batch_axis=-1), ValueError, None, ["batch_axis must be 0", "got -1"]),
+    "axis None": (lambda: densegrad.bias_grad(DZ, batch_axis=None), TypeError, None, ["batch_axis must be", "got None"]),
+    "weight layout": (lambda: densegrad.weight_grad(X, DZ, weight_layout="oi"), ValueError, None,
+                      ["weight_layout must be", "in_out", "out_in", "'oi'"]),
+    "integers": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="int64")), TypeError, densegrad.DTypeError,
+                 ["dz must be float16", "got int64", "astype"]),
+    "complex": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="complex64")), TypeError, densegrad.DTypeError, ["dz", "complex64"]),
+    "object": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="object")), TypeError, densegrad.DTypeError, ["dz", "object"]),
+    "bool": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="bool")), TypeError, densegrad.DTypeError, ["dz", "bool"]),
+    "byte order": (lambda: densegrad.bias_grad(DZ.astype(">f4")), TypeError, densegrad.DTypeError, ["dz", "byte order"]),
+    "mixed": (lambda: densegrad.weight_grad(X.astype("float64"), DZ), TypeError, densegrad.DTypeError,
+              ["x and dz must have the same dtype", "float64", "float32", "astype"]),
+    "mixed w": (lambda: densegrad.input_grad(DZ, W.astype("float16")), TypeError, densegrad.DTypeError,
+                ["w and dz must have the same dtype", "float16"]),
+    "samples differ": (lambda: densegrad.weight_grad(zeros(5, 4), DZ), ValueError, densegrad.ShapeError,
+                       ["x has 5 samples on axis 0", "dz has 6"]),
+    "other axis": (lambda: densegrad.weight_grad(zeros(3, 4), DZ), ValueError, densegrad.ShapeError,
+                   ["x has 3 samples", "did you mean batch_axis=1?"]),
+    "other axis, back": (lambda: densegrad.weight_grad(X, DZ, batch_axis=1), ValueError, densegrad.ShapeError,
+                         ["x has 6 samples", "did you mean batch_axis=0?"]),
+    "x transposed": (lambda: densegrad.weight_grad(X.T, DZ), ValueError, densegrad.ShapeError, ["did you mean x.T?"]),
+    "x vector": (lambda: densegrad.weight_grad(zeros(6), DZ), ValueError, densegrad.ShapeError, ["x must have at least 2", "(6,)"]),
+    "batch axes": (lambda: densegrad.weight_grad(zeros(3, 2, 4), DZ), ValueError, densegrad.ShapeError,
+                   ["x and dz must have the same batch axes", "(3, 2)", "(6,)"]),
+    "w vector": (lambda: densegrad.input_grad(DZ, zeros(3)), ValueError, densegrad.ShapeError, ["w must have 2 dimensions"]),
+    "w transposed": (lambda: densegrad.input_grad(DZ, W.T), ValueError, densegrad.ShapeError,
+                     ["w must have shape", "(3, 4)", 'did you mean weight_layout="out_in"?']),
+    "w, other layout": (lambda: densegrad.input_grad(DZ, W, weight_layout="out_in"), ValueError, densegrad.ShapeError,
+                        ["w must have shape", 'did you mean weight_layout="in_out"?']),
+    "w, no fit": (lambda: densegrad.input_grad(DZ, zeros(4, 5)), ValueError, densegrad.ShapeError,
+                  ["w must have shape (in_features, 3)", "(4, 5)", "batch_axis"]),
+    "w against x": (lambda: densegrad.dense_grads(X, zeros(5, 3), DZ), ValueError, densegrad.ShapeError,
+                    ["w must have shape (4, 3)", "(5, 3)"]),
+    "need nothing": (lambda: densegrad.dense_grads(X, W, DZ, need=()), ValueError, None, ["need must name some of"]),
+    "need unknown": (lambda: densegrad.dense_grads(X, W, DZ, need=("dy",)), ValueError, None, ["need must name", "dy"]),
+    "need without w": (lambda: densegrad.dense_grads(X, None, DZ), TypeError, None, ["w must be an array", "dx is needed", "None"]),
+    "out of one": (lambda: densegrad.dense_grads(X, W, DZ, out=zeros(4, 3)), TypeError, None, ["out must be a DenseGrads"]),
+    "accumulate, no out": (lambda: densegrad.bias_grad(DZ, accumulate=True), ValueError, densegrad.OutError,
+                           ["accumulate=True", "out", "not given"]),
+    "accumulate, no out.db": (lambda: densegrad.dense_grads(X, W, DZ, out=DenseGrads(dw=zeros(4, 3)), need=("dw", "db"),
+                                                            accumulate=True), ValueError, densegrad.OutError, ["out.db"]),
+    "plan of another kind": (lambda: densegrad.bias_grad(DZ, plan=PLAN), TypeError, None, ["plan must be a BatchSumPlan"]),
+    "plan of another shape": (lambda: densegrad.weight_grad(X, DZ, plan=replace(PLAN, rows=9)), ValueError, densegrad.PlanError,
+                              ["plan was made for rows 9", "have 4", "replace"]),
+    "plan of another dtype": (lambda: densegrad.weight_grad(X, DZ, plan=replace(PLAN, dtype="float16")), ValueError,
+                              densegrad.PlanError, ["plan was made for dtype float16"]),
+}
+
+#: what is wrong with an output -> (output for a sum of three, class of the built-in error, class of ours, what the message says)
+REFUSED_OUTS = {
+    "shape": (lambda: zeros(4), ValueError, densegrad.ShapeError, ["out must have shape (3,)", "(4,)"]),
+    "dimensions": (lambda: zeros(1, 3), ValueError, densegrad.ShapeError, ["out must have shape (3,)", "(1, 3)"]),
+    "dtype": (lambda: zeros(3, dtype="int32"), TypeError, densegrad.DTypeError, ["out must be float16", "int32"]),
+    "list": (lambda: [0.0] * 3, TypeError, None, ["out must be", "list"]),
+    "read-only": (lambda: read_only(zeros(3)), ValueError, densegrad.OutError, ["out is read-only"]),
+    "broadcast": (lambda: np.lib.stride_tricks.as_strided(zeros(1), (3,), (0,)), ValueError, densegrad.OutError,
+                  ["out is a broadcast view", "copy"]),
+    "overlapping": (lambda: DZ[0], ValueError, densegrad.OutError, ["out overlaps dz"]),
+}
+
+
+def refused(call, builtin, ours, fragments):
+    with pytest.raises(builtin) as raised:
+        call()
+    if ours is not None:
+        assert isinstance(raised.value, ours)
+    missing = [fragment for fragment in fragments if fragment not in str(raised.value)]
+    assert not missing, f"{missing} not in: {raised.value}"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_named_with_its_cure(case):
+    refused(*REFUSED[case])
+
+
+@pytest.mark.parametrize("case", REFUSED_OUTS)
+def test_bad_outputs_are_named(case):
+    make, *raised = REFUSED_OUTS[case]
+    refused(lambda: densegrad.bias_grad(DZ, out=make()), *raised)
+
+
+def test_float64_does_not_go_into_half(xp):
+    refused(lambda: densegrad.bias_grad(DZ.astype("float64"), out=zeros(3, dtype="float16")), TypeError, densegrad.DTypeError,
+            ["out must be float64 or float32", "float16"])
+
+
+def test_interleaved_arrays_do_not_overlap(xp):
+    """Odd and even columns of one array share no byte, although their address ranges do."""
+    both = xp.asarray(integers((7, 6), "float32"))
+    exact = host(both)[:, ::2].sum(axis=0)
+    out = both[0, 1::2]
+    densegrad.bias_grad(both[:, ::2], out=out)
+    check_within(out, exact, 0)
+
+
+def test_outputs_may_not_overlap_one_another(xp):
+    memory = xp.zeros((5, 3), np.float32)
+    outs = DenseGrads(dw=memory[:4], db=memory[3])
+    arrays = [xp.asarray(array) for array in (X, W, DZ)]
+    refused(lambda: densegrad.dense_grads(*arrays, need=("dw", "db"), out=outs), ValueError, densegrad.OutError,
+            ["out.db overlaps out.dw"])
+
+
+@pytest.mark.parametrize("wrong", [
+    {"stream": "fast"}, {"plan": plan_matmul(9, 9, 9, "float32")}, {"batch_axis": 1}, {"weight_layout": "out_in"}])
+def test_a_failed_call_leaves_out_untouched(xp, wrong):
+    if wrong == {"stream": "fast"} and xp is np:
+        wrong = {"plan": "fast"}
+    out = Placed(integers((4, 3), "float32"), "C", xp, testing.SENTINEL)
+    before = bits(out.read())
+    with pytest.raises((ValueError, TypeError)):
+        densegrad.weight_grad(xp.asarray(X), xp.asarray(DZ), out=out.array, **wrong)
+    assert (bits(out.read()) == before).all()
+
+
+def test_a_failed_step_of_dense_grads_leaves_every_out_untouched(xp):
+    outs = [Placed(integers(shape, "float32"), "C", xp, testing.SENTINEL) for shape in ((6, 4), (4, 3), (4,))]
+    before = [bits(out.read()) for out in outs]
+    arrays = [xp.asarray(array) for array in (X, W, DZ)]
+    refused(lambda: densegrad.dense_grads(*arrays, out=DenseGrads(*(out.array for out in outs))), ValueError,
+            densegrad.ShapeError, ["out.db must have shape (3,)"])
+    for out, kept in zip(outs, before, strict=True):
+        assert (bits(out.read()) == kept).all()
+
+
+def test_the_container_that_goes_in_comes_out(xp):
+    for module in {np, xp}:
+        result = densegrad.bias_grad(module.asarray(integers((5, 3), "float32")))
+        assert isinstance(result, module.ndarray)
+        assert result.dtype == np.float32
+
+
+def test_numpy_arrays_of_every_layout_are_moved_and_brought_back():
+    values = integers((6, 5), "float32")
+    for layout in testing.LAYOUTS:
+        out = testing.poisoned((5,), "float32", layout)
+        assert densegrad.bias_grad(Placed(values, layout).array, out=out.array) is out.array
+        check_within(out.read(), values.sum(axis=0), 0)
+        densegrad.bias_grad(Placed(values, layout).array, out=out.array, accumulate=True)
+        check_within(out.read(), 2 * values.sum(axis=0), 0)
+
+
+class Foreign:
+    """An array of another library: nothing but the CUDA array interface."""
+
+    def __init__(self, array, stream=None, readonly=False):
+        self.__cuda_array_interface__ = {
+            **array.__cuda_array_interface__, "stream": stream, "data": (array.data.ptr, readonly)}
+        self.kept = array
+
+
+@pytest.mark.only("gpu")
+def test_foreign_arrays_go_in_and_out(xp):
+    x, dz = integers((6, 4), "float32", 1), integers((6, 3), "float32", 2)
+    out = xp.full((4, 3), np.nan, np.float32)
+    given = Foreign(out)
+    assert densegrad.weight_grad(Foreign(xp.asarray(x)), Foreign(xp.asarray(dz.T).T), out=given) is given
+    check_within(out, x.T @ dz, 0)
+    assert isinstance(densegrad.bias_grad(Foreign(xp.asarray(dz))), xp.ndarray)
+    refused(lambda: densegrad.bias_grad(Foreign(xp.asarray(dz)), out=Foreign(xp.zeros(3, np.float32), readonly=True)),
+            ValueError, densegrad.OutError, ["out is read-only"])
+
+
+@pytest.mark.only("gpu")
+def test_outputs_of_another_place_are_refused(xp):
+    on_device = xp.asarray(DZ)
+    refused(lambda: densegrad.bias_grad(on_device, out=zeros(3)), ValueError, densegrad.OutDeviceError,
+            ["out must lie where the inputs do"])
+    refused(lambda: densegrad.weight_grad(X, on_device), RuntimeError, densegrad.DeviceError,
+            ["x and dz must lie on the same device", "the host"])
+
+
+class Stream:
+    """A stream of another library: nothing but the CUDA stream protocol."""
+
+    def __init__(self, pointer):
+        self.pointer = pointer
+
+    def __cuda_stream__(self):
+        return 0, self.pointer
+
+
+@pytest.fixture
+def launched_on(monkeypatch):
+    """The streams that launches were queued on, in order."""
+    streams = []
+    launch = device.Gpu.launch
+
+    def watch(self, kernel, grid, block, arguments, stream):
+        streams.append((stream, self.cupy.cuda.get_current_stream().ptr))
+        launch(self, kernel, grid, block, arguments, stream)
+
+    monkeypatch.setattr(device.Gpu, "launch", watch)
+    return streams
+
+
+@pytest.mark.only("gpu")
+@pytest.mark.parametrize("kind", ["CuPy", "Numba", "int", "protocol", "current", "default"])
+def test_work_and_memory_are_on_the_stream(xp, launched_on, kind):
+    """Every launch, and the allocation of what it writes, is on the stream that was asked for."""
+    from numba import cuda
+
+    stream = xp.cuda.Stream(non_blocking=True)
+    asked = {"CuPy": stream, "Numba": cuda.external_stream(stream.ptr), "int": stream.ptr, "protocol": Stream(stream.ptr),
+             "current": None, "default": 0}[kind]
+    pointer = 0 if kind == "default" else stream.ptr
+    dz = integers((6, 3), "float32")
+    if kind == "current":
+        with stream:
+            result = densegrad.bias_grad(xp.asarray(dz))
+    else:
+        given = xp.asarray(dz)
+        xp.cuda.Device().synchronize()
+        result = densegrad.bias_grad(given, stream=asked)
+    assert set(launched_on) == {(pointer, pointer)}
+    stream.synchronize()
+    check_within(result, dz.sum(axis=0), 0)
+
+
+@pytest.mark.only("gpu")
+@pytest.mark.parametrize("stream", ["fast", 1.5, True, object()])
+def test_what_is_no_stream_is_refused(xp, stream):
+    refused(lambda: densegrad.bias_grad(xp.asarray(DZ), stream=stream), TypeError, None, ["stream must be", "__cuda_stream__"])
+
+
+@pytest.mark.only("gpu")
+def test_a_foreign_array_is_waited_for_on_the_stream_that_writes_it(xp, monkeypatch):
+    written, asked = xp.cuda.Stream(non_blocking=True), []
+    monkeypatch.setattr(device.Gpu, "wait_for", lambda self, memory, stream: asked.append((memory.stream, stream)))
+    with written:
+        dz = xp.asarray(integers((6, 3), "float32"))
+    densegrad.bias_grad(Foreign(dz, stream=written.ptr), stream=0)
+    assert asked == [(written.ptr, 0)]
+    monkeypatch.undo()
+    check_within(densegrad.bias_grad(Foreign(dz, stream=written.ptr), stream=0), host(dz).sum(axis=0), 0)
+
+
+def test_views_with_a_contiguous_axis_are_not_copied(xp):
+    place = device.current()
+    for layout in ("C", "F", "padded", "padded F", "offset", "gaps", "upside down"):
+        array = Placed(integers((6, 5), "float32"), layout, xp).array
+        argument = operands.accept(dz=array).dz
+        assert not argument.compact, layout
+        assert int(place.address(place.placed(argument.array, argument.compact))) == place.memory(array).byte, layout
+    for layout in ("spread", "mirrored"):
+        assert operands.accept(dz=Placed(integers((6, 5), "float32"), layout, xp).array).dz.compact, layout
+
+
+@pytest.mark.parametrize(("cols", "row_stride", "address", "access"), [
+    (8, 8, 256, 4), (8, 9, 256, 1), (8, 10, 256, 2), (6, 8, 256, 2), (7, 8, 256, 1), (8, 8, 264, 2), (8, 8, 260, 1)])
+def test_the_widest_access_is_aligned_in_every_row(cols, row_stride, address, access):
+    assert operands.Operand("x", None, address, "float32", 3, cols, row_stride, 1).access(4) == access
+    assert operands.Operand("x", None, address, "float32", 3, cols, row_stride, 2).access(4) == 1
+
+
+def test_plans_know_their_sizes():
+    sum_plan = plan_batch_sum(6, 3, "float32", "flat")
+    refused(lambda: densegrad.bias_grad(zeros(7, 3), plan=sum_plan), ValueError, densegrad.PlanError, ["plan was made for samples 6"])
+
+
+def test_every_error_is_of_one_family():
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    assert len(classes) > 5
+    assert all(issubclass(one, densegrad.DensegradError) for one in classes)

@@ -1,0 +1,355 @@
+"""Every primitive against one table of plain NumPy, in every lane: so that its two twins do the same."""
+import numpy as np
+import pytest
+from numba import cuda
+
+from densegrad import device
+from densegrad.kernels import primitives
+from densegrad.kernels.primitives.layout import tile_copy
+from densegrad.testing import bits, host, integers, normal
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+WIDE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+
+
+def run(kernel, *arguments, threads=1):
+    """Launch one block; arrays are passed as addresses."""
+    place = device.current()
+    place.launch(kernel, (1, 1), threads,
+                 tuple(place.address(value) if np.ndim(value) else value for value in arguments), 0)
+
+
+def same(found, wanted):
+    """Equal bits, save which NaN it is."""
+    found = host(found)
+    assert found.dtype == wanted.dtype
+    different = (bits(found) != bits(wanted)) & ~(np.isnan(found) & np.isnan(wanted))
+    assert not different.any(), f"{np.flatnonzero(different)}: {found[different]} instead of {wanted[different]}"
+
+
+#: name -> (primitive of float32 fragments, sizes of its fragments and of its result, the same in NumPy)
+FRAGMENTS = {
+    "zeros": (lambda: primitives.zeros("float32", 5), (), 5, lambda: np.zeros(5, np.float32)),
+    "add": (lambda: primitives.add("float32", 5), (5, 5), 5, lambda a, b: a + b),
+    "plus": (lambda: primitives.plus("float32", 5, False), (5, 5), 5, lambda a, b: a + b),
+    "plus, compensated": (lambda: primitives.plus("float32", 4, True), (8, 4), 8,
+                          lambda a, b: np.concatenate([a[:4] + b, a[4:] + two_sum_error(a[:4], b)])),
+    "tidy": (lambda: primitives.tidy("float32", 4, False), (4,), 4, lambda a: a),
+    "tidy, compensated": (lambda: primitives.tidy("float32", 4, True), (8,), 8,
+                          lambda a: np.concatenate([a[:4], np.where(np.isfinite(a[4:]), a[4:], np.float32(0))])),
+    "settle": (lambda: primitives.settle("float32", 4, False), (4,), 4, lambda a: a),
+    "settle, compensated": (lambda: primitives.settle("float32", 4, True), (8,), 4, lambda a: a[:4] + a[4:]),
+    "head": (lambda: primitives.head("float32", 6, 2), (6,), 2, lambda a: a[:2]),
+    "rotate": (lambda: primitives.rotate("float32", 6, 2), (6,), 6, lambda a: np.roll(a, -2)),
+}
+
+
+def two_sum_error(a, b):
+    """What rounding a + b loses, by Knuth's branch-free method where the sum is finite."""
+    total = a + b
+    back = total - a
+    return (a - (total - back)) + (b - back)
+
+
+def kernel_of(operation, counts, result_count):
+    loads = [primitives.load_each("float32", count, "float32") for count in counts]
+    store = primitives.store_each("float32", result_count, "float32")
+    if not counts:
+        @primitives.jit(1)
+        def kernel(out):
+            store(out, 0, 1, result_count, operation())
+    elif len(counts) == 1:
+        load_a, count_a = loads[0], counts[0]
+
+        @primitives.jit(1)
+        def kernel(a, out):
+            store(out, 0, 1, result_count, operation(load_a(a, 0, 1, count_a)))
+    else:
+        (load_a, load_b), (count_a, count_b) = loads, counts
+
+        @primitives.jit(1)
+        def kernel(a, b, out):
+            store(out, 0, 1, result_count, operation(load_a(a, 0, 1, count_a), load_b(b, 0, 1, count_b)))
+    return kernel
+
+
+@pytest.mark.parametrize("name", FRAGMENTS)
+def test_fragments(xp, name):
+    make, counts, result_count, meaning = FRAGMENTS[name]
+    kernel = kernel_of(make(), counts, result_count)
+    for seed in range(3):
+        values = [normal((count,), "float32", seed + 10 * n) * np.float32(10) ** n for n, count in enumerate(counts)]
+        if "tidy" in name:
+            values[0][-2:] = np.inf, np.nan
+        out = xp.asarray(np.full(result_count, np.nan, np.float32))
+        run(kernel, *(xp.asarray(array) for array in values), out)
+        same(out, meaning(*values))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_scale_and_convert(xp, dtype):
+    load, convert = primitives.load_vector("float32", 4, "float32"), primitives.convert("float32", dtype, 4)
+    scale, store = primitives.scale(dtype, 4), primitives.store_each(dtype, 4, dtype)
+
+    @primitives.jit(1)
+    def kernel(a, factor, out):
+        store(out, 0, 1, 4, scale(convert(load(a, 0)), factor))
+
+    values, out = normal((4,), "float32"), xp.zeros(4, dtype)
+    run(kernel, xp.asarray(values), np.dtype(dtype).type(1 / 3), out)
+    same(out, values.astype(dtype) * np.dtype(dtype).type(1 / 3))
+
+
+def special(dtype):
+    """Halfway cases between neighbours of dtype, over- and underflow, zeros of both signs, infinities and NaN."""
+    wide = WIDE[dtype]
+    draw = np.random.default_rng(5).integers(0, 2 ** 16, 40).astype(np.uint16)
+    near = draw.view(device.dtype_of("bfloat16")) if dtype == "bfloat16" else draw.view(np.float16)
+    near = near[np.isfinite(near)].astype(wide)[:24]
+    kind = device.dtype_of(dtype)
+    with np.errstate(all="ignore"):
+        neighbour = np.nextafter(near.astype(kind), np.array(np.inf, kind)).astype(wide)
+        halfway = (near + neighbour) / np.array(2, wide)
+        edges = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.9, 65520, -65520, 3.4e38, 1e-45, 6e-8, 2.9e-8], wide)
+        values = np.concatenate([near, halfway, edges, normal((16,), wide)])
+    return values[:len(values) // 8 * 8]
+
+
+@pytest.mark.parametrize(("dtype", "count"), [
+    ("float16", 1), ("float16", 2), ("float16", 4), ("float16", 8), ("bfloat16", 1), ("bfloat16", 4), ("bfloat16", 8),
+    ("float32", 1), ("float32", 4), ("float64", 1), ("float64", 2)])
+def test_vectors_are_widened_exactly_and_rounded_once(xp, dtype, count):
+    wide = WIDE[dtype]
+    gather, store = primitives.load_each(wide, count, wide), primitives.store_vector(dtype, count, wide)
+    widen, keep = primitives.load_vector(dtype, count, wide), primitives.store_each(wide, count, wide)
+
+    @primitives.jit(1)
+    def kernel(values, total, narrow, back):
+        for index in range(0, total, count):
+            store(narrow, index, gather(values, index, 1, count))
+            keep(back, index, 1, count, widen(narrow, index))
+
+    values = special(dtype)
+    narrow, back = xp.zeros(len(values), device.dtype_of(dtype)), xp.zeros(len(values), wide)
+    run(kernel, xp.asarray(values), len(values), narrow, back)
+    with np.errstate(all="ignore"):
+        rounded = values.astype(device.dtype_of(dtype))
+    same(narrow, rounded)
+    same(back, rounded.astype(wide))
+
+
+def test_float64_results_and_float32_results_of_float64(xp):
+    for dtype, wide in (("float64", "float32"), ("float32", "float64")):
+        load, store = primitives.load_vector(wide, 2, wide), primitives.store_vector(dtype, 2, wide)
+        if dtype == "float64":
+            widen, store = primitives.convert(wide, dtype, 2), primitives.store_vector(dtype, 2, dtype)
+
+            @primitives.jit(1)
+            def kernel(values, out):
+                store(out, 0, widen(load(values, 0)))
+        else:
+            @primitives.jit(1)
+            def kernel(values, out):
+                store(out, 0, load(values, 0))
+
+        values, out = normal((2,), wide), xp.zeros(2, dtype)
+        run(kernel, xp.asarray(values), out)
+        same(out, values.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_predicated_loads_and_stores(xp, dtype):
+    wide, count = WIDE[dtype], 2
+    load_if, store = primitives.load_if(dtype, count, wide), primitives.store_vector(dtype, count, wide)
+    load_each, store_each = primitives.load_each(dtype, 5, wide), primitives.store_each(dtype, 5, wide)
+
+    @primitives.jit(1)
+    def kernel(values, out, each):
+        store(out, 0, load_if(values, 2, 1 < 2))
+        store(out, 2, load_if(values, 10 ** 9, 2 < 1))
+        for left in range(6):
+            store_each(each, 32 * left, 3, left, load_each(values, 1, 2, left))
+            store_each(each, 32 * left + 1, 3, 5, load_each(values, 1, 2, left))
+
+    values = integers((12,), dtype, 3) + device.dtype_of(dtype).type(4)
+    out, each = xp.zeros(4, device.dtype_of(dtype)), xp.asarray(np.full((6, 32), -1, device.dtype_of(dtype)))
+    run(kernel, xp.asarray(values), out, each)
+    same(out, np.concatenate([values[2:4], np.zeros_like(values[:2])]))
+    wanted = np.full((6, 32), -1, values.dtype)
+    for left in range(6):
+        taken = values[1:1 + 2 * left:2]
+        wanted[left, 0:3 * left:3] = taken
+        wanted[left, 1:16:3] = np.concatenate([taken, np.zeros(5 - left, values.dtype)])
+    same(each, wanted)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize(("dtype", "count", "across"), [("float32", 4, 2), ("float16", 8, 1), ("bfloat16", 8, 1), ("float64", 2, 2)])
+def test_rows_of_vectors_are_added_in_order(xp, dtype, count, across, compensated):
+    """Whole vectors, and vectors of which only what lies inside may be touched."""
+    wide, rows, spacing, step, advance = WIDE[dtype], 3, 16, 48, 5
+    width = across * count
+    total = width * (1 + compensated)
+    load, store = primitives.load_each(wide, total, wide), primitives.store_each(wide, total, wide)
+    add_vectors = primitives.add_vectors(dtype, count, wide, rows, across, spacing, compensated)
+    add_inside = primitives.add_inside(dtype, count, wide, rows, across, spacing, compensated, advance)
+
+    @primitives.jit(1)
+    def whole(sums, values, out):
+        store(out, 0, 1, total, add_vectors(load(sums, 0, 1, total), values, 16, step))
+
+    @primitives.jit(1)
+    def partly(sums, values, left, position, end, out):
+        store(out, 0, 1, total, add_inside(load(sums, 0, 1, total), values, 16, step, left, position, end))
+
+    sums, values = normal((total,), wide, 1), normal((16 + rows * step,), dtype, 2)
+    values = (values * 10).astype(device.dtype_of(dtype))
+
+    def meaning(wanted):
+        totals = sums
+        for row in range(rows):
+            places = [16 + row * step + vector * spacing + n for vector in range(across) for n in range(count)]
+            added = np.where(wanted[row], values[places].astype(wide), 0).astype(wide)
+            if compensated:
+                lost = two_sum_error(totals[:width], added)
+                totals = np.concatenate([totals[:width] + added, totals[width:] + lost])
+            else:
+                totals = totals + added
+        return totals
+
+    out = xp.zeros(total, wide)
+    run(whole, xp.asarray(sums), xp.asarray(values), out)
+    same(out, meaning(np.ones((rows, width), bool)))
+    offsets = np.array([vector * spacing + n for vector in range(across) for n in range(count)])
+    for left, position, end in ((3, 0, 100), (2, 0, 100), (0, 0, 100), (3, -1, 100), (3, -3, 7), (3, 2, 9), (3, 0, 17), (3, 1, 0)):
+        stands = offsets + position + advance * np.arange(rows)[:, None]
+        wanted = (stands >= 0) & (stands < end) & (np.arange(rows)[:, None] < left)
+        run(partly, xp.asarray(sums), xp.asarray(values), left, position, end, out)
+        same(out, meaning(wanted))
+
+
+@pytest.mark.parametrize(("dtype", "count", "across"), [("float32", 4, 2), ("float32", 8, 1), ("float64", 2, 1), ("float64", 4, 2)])
+def test_shared_memory(xp, dtype, count, across):
+    threads, width = 8, across * count
+    spacing = threads * count
+    array = primitives.shared_array("sums", dtype, across * spacing)
+    other = primitives.shared_array("other", dtype, threads)
+    load, spread = primitives.load_each(dtype, width, dtype), primitives.store_spread(dtype, count, across, spacing)
+    put, one = primitives.store_shared(dtype, 1), primitives.load_each(dtype, 1, dtype)
+    get, get_pair = primitives.load_shared(dtype, 1), primitives.load_shared(dtype, 2)
+    keep, keep_pair = primitives.store_vector(dtype, 1, dtype), primitives.store_vector(dtype, 2, dtype)
+
+    @primitives.jit(threads)
+    def kernel(values, singles, out, pairs, turned):
+        thread = cuda.threadIdx.x
+        shared, second = array(), other()
+        spread(shared, thread * count, load(values, thread * width, 1, width), thread)
+        put(second, thread, one(singles, thread, 1, 1))
+        cuda.syncthreads()
+        for index in range(thread, across * spacing, threads):
+            keep(out, index, get(shared, index))
+        for index in range(2 * thread, across * spacing, 2 * threads):
+            keep_pair(pairs, index, get_pair(shared, index))
+        keep(turned, thread, get(second, threads - 1 - thread))
+
+    values, singles = normal((threads, across, count), dtype, 1), normal((threads,), dtype, 2)
+    out, pairs, turned = xp.zeros(across * spacing, dtype), xp.zeros(across * spacing, dtype), xp.zeros(threads, dtype)
+    run(kernel, xp.asarray(values), xp.asarray(singles), out, pairs, turned, threads=threads)
+    wanted = values.swapaxes(0, 1).reshape(-1)
+    same(out, wanted)
+    same(pairs, wanted)
+    same(turned, singles[::-1])
+
+
+#: (dtype, outer_size, depth_size, access, along_depth, threads, thread_outer, offset_bits)
+TILES = [
+    ("float32", 8, 4, 4, False, 4, 4, 32), ("float32", 8, 4, 4, True, 4, 4, 32), ("float32", 8, 4, 1, True, 4, 4, 64),
+    ("float32", 16, 8, 2, False, 32, 8, 64), ("float32", 64, 8, 1, True, 32, 8, 32), ("float32", 64, 8, 4, True, 32, 8, 32),
+    ("float16", 64, 8, 4, True, 32, 8, 32), ("bfloat16", 8, 4, 4, False, 4, 4, 32), ("float64", 32, 4, 2, True, 16, 4, 32),
+    ("float64", 8, 4, 2, False, 32, 4, 64),
+]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(map(str, tile)))
+def test_tiles_come_into_shared_memory(xp, tile):
+    """Element (outer, depth) comes to depth * outer_size + (outer ^ flip), and zeros where the operand has ended."""
+    dtype, outer_size, depth_size, access, along_depth, threads, thread_outer, offset_bits = tile
+    wide = WIDE[dtype]
+    size = outer_size * depth_size
+    copy = tile_copy(dtype, wide, outer_size, depth_size, access, along_depth, threads, thread_outer, offset_bits)
+    array = primitives.shared_array("tile", wide, 2 * size)
+    offsets_of, start_of = primitives.tile_offsets(copy), primitives.place(dtype)
+    load, load_whole, store = primitives.load_tile(copy), primitives.load_whole_tile(copy), primitives.store_tile(copy)
+    get, keep, typed = primitives.load_shared(wide, 1), primitives.store_vector(wide, 1, wide), np.int32
+
+    @primitives.jit(threads)
+    def kernel(values, first, stride, outer_left, depth_left, out):
+        thread = cuda.threadIdx.x
+        shared = array()
+        start, offsets = start_of(values, first), offsets_of(stride, thread)
+        store(shared, size, load_whole(start, offsets, thread), thread)
+        store(shared, 0, load(start, offsets, typed(outer_left), typed(depth_left), thread), thread)
+        cuda.syncthreads()
+        for index in range(thread, 2 * size, threads):
+            keep(out, index, get(shared, index))
+
+    near, far = (depth_size, outer_size) if along_depth else (outer_size, depth_size)
+    stride, first = near + 2 * access, 4 * access
+    values = normal((far, stride), dtype, 4)
+    memory = xp.asarray(np.concatenate([np.full(first, np.nan, values.dtype), values.reshape(-1)]))
+    matrix = values[:, :near].astype(wide)
+    matrix = matrix if along_depth else matrix.T
+    for outer_left, depth_left in ((outer_size, depth_size), (outer_size - access, depth_size - access), (access, access)):
+        out = xp.zeros(2 * size, wide)
+        run(kernel, memory, first, stride, outer_left, depth_left, out, threads=threads)
+        cut = np.zeros_like(matrix)
+        cut[:outer_left, :depth_left] = matrix[:outer_left, :depth_left]
+        wanted = np.zeros(2 * size, wide)
+        for outer in range(outer_size):
+            for depth in range(depth_size):
+                place = depth * outer_size + (outer ^ copy.layout.flip(depth))
+                wanted[place], wanted[size + place] = cut[outer, depth], matrix[outer, depth]
+        same(out, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "left", "right", "along_depth"), [
+    ("float32", (16, 8), (8, 4), (False, True)), ("float32", (64, 8), (64, 8), (True, True)),
+    ("float64", (8, 4), (4, 2), (True, False))])
+def test_tiles_are_multiplied(xp, dtype, left, right, along_depth):
+    """Small integers, for which the device's fused multiply-add and the simulator's two roundings are both exact."""
+    depth, vector = 4, 16 // np.dtype(dtype).itemsize
+    (rows, thread_rows), (cols, thread_cols) = left, right
+    copies = [tile_copy(dtype, dtype, outer, depth, 1, along, 4, thread, 32)
+              for (outer, thread), along in zip((left, right), along_depth, strict=True)]
+    layouts = [copy.layout for copy in copies]
+    arrays = [primitives.shared_array(name, dtype, outer * depth) for name, outer in (("left", rows), ("right", cols))]
+    left_array, right_array = arrays
+    count = thread_rows * thread_cols
+    multiply = primitives.multiply_tile(dtype, depth, *layouts)
+    put, one = primitives.store_shared(dtype, 1), primitives.load_vector(dtype, 1, dtype)
+    load, keep = primitives.load_each(dtype, count, dtype), primitives.store_each(dtype, count, dtype)
+    left_size, right_size, int32 = rows * depth, cols * depth, np.int32
+
+    @primitives.jit(1)
+    def kernel(left, right, left_index, right_index, sums, out):
+        left_tile, right_tile = left_array(), right_array()
+        for index in range(left_size):
+            put(left_tile, index, one(left, index))
+        for index in range(right_size):
+            put(right_tile, index, one(right, index))
+        found = multiply(left_tile, int32(left_index), right_tile, int32(right_index), load(sums, 0, 1, count))
+        keep(out, 0, 1, count, found)
+
+    matrices, images = [integers((rows, depth), dtype, 1), integers((cols, depth), dtype, 2)], []
+    for matrix, layout in zip(matrices, layouts, strict=True):
+        image = np.zeros(matrix.size, dtype)
+        for outer, k in np.ndindex(matrix.shape):
+            image[k * layout.outer_size + (outer ^ layout.flip(k))] = matrix[outer, k]
+        images.append(xp.asarray(image))
+    sums = integers((count,), dtype, 3)
+    for left_index, right_index in ((0, 0), (layouts[0].spacing - vector, layouts[1].spacing - vector)):
+        mine = [[index + group * layout.spacing + n for group in range(layout.groups) for n in range(vector)]
+                for index, layout in zip((left_index, right_index), layouts, strict=True)]
+        out = xp.zeros(count, dtype)
+        run(kernel, *images, left_index, right_index, xp.asarray(sums), out)
+        same(out, sums + (matrices[0][mine[0]] @ matrices[1][mine[1]].T).reshape(-1))
