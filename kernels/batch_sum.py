@@ -170,6 +170,7 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
     item = ITEM_BYTES[dtype]
     vector, sector = VECTOR_BYTES // item, SECTOR_BYTES // item
     threads, line = threads_x * lanes, threads_x * vector
+    warp_width = min(32, threads_x) * vector
     folded = folders * period
     halves = 1 + compensated
     pitch, fold_size = line_pitch * halves, folded * fold_pitch
@@ -178,6 +179,7 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
     zeros = primitives.zeros(accumulator, vector * halves)
     add_lines = primitives.add_vectors(dtype, vector, accumulator, in_flight, 1, 0, compensated)
     add_edge = primitives.add_inside(dtype, vector, accumulator, in_flight, 1, 0, compensated, line)
+    add_last = primitives.add_inside(dtype, vector, accumulator, 1, 1, 0, compensated, line)
     line_array = primitives.shared_array("lines", accumulator, lanes * pitch)
     fold_array = primitives.shared_array("folds", accumulator, fold_size * halves)
     store_sums = primitives.store_spread(accumulator, vector, halves, line_pitch)
@@ -195,6 +197,8 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
                        col_stride, lost_step, alpha):
         thread = cuda.threadIdx.x
         lane, across = thread // threads_x, thread % threads_x * vector
+        before = across % warp_width
+        after = warp_width - vector - before
 
         # 1. This block's part of every run, and its runs.
         part = cuda.blockIdx.y
@@ -212,8 +216,11 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
             index = run * run_stride + start + position
             end = length if run < runs else 0
             while position < end:
-                if position >= 0 and position + (in_flight - 1) * line + vector <= end:
+                # A warp takes one way, so that it does not take both.
+                if position >= before and position + (in_flight - 1) * line + vector + after <= end:
                     sums = add_lines(sums, source, index, line)
+                elif position + line >= end:
+                    sums = add_last(sums, source, index, line, 1, position, end)
                 else:
                     sums = add_edge(sums, source, index, line, in_flight, position, end)
                 index += in_flight * line

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         marker = item.get_closest_marker("only")
         too_large = item.get_closest_marker("large") and config.lane == "gpu" and not config.getoption("--large")
-        (left_out if too_large or marker and marker.args != (config.lane,) else kept).append(item)
+        (left_out if too_large or (marker and marker.args != (config.lane,)) else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
 

@@ -229,8 +229,43 @@ def test_dense_grads_is_all_three(xp):
     plans = densegrad.DenseGrads(layers[2].plan, layers[1].plan, None)
     together = densegrad.dense_grads(x, w, dz, batch_axis=1, weight_layout="out_in", keepdims=True, plan=plans)
     assert together.db.shape == (1, 7)
-    for one, other in zip(together, (dx, dw, db), strict=True):
+    riding = densegrad.weight_bias_grad(x, dz, batch_axis=1, weight_layout="out_in", plan=layers[1].plan)
+    for one, other in zip(together, (dx, dw, riding.db), strict=True):
         assert (bits(one).reshape(-1) == bits(other).reshape(-1)).all()
+    apart = densegrad.dense_grads(x, w, dz, batch_axis=1, weight_layout="out_in", need=["db", "dx"])
+    assert (bits(apart.db) == bits(db)).all()
+    assert apart.dw is None
+
+
+@pytest.mark.parametrize("weight_layout", ["in_out", "out_in"])
+@pytest.mark.parametrize("batch_axis", [0, 1])
+@pytest.mark.parametrize(("sizes", "tile", "parts"), [
+    ((29, 9, 10), (8, 8, 8, 4, 4), 3), ((37, 20, 70), (16, 64, 8, 8, 8), 1), ((3, 17, 5), (16, 8, 4, 4, 4), 1),
+    ((0, 3, 5), (8, 8, 8, 4, 4), 1), ((5, 0, 3), (8, 8, 8, 4, 4), 1), ((40, 33, 64), (32, 32, 16, 8, 4), 2)])
+def test_the_bias_gradient_rides_along_exactly(xp, sizes, tile, parts, batch_axis, weight_layout):
+    """Small integers, scaled by a power of two and added into what is there: any lost or repeated row shows."""
+    samples, inputs, outputs = sizes
+    draw = np.random.default_rng(5)
+    x, dz = (draw.integers(-4, 5, shape).astype("float32") for shape in ((samples, inputs), (samples, outputs)))
+    expected_dw, expected_db = 3 + 0.5 * x.T @ dz, 7 + 0.5 * dz.sum(axis=0)
+    out = densegrad.WeightBiasGrads(dw=xp.full((inputs, outputs), 3, "float32"), db=xp.full(outputs, 7, "float32"))
+    if weight_layout == "out_in":
+        expected_dw, out = expected_dw.T, out._replace(dw=xp.full((outputs, inputs), 3, "float32"))
+    plan = densegrad.plans.MatmulPlan(inputs, outputs, samples, "float32", *tile, parts)
+    densegrad.weight_bias_grad(xp.asarray(x), xp.asarray(np.ascontiguousarray(dz.T) if batch_axis else dz), plan=plan,
+                               batch_axis=batch_axis, weight_layout=weight_layout, alpha=0.5, out=out, accumulate=True)
+    np.testing.assert_array_equal(host(out.dw), expected_dw)
+    np.testing.assert_array_equal(host(out.db), expected_db)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_alpha_scales_each_gradient(xp, parts):
+    x = xp.asarray(np.arange(36, dtype="float32").reshape(9, 4))
+    plan = densegrad.plans.MatmulPlan(4, 4, 9, "float32", 8, 8, 4, 4, 4, parts)
+    for scaled, whole in ((densegrad.bias_grad(x, alpha=0.25), densegrad.bias_grad(x)),
+                          (densegrad.weight_grad(x, x, alpha=0.25, plan=plan), densegrad.weight_grad(x, x, plan=plan)),
+                          (densegrad.input_grad(x, x[:4], alpha=0.25), densegrad.input_grad(x, x[:4]))):
+        assert (bits(scaled) == bits(whole / 4)).all()
 
 
 @pytest.mark.parametrize("need", [("dx",), ("dw",), ("db",), ("db", "dw"), "dx"])

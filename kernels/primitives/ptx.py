@@ -7,7 +7,6 @@ Source: CUDA C++ Programming Guide, "Device Memory Accesses"; PTX ISA, "ld", "st
 """
 from functools import cache
 
-
 from llvmlite import ir
 from numba import cuda, types
 from numba.cuda.extending import intrinsic

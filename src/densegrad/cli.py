@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import metadata
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
@@ -469,11 +468,14 @@ def _capability(cc: str) -> tuple[int, int]:
 
 def _show_variants(variants: dict[str, Variant]) -> None:
     """Every variant below the first line of its kernel's file."""
+    groups: dict[str, list[Text]] = {}
+    for name, variant in variants.items():
+        about = (sys.modules[variant.kernel.py_func.__module__].__doc__ or "").partition("\n")[0]
+        groups.setdefault(about, []).append(Text.assemble((f"  {name}", "cyan"), f"  {variant.description}"))
     out = _results()
-    for about, group in groupby(variants.items(), lambda named: sys.modules[named[1].kernel.py_func.__module__].__doc__):
-        out.print(f"\n{(about or '').partition(chr(10))[0]}", style="bold", soft_wrap=True)
-        for name, variant in group:
-            out.print(Text.assemble((f"  {name}", "cyan"), f"  {variant.description}"), soft_wrap=True)
+    for about, lines in groups.items():
+        out.print(f"{about}\n", style="bold", soft_wrap=True)
+        out.print(*lines, "", sep="\n", soft_wrap=True)
 
 
 def _compiled(variant: Variant, capability: tuple[int, int]) -> str:

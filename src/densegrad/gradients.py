@@ -1,6 +1,7 @@
 """The public functions. Each reads the same way: accept the user's arrays, plan, run."""
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
@@ -342,11 +343,10 @@ def _named(name: str, given: Any, kind: type[Named]) -> Named:
 
 
 def _check_apart(targets: list[Target]) -> None:
-    given = [target for target in targets if target.argument is not None]
-    for position, target in enumerate(given):
-        for other in given[:position]:
-            if overlap(target.argument.memory, other.argument.memory):
-                raise OutError(f"{target.name} overlaps {other.name} in memory (pass separate arrays)")
+    given = [(target.name, target.argument.memory) for target in targets if target.argument is not None]
+    for (name, memory), (other_name, other) in itertools.combinations(given, 2):
+        if overlap(memory, other):
+            raise OutError(f"{name} overlaps {other_name} in memory (pass separate arrays)")
 
 
 def _bias_target(name: str, out: Any, inputs: Inputs, keepdims: bool, accumulate: bool) -> Target:
@@ -355,7 +355,8 @@ def _bias_target(name: str, out: Any, inputs: Inputs, keepdims: bool, accumulate
 
 
 def _bias_plan(plan: BatchSumPlan | None, inputs: Inputs) -> BatchSumPlan:
-    sizes = {"samples": inputs.samples, "outputs": inputs.out_features, "dtype": inputs.dtype, "layout": inputs.dz.layout}
+    sizes: dict[str, Any] = {"samples": inputs.samples, "outputs": inputs.out_features, "dtype": inputs.dtype,
+                             "layout": inputs.dz.layout}
     if isinstance(plan, BatchSumPlan) and plan.layout == "rows" and inputs.dz.layout == "flat":
         # Rows without gaps are rows all the same, and the plan for many outputs takes them so.
         sizes["layout"] = "rows"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .operands import Argument, Inputs, Operand, Target
-from .plans import ITEM_BYTES, MATMUL_TILES, BatchSumPlan, MatmulPlan, accumulator_of, plan_batch_sum
+from .plans import ITEM_BYTES, MATMUL_TILES, BatchSumPlan, MatmulPlan, accumulator_of, plan_batch_sum, transposed_tile
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,10 @@ class Session:
         self._placed: dict[str, Any] = {}
         self._results: dict[str, tuple[Target, Any]] = {}
 
-    def place(self, argument: Argument) -> Operand:
-        """The argument where kernels can read it; copied at most once."""
+    def place(self, argument: Argument | None) -> Operand:
+        """The argument, which has been given, where kernels can read it; copied at most once."""
+        if argument is None:
+            raise TypeError("only an argument that was given can be placed")
         if argument.name not in self._placed:
             self.device.wait_for(argument.memory, self.stream)
             self._placed[argument.name] = self.device.placed(argument.array, argument.compact)
@@ -55,9 +57,7 @@ class Session:
     def result(self, target: Target) -> Operand:
         """Where kernels are to write a result."""
         argument, upload = target.argument, target.argument is not None and target.argument.compact
-        if argument is None:
-            array = self.device.empty(target.shape, target.dtype)
-        elif upload and not target.accumulate:
+        if argument is None or (upload and not target.accumulate):
             array = self.device.empty(target.shape, target.dtype)
         else:
             self.device.wait_for(argument.memory, self.stream)
@@ -120,7 +120,7 @@ def run_matmul(session: Session, plan: MatmulPlan, left: Operand, right: Operand
                    partial_sums)
     if split:
         run_add_parts(session, target, plan.parts, result, accumulate, alpha, plan)
-    if sums is not None:
+    if sums is not None and partial_sums is not None:
         run_add_parts(session, partial_sums, plan.parts, sums, accumulate, alpha, plan)
 
 
@@ -296,9 +296,9 @@ class _Catalogue(Session):
 def kernel_variants() -> dict[str, Variant]:
     """The kernels for all dtypes, tiles, layouts and options, by name. Needs a compiler, but no device."""
     catalogue = _Catalogue()
-    medium, large = MATMUL_TILES[3], MATMUL_TILES[1]
     for dtype in ITEM_BYTES:
         accumulator = accumulator_of(dtype)
+        medium, large = (MATMUL_TILES[4], MATMUL_TILES[5]) if dtype == "float64" else (MATMUL_TILES[3], MATMUL_TILES[1])
         for along_depth in ((False, False), (True, True), (True, False), (False, True)):
             catalogue.add_matmul(dtype, large, along_depth)
             catalogue.add_matmul(dtype, medium, along_depth, length=1023)
@@ -313,5 +313,5 @@ def kernel_variants() -> dict[str, Variant]:
             catalogue.add_batch_sum(65536, 10, dtype, layout, result=accumulator, accumulate=True, compensated=True)
     for tile in MATMUL_TILES:
         catalogue.add_matmul("float32", tile)
-        catalogue.add_matmul("float32", (tile[1], tile[0], tile[2], tile[4], tile[3]))
+        catalogue.add_matmul("float32", transposed_tile(tile))
     return catalogue.variants

@@ -67,10 +67,11 @@ class Argument:
         """The array with all but its last axis flattened; any_strides lets neither axis be contiguous."""
         *batch, cols = memory.shape
         rows, itemsize = prod(batch), memory.dtype.itemsize
-        strides = [_flat_stride(batch, memory.strides[:-1]), memory.strides[-1] if cols > 1 else itemsize]
-        compact = (memory.place == device.HOST or None in strides or any(s % itemsize for s in strides)
-                   or memory.byte % itemsize != 0)
-        row_stride, col_stride = (cols, 1) if compact else (s // itemsize for s in strides)
+        down, across = _flat_stride(batch, memory.strides[:-1]), memory.strides[-1] if cols > 1 else itemsize
+        row_stride, col_stride, compact = cols, 1, True
+        if down is not None and not (down % itemsize or across % itemsize or memory.byte % itemsize
+                                     or memory.place == device.HOST):
+            row_stride, col_stride, compact = down // itemsize, across // itemsize, False
         if rows <= 1:
             row_stride = cols
         if rows and cols and col_stride != 1 and row_stride != 1 and not any_strides:
@@ -254,9 +255,9 @@ def _check_w(shapes: dict[str, tuple[int, ...]], outputs: int, weight_layout: st
 
     if fits(w if weight_layout == "in_out" else w[::-1]):
         return
-    wanted = (inputs if inputs is not None else "in_features", outputs)
+    wanted = [str(inputs if inputs is not None else "in_features"), str(outputs)]
     wanted = wanted if weight_layout == "in_out" else wanted[::-1]
-    message = f'w must have shape ({wanted[0]}, {wanted[1]}) for weight_layout="{weight_layout}"; got {w}'
+    message = f'w must have shape ({", ".join(wanted)}) for weight_layout="{weight_layout}"; got {w}'
     if fits(w[::-1] if weight_layout == "in_out" else w):
         other = WEIGHT_LAYOUTS[weight_layout == "in_out"]
         message += f'; w.T would fit: did you mean weight_layout="{other}"?'
@@ -298,7 +299,7 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
         raise OutError(f"{name} is read-only (pass an array that can be written)")
     if memory.place != inputs.place:
         raise OutDeviceError(f"{name} must lie where the inputs do, on {inputs.place}; got one on {memory.place}")
-    if any(size > 1 and stride == 0 for size, stride in zip(shape, memory.strides, strict=True)):
+    if 0 not in shape and any(size > 1 and stride == 0 for size, stride in zip(shape, memory.strides, strict=True)):
         raise OutError(f"{name} is a broadcast view, several of its elements share memory (pass {name}.copy())")
     for argument in inputs.arguments:
         if overlap(memory, argument.memory):
@@ -315,7 +316,7 @@ def overlap(left: device.Memory, right: device.Memory) -> bool:
     if left.place != right.place or 0 in left.shape or 0 in right.shape:
         return False
     try:
-        return np.shares_memory(_ghost(left), _ghost(right), max_work=10_000)
+        return np.shares_memory(_ghost(left), _ghost(right), max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

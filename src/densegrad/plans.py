@@ -109,8 +109,10 @@ class MatmulPlan:
     @property
     def T(self) -> MatmulPlan:
         """The plan of the transposed result, right.T @ left.T."""
-        return replace(self, rows=self.cols, cols=self.rows, tile_rows=self.tile_cols, tile_cols=self.tile_rows,
-                       thread_rows=self.thread_cols, thread_cols=self.thread_rows)
+        tile_rows, tile_cols, _, thread_rows, thread_cols = transposed_tile(
+            (self.tile_rows, self.tile_cols, self.tile_depth, self.thread_rows, self.thread_cols))
+        return replace(self, rows=self.cols, cols=self.rows, tile_rows=tile_rows, tile_cols=tile_cols,
+                       thread_rows=thread_rows, thread_cols=thread_cols)
 
     @property
     def threads(self) -> int:
@@ -222,7 +224,7 @@ MODEL_LAUNCH = 5000.0  # cycles of a second kernel; it has four parts in flight
 
 #: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols), from large to small; their transposes are tried too
 MATMUL_TILES = (
-    (256, 128, 16, 16, 8),
+    (256, 128, 16, 8, 16),
     (128, 128, 8, 8, 8),
     (128, 64, 8, 8, 8),
     (64, 64, 8, 8, 8),
@@ -261,14 +263,22 @@ def _matmul_cost(plan: MatmulPlan) -> MatmulCost:
     return MatmulCost(arithmetic, memory, adding)
 
 
+def transposed_tile(tile: tuple[int, int, int, int, int]) -> tuple[int, int, int, int, int]:
+    """The tile of the transposed result. 8 x 16 results a thread stay so: 16 x 8 do not fit into 255 registers."""
+    rows, cols, depth, thread_rows, thread_cols = tile
+    if (thread_rows, thread_cols) == (8, 16) and rows % 16 == 0:
+        return cols, rows, depth, thread_rows, thread_cols
+    return cols, rows, depth, thread_cols, thread_rows
+
+
 def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[MatmulPlan]:
     """Every plan that plan_matmul chooses from."""
     double = dtype == "float64"
-    tiles = dict.fromkeys(tile for r, c, k, i, j in MATMUL_TILES for tile in ((r, c, k, i, j), (c, r, k, j, i)))
+    tiles = dict.fromkeys(tile for r, c, k, i, j in MATMUL_TILES for tile in ((r, c, k, i, j), transposed_tile((r, c, k, i, j))))
     input_bytes = (rows + cols) * depth * ITEM_BYTES[dtype]
     plans = []
     for tile_rows, tile_cols, tile_depth, thread_rows, thread_cols in tiles:
-        if double and thread_rows * thread_cols > 64:
+        if double and thread_rows * thread_cols > 32:
             continue
         whole = MatmulPlan(rows, cols, depth, dtype, tile_rows, tile_cols, tile_depth, thread_rows, thread_cols,
                            _ceil(max(depth, 1), 2**30))
@@ -530,8 +540,8 @@ def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensa
 
 
 def _blocks(elements: int) -> int:
-    """How many blocks are worth their while: two for each of 132 multiprocessors from a million elements, a wave from five."""
-    return min(WAVE, max(min(280, _ceil(elements, 3584)), elements // 8192))
+    """How many blocks are worth their while: two for each of 132 multiprocessors from a million elements, a wave from nine."""
+    return min(WAVE, max(min(280, _ceil(elements, 3584)), elements // 16384))
 
 
 def _cut(steps: int, wanted: int, most: int) -> int:
