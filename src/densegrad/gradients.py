@@ -344,7 +344,7 @@ def _named(name: str, given: Any, kind: type[Named]) -> Named:
 
 def _check_apart(targets: list[Target]) -> None:
     given = [(target.name, target.argument.memory) for target in targets if target.argument is not None]
-    for (name, memory), (other_name, other) in itertools.combinations(given, 2):
+    for (other_name, other), (name, memory) in itertools.combinations(given, 2):
         if overlap(memory, other):
             raise OutError(f"{name} overlaps {other_name} in memory (pass separate arrays)")
 
