@@ -336,3 +336,15 @@ def test_elements_beyond_two_to_the_31st(xp):
     plan = small_plan(rows, cols, 4, "float16")
     densegrad.input_grad(xp.asarray(upstream), xp.asarray(w.T.copy()), out=far, plan=plan)
     check_within(host(far.copy()), reference.input_grad(upstream, w.T), 0)
+
+
+@pytest.mark.parametrize("layouts", [("C", "C"), ("F", "F")])
+def test_several_warps_share_their_tiles(xp, layouts):
+    """Two warps fill and read each stage: a missing barrier is a race between them."""
+    draw = np.random.default_rng(11)
+    x, dz = (draw.integers(-4, 5, shape).astype("float32") for shape in ((29, 40), (29, 50)))
+    plan = MatmulPlan(40, 50, 29, "float32", 32, 32, 8, 4, 4)
+    grads = densegrad.weight_bias_grad(*(xp.asarray(np.asarray(a, order=order)) for a, order in zip((x, dz), layouts, strict=True)),
+                                       plan=plan)
+    np.testing.assert_array_equal(host(grads.dw), x.T @ dz)
+    np.testing.assert_array_equal(host(grads.db), dz.sum(axis=0))
