@@ -1,11 +1,11 @@
 """Every primitive against one table of plain NumPy, in every lane: so that its two twins do the same."""
 import numpy as np
 import pytest
-from densegrad.kernels import primitives
-from densegrad.kernels.primitives.layout import tile_copy
 from numba import cuda
 
 from densegrad import device
+from densegrad.kernels import primitives
+from densegrad.kernels.primitives.layout import tile_copy
 from densegrad.testing import bits, host, integers, normal
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
