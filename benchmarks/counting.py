@@ -1,0 +1,210 @@
+"""What is counted: the loads, stores and instructions of executed kernels, and what their machine code is made of.
+
+A table is a module in benchmarks/tables with a function `rows()`. A row is any object with
+
+    name               what the table calls it, unique there
+    limits             what must hold of its values, as `Limit`s
+    measure(machine)   {column: value}; the columns of a table's rows need not be the same
+
+`machine.count(call)` runs a call and gives the `Counts` of each kernel that it launched, in order; `total` adds them.
+`machine.code(counts, "9.0")` judges the linked machine code of such a kernel, as `Code`, for any compute capability;
+where that cannot be read the row is skipped, so give machine code rows of its own.
+"""
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from densegrad.launch import recorded
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bounds of one value."""
+
+    column: str
+    least: float = float("-inf")
+    most: float = float("inf")
+
+    def holds(self, value: float) -> bool:
+        """Whether the value is within them."""
+        return self.least <= value <= self.most
+
+
+class Row(Protocol):
+    """One line of a table."""
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+
+    @property
+    def limits(self) -> Iterable[Limit]:
+        """What must hold."""
+
+    def measure(self, machine: Rehearsed) -> Mapping[str, Any]:
+        """The values."""
+
+
+def broken(row: Row, values: Mapping[str, Any]) -> list[str]:
+    """The columns whose limits do not hold."""
+    return [limit.column for limit in row.limits if not limit.holds(values[limit.column])]
+
+
+class Skipped(Exception):
+    """A row cannot be measured here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a launch did, or several. Sectors are 32 bytes of global memory; asynchronous copies are loads."""
+
+    kernel: str
+    block: int
+    shared_bytes: int
+    load_sectors: int
+    store_sectors: int
+    loads: Counter  # warps' requests to global memory by bytes a thread
+    stores: Counter
+    warp_instructions: int
+    thread_instructions: int
+    by_class: Counter  # warps' instructions by ptxsim's classes: "ffma", "mma", "ld.global.128", "barrier"...
+    shared_load_wavefronts: int
+    shared_load_ideal: int
+    shared_store_wavefronts: int
+    shared_store_ideal: int
+    function: Any = field(default=None, repr=False, compare=False)  # what was launched, for its machine code
+
+    @property
+    def active_lanes(self) -> float:
+        """Of 32, on average over the instructions."""
+        return self.thread_instructions / max(self.warp_instructions, 1)
+
+    @property
+    def wide_loads(self) -> float:
+        """The share of 16-byte loads among the requests to global memory."""
+        return self.loads[16] / max(self.loads.total(), 1)
+
+    @property
+    def wide_stores(self) -> float:
+        """The share of 16-byte stores."""
+        return self.stores[16] / max(self.stores.total(), 1)
+
+    @property
+    def shared_load_degree(self) -> float:
+        """Wavefronts of loads from shared memory over the fewest possible; 1 is free of bank conflicts."""
+        return self.shared_load_wavefronts / max(self.shared_load_ideal, 1)
+
+    @property
+    def shared_store_degree(self) -> float:
+        """The same of stores."""
+        return self.shared_store_wavefronts / max(self.shared_store_ideal, 1)
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+    """All launches together; block, shared memory and machine code are those of the first."""
+    first, *rest = counts
+    added = {item.name: getattr(first, item.name) for item in fields(Counts)}
+    for count in rest:
+        added["kernel"] += "+" + count.kernel
+        for item in fields(Counts):
+            if item.name not in ("kernel", "block", "shared_bytes", "function"):
+                added[item.name] = added[item.name] + getattr(count, item.name)
+    return Counts(**added)
+
+
+@dataclass(frozen=True)
+class Code:
+    """The linked machine code of a kernel. Shares are of the issue slots of its main loop; what is modelled says so."""
+
+    capability: str
+    registers: int
+    local_instructions: int  # loads and stores of local memory: spills, or arrays
+    stack_bytes: int
+    blocks_per_multiprocessor: int
+    resident_threads: int  # of a multiprocessor
+    loop_instructions: int
+    ffma_share: float
+    mma_share: float
+    integer_share: float
+    load_to_use: float | None  # instructions between a global load, or a group of copies, and what needs it
+    percent_peak: float | None  # modelled, of the FP32 or tensor peak, at the full cost of shared loads
+    percent_peak_merged: float | None  # the same where pairs of lanes read equal addresses, which costs half
+    percent_dram: float | None  # modelled, of the DRAM's rate, for loops without multiply-adds
+    report: Any = field(repr=False, compare=False)  # sasscheck's, with all there is
+
+
+class Rehearsed:
+    """The machine that executes linked PTX, with counters."""
+
+    def __init__(self, machine: Any):
+        self._machine = machine
+        self.capability = ".".join(map(str, machine.cc))
+        self.source = f"executed PTX, {self.capability}"
+
+    def count(self, call: Callable[[], Any]) -> list[Counts]:
+        """Run a call and count what each of its launches does."""
+        before = len(self._machine.launches)
+        with recorded() as launches:
+            call()
+        return [self._counts(launch.kernel, executed)
+                for launch, executed in zip(launches, self._machine.launches[before:], strict=True)]
+
+    def _counts(self, kernel: str, executed: Any) -> Counts:
+        counters = executed.counters
+        requests: dict[str, Counter] = {"load": Counter(), "store": Counter(), "atomic": Counter()}
+        for line in counters.lines:
+            if line.space == "global" and line.threads:
+                requests[line.kind][line.width] += line.requests
+        return Counts(
+            kernel, executed.block[0] * executed.block[1] * executed.block[2], counters.shared_bytes_per_cta,
+            counters.global_load_sectors, counters.global_store_sectors, requests["load"], requests["store"],
+            counters.warp_instructions, counters.thread_instructions, counters.warp_by_class,
+            counters.shared_load_wavefronts, counters.shared_load_ideal,
+            counters.shared_store_wavefronts, counters.shared_store_ideal,
+            (self._machine.functions[executed.name], executed.shared))
+
+    def code(self, counts: Counts, capability: str) -> Code:
+        """Judge the kernel as linked for this compute capability.
+
+        Raises
+        ------
+        Skipped
+            If what reads machine code is not here.
+        """
+        try:
+            import sasscheck
+        except ImportError:
+            raise Skipped("machine code is read by the sasscheck tool, which is not importable (PYTHONPATH)") from None
+        function, dynamic_bytes = counts.function
+        linked = function.library.get_cubin(cc=tuple(map(int, capability.split("."))))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(bytes(getattr(linked, "code", linked)))
+            try:
+                (report,) = sasscheck.check(str(path), f"sm_{capability.replace('.', '')}", block=counts.block,
+                                            dynamic_smem=dynamic_bytes)
+            except sasscheck.ToolError as error:
+                raise Skipped(f"machine code could not be read: {error}") from error
+        loop = report.main or {}
+        distances = loop.get("load_to_use", {})
+        asynchronous = distances.get("cp_async") is not None
+        multiplies = loop.get("mma_share", 0.0) > 0 or loop.get("ffma_share", 0.0) > 0.02
+        return Code(
+            capability, report.registers, report.local_instructions, report.stack, report.occupancy["blocks"],
+            report.occupancy["blocks"] * counts.block, loop.get("instructions", 0), loop.get("ffma_share", 0.0),
+            loop.get("mma_share", 0.0), loop.get("integer_share", 0.0),
+            distances.get("cp_async" if asynchronous else "ldg"),
+            loop["percent_peak"] if multiplies else None, loop["percent_peak_merged"] if multiplies else None,
+            None if multiplies or "stream" not in loop else loop["stream"]["percent_dram"], report)
+
+
+def machine() -> Rehearsed | None:
+    """The machine that this process runs on, if it counts."""
+    found = getattr(sys.modules.get("rehearsal"), "machine", None)
+    return Rehearsed(found()) if found else None
