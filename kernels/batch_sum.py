@@ -20,18 +20,20 @@ Order of additions
 Bytes and flops
     Reads samples * outputs elements and, where there are parts, 2 * parts * outputs accumulators more; that many additions.
 
-Source: Harris, "Optimizing Parallel Reduction in CUDA", 2007; Neumaier, "Rundungsfehleranalyse einiger Verfahren zur
-Summation endlicher Summen", ZAMM 54, 1974.
+Source: Harris, "Optimizing Parallel Reduction in CUDA", 2007; Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM J.
+Sci. Comput. 26, 2005 (Sum2: the same sums as Neumaier's of 1974).
 """
 from functools import cache
 
-from numba import cuda
+from numba import cuda, int32
 
 from . import primitives
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 VECTOR_BYTES = 16
 SECTOR_BYTES = 32
+#: Elements under way where they are picked singly: few, since that takes registers.
+EDGE_ELEMENTS = 8
 
 
 def _epilogue(accumulator, result):
@@ -94,7 +96,8 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
     pitch = width * halves
     zeros = primitives.zeros(accumulator, vector * vectors * halves)
     add_rows = primitives.add_vectors(dtype, vector, accumulator, in_flight, vectors, spacing, compensated)
-    add_edge = primitives.add_inside(dtype, vector, accumulator, in_flight, vectors, spacing, compensated)
+    at_edge = min(in_flight, EDGE_ELEMENTS // vector)
+    add_edge = primitives.add_inside(dtype, vector, accumulator, at_edge, vectors, spacing, compensated)
     shared_array = primitives.shared_array("lanes", accumulator, lanes * pitch)
     store_sums = primitives.store_spread(accumulator, vector, vectors * halves, spacing)
     load_sum = primitives.load_shared(accumulator, 1)
@@ -123,14 +126,16 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
         inside = column >= 0 and column + width <= outputs
         column += across
         index, step = row * row_stride + column, lanes * row_stride
-        left = (end - row + lanes - 1) // lanes
+        left = int32((end - row + lanes - 1) // lanes)
         while left > 0:
             if inside and left >= in_flight:
                 sums = add_rows(sums, source, index, step)
+                index += in_flight * step
+                left = int32(left - in_flight)
             else:
                 sums = add_edge(sums, source, index, step, left, column, outputs)
-            index += in_flight * step
-            left -= in_flight
+                index += at_edge * step
+                left = int32(left - at_edge)
         shared = shared_array()
         store_sums(shared, lane * pitch + across, tidy(sums), thread)
         cuda.syncthreads()
@@ -178,8 +183,7 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
     places, more = line // folded, line % folded
     zeros = primitives.zeros(accumulator, vector * halves)
     add_lines = primitives.add_vectors(dtype, vector, accumulator, in_flight, 1, 0, compensated)
-    add_edge = primitives.add_inside(dtype, vector, accumulator, in_flight, 1, 0, compensated, line)
-    add_last = primitives.add_inside(dtype, vector, accumulator, 1, 1, 0, compensated, line)
+    add_edge = primitives.add_inside(dtype, vector, accumulator, 1, 1, 0, compensated, line)
     line_array = primitives.shared_array("lines", accumulator, lanes * pitch)
     fold_array = primitives.shared_array("folds", accumulator, fold_size * halves)
     store_sums = primitives.store_spread(accumulator, vector, halves, line_pitch)
@@ -196,14 +200,13 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
     def sum_contiguous(source, run_stride, run_length, runs, runs_per_block, length_per_part, target, part_stride,
                        col_stride, lost_step, alpha):
         thread = cuda.threadIdx.x
-        lane, across = thread // threads_x, thread % threads_x * vector
-        before = across % warp_width
-        after = warp_width - vector - before
+        lane, across = (thread // threads_x, thread % threads_x * vector) if lanes > 1 else (0, thread * vector)
+        ahead = int32(across % warp_width)
 
         # 1. This block's part of every run, and its runs.
         part = cuda.blockIdx.y
         start = part * length_per_part
-        length = min(run_length - start, length_per_part)
+        length = int32(min(run_length - start, length_per_part))
         origin = int(source) // item + start
         first_run = cuda.blockIdx.x * runs_per_block
         lines, folds = line_array(), fold_array()
@@ -212,19 +215,19 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
 
             # 2. sums[j] is the sum over the lines at across + j - shift, of the elements inside the part.
             sums = zeros()
-            position = across - (origin + run * run_stride & sector - 1)
-            index = run * run_stride + start + position
-            end = length if run < runs else 0
-            while position < end:
-                # A warp takes one way, so that it does not take both.
-                if position >= before and position + (in_flight - 1) * line + vector + after <= end:
+            position = int32(across - ahead - (origin + run * run_stride & sector - 1))
+            index = run * run_stride + start + int(position + ahead)
+            end = length if run < runs else int32(0)
+            while int32(position + ahead) < end:
+                # position is that of the warp's first thread: so a warp takes one way, and not one after the other.
+                if position >= 0 and int32(position + (in_flight - 1) * line + warp_width) <= end:
                     sums = add_lines(sums, source, index, line)
-                elif position + line >= end:
-                    sums = add_last(sums, source, index, line, 1, position, end)
+                    index += in_flight * line
+                    position = int32(position + in_flight * line)
                 else:
-                    sums = add_edge(sums, source, index, line, in_flight, position, end)
-                index += in_flight * line
-                position += in_flight * line
+                    sums = add_edge(sums, source, index, line, 1, position + ahead, end)
+                    index += line
+                    position = int32(position + line)
             sums = tidy(sums)
             store_sums(lines, lane * pitch + across, sums, thread)
             if across < sector:

@@ -279,7 +279,8 @@ def test_small_sums_take_few_threads(layout):
 
 @pytest.mark.parametrize("wrong", [
     {"dtype": "int32"}, {"layout": "sideways"}, {"lanes": 0}, {"lanes": 300}, {"threads_x": 3}, {"lanes": 5},
-    {"vectors": 400}, {"samples": 10 ** 6, "samples_per_part": 8}, {"layout": "flat"}, {"layout": "features_first"}])
+    {"vectors": 400}, {"samples": 10 ** 6, "samples_per_part": 8}, {"samples_per_part": 2 ** 31},
+    {"layout": "flat"}, {"layout": "features_first"}])
 def test_a_plan_that_no_kernel_can_carry_out_is_refused(wrong):
     plan = BatchSumPlan(64, 10, "float32", "rows", threads_x=4, lanes=8, in_flight=2, samples_per_part=16)
     with pytest.raises(PlanError, match="plan: "):

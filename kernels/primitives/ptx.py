@@ -192,23 +192,21 @@ def _load_partly(builder, address, index, dtype, count, mask):
 
 
 def _plus(builder, sums, values, compensated):
-    """sums plus values; if compensated, sums holds as many sums and then what their roundings lost (Neumaier)."""
+    """sums plus values; if compensated, sums holds as many sums and then what their roundings lost.
+
+    What an addition loses is a float, and these five more additions find it without a branch (Knuth).
+    """
     if not compensated:
         return [builder.fadd(total, value) for total, value in zip(sums, values, strict=True)]
     totals, lost = [], []
     for total, error, value in zip(sums[:len(values)], sums[len(values):], values, strict=True):
         rounded = builder.fadd(total, value)
-        larger = builder.fcmp_ordered(">=", _absolute(builder, total), _absolute(builder, value))
-        large, small = builder.select(larger, total, value), builder.select(larger, value, total)
-        lost.append(builder.fadd(error, builder.fadd(builder.fsub(large, rounded), small)))
+        of_value = builder.fsub(rounded, total)
+        of_total = builder.fsub(rounded, of_value)
+        missing = builder.fadd(builder.fsub(total, of_total), builder.fsub(value, of_value))
+        lost.append(builder.fadd(error, missing))
         totals.append(rounded)
     return totals + lost
-
-
-def _absolute(builder, value):
-    bits = _INT64 if value.type == ir.DoubleType() else _INT32
-    unsigned = builder.and_(builder.bitcast(value, bits), ir.Constant(bits, 2 ** (bits.width - 1) - 1))
-    return builder.bitcast(unsigned, value.type)
 
 
 def _finite(builder, value):
@@ -278,7 +276,7 @@ def add(dtype, count):
 def plus(dtype, count, compensated):
     """(sums, values) -> sums plus values.
 
-    Compensated sums are a fragment of twice the length: the sums, then what their roundings lost (Neumaier).
+    Compensated sums are a fragment of twice the length: the sums, then what their roundings lost.
     """
     fragment = _fragment_type(dtype, count * (1 + compensated))
     return _expand(fragment, (fragment, _fragment_type(dtype, count)), lambda builder, sums, values: _pack(
@@ -502,12 +500,13 @@ def add_shared(dtype, count, step, compensated=False, lost=0):
     """
 
     def body(builder, sums, array, index):
-        totals = _unpack(builder, sums)
+        totals, start = _unpack(builder, sums), _shared_pointer(builder, array, index, dtype)
         for cell in range(count):
             for offset in (0, lost) if compensated else (0,):
-                place = builder.add(index, ir.Constant(_INT32, cell * step + offset))
-                totals = _plus(builder, totals, _load_shared(builder, _shared_pointer(builder, array, place, dtype), dtype, 1),
-                               compensated)
+                # Constant distances from one address, so that they take no registers.
+                distance = ir.Constant(_INT64, cell * step + offset)
+                pointer = builder.gep(start, [distance], inbounds=True, source_etype=_STORED[dtype])
+                totals = _plus(builder, totals, _load_shared(builder, pointer, dtype, 1), compensated)
         return _pack(builder, totals)
 
     fragment = _fragment_type(dtype, 1 + compensated)

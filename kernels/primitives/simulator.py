@@ -41,7 +41,7 @@ def add(dtype, count):
 def plus(dtype, count, compensated):
     """(sums, values) -> sums plus values.
 
-    Compensated sums are a fragment of twice the length: the sums, then what their roundings lost (Neumaier).
+    Compensated sums are a fragment of twice the length: the sums, then what their roundings lost.
     """
     return _quiet(lambda sums, values: _plus(sums, values, compensated))
 
@@ -63,9 +63,9 @@ def _plus(sums, values, compensated):
         return sums + values
     totals, lost = sums[:len(values)], sums[len(values):]
     rounded = totals + values
-    larger = np.abs(totals) >= np.abs(values)
-    large, small = np.where(larger, totals, values), np.where(larger, values, totals)
-    return np.concatenate([rounded, lost + ((large - rounded) + small)])
+    of_values = rounded - totals
+    of_totals = rounded - of_values
+    return np.concatenate([rounded, lost + ((totals - of_totals) + (values - of_values))])
 
 
 @cache
@@ -133,6 +133,7 @@ def add_inside(dtype, count, wide, rows, across=1, spacing=0, compensated=False,
     """
 
     def run(sums, address, index, step, left, position, end):
+        position, end = int(position), int(end)
         for row in range(min(rows, left)):
             values = np.zeros((across, count), _TYPE[wide])
             for vector in range(across):

@@ -362,8 +362,10 @@ class BatchSumPlan:
                 raise PlanError(f"plan: {name} must be at least 1; got {getattr(self, name)}")
         if self.threads > 1024:
             raise PlanError(f"plan: threads_x * lanes must be at most 1024; got {self.threads}")
-        if self.tile * ITEM_BYTES[self.dtype] % 32 or self.tile < 2 * self.sector:
-            raise PlanError(f"plan: a line of {self.tile} elements must be 64 bytes or a greater multiple of 32")
+        if self.tile * ITEM_BYTES[self.dtype] % (16 if self.layout == "flat" else 32) or self.tile < 2 * self.sector:
+            raise PlanError(f"plan: a line of {self.tile} elements must be 64 bytes or a greater multiple of 32 (of 16 if flat)")
+        if self.samples_per_part * self.period + (self.in_flight + 1) * self.tile >= 2 ** 31:
+            raise PlanError(f"plan: a part of {self.samples_per_part} samples is too long for a block, which counts to 2^31")
         if self.layout != "rows" and self.folders * self.period > self.tile:
             raise PlanError(f"plan: folders times the period {self.period} must not exceed the line of {self.tile} elements")
         if self.parts > 65535:
@@ -406,9 +408,10 @@ class BatchSumPlan:
 
     @property
     def blocks_per_multiprocessor(self) -> int:
-        """How many blocks the registers have to leave room for."""
-        lean = self.vectors == 1 and not self.compensated
-        resident = 768 + 256 * lean if self.dtype == "float64" else 1024 + 512 * lean
+        """How many blocks the registers have to leave room for: the fewer sums a thread keeps, the more threads."""
+        sums = self.vectors * self.vector * (1 + self.compensated) * ITEM_BYTES[self.accumulator] // 4
+        light = sums <= 8 and self.accumulator == "float32" and not self.compensated
+        resident = 1536 if light else 1024 if sums <= 16 else 768 if sums <= 24 else 512
         return min(16, _ceil(resident, 32 * _ceil(self.threads, 32)))
 
     @property
@@ -511,13 +514,15 @@ class BatchSumPlan:
         if self.second:
             lines.append(f"{self.parts} parts of {self.samples_per_part} samples, so that the blocks fill a GPU; a second "
                          f"launch adds them from a workspace of {self.workspace_bytes} bytes")
-        lines.append(f"sums in {self.accumulator}{', compensated (Neumaier)' if self.compensated else ''}; the longest chain "
+        lines.append(f"sums in {self.accumulator}{', compensated' if self.compensated else ''}; the longest chain "
                      f"has {self.chain} additions")
         return "\n".join(lines)
 
 
 #: Blocks of 256 threads for large sums: at most one wave of six on each of 108 multiprocessors, and two thirds of one on 132.
 WAVE, MOST_BLOCKS = 576, 648
+#: Loads of 16 bytes that a thread has under way: of 1,024 threads they fill the memory's pipe, 64 KiB on the largest GPUs.
+IN_FLIGHT = 4
 #: Up to so many elements, what counts is how few threads there are, not how much memory they have under way.
 SMALL = 2 ** 14
 
@@ -549,10 +554,6 @@ def _cut(steps: int, wanted: int, most: int) -> int:
     return max(1, _ceil(steps, max(most, 1)), steps // wanted)
 
 
-def _in_flight(steps: int, compensated: bool) -> int:
-    return min(steps, 2 if compensated else 4)
-
-
 def _one_part(samples: int, outputs: int, dtype: str, compensated: bool) -> BatchSumPlan:
     """The plan for rows, by a single launch."""
     vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
@@ -562,11 +563,12 @@ def _one_part(samples: int, outputs: int, dtype: str, compensated: bool) -> Batc
         # Few rows: several vectors of each under way, so that the bytes read twice at the seams of tiles are few.
         lanes = min(_power_of_two(samples), max(sector, 8))
         threads_x = min(max((64 if small else 128) // lanes, 8 if small else 16), needed)
-        return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, 1, samples, vectors=3, compensated=compensated)
+        return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, 1, samples,
+                            vectors=4 if dtype == "float64" else 3, compensated=compensated)
     threads = 64 if small else 256
     threads_x = min(max(4, needed), threads // max(sector, 8))
     lanes = threads // threads_x
-    return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, _in_flight(_ceil(samples, lanes), compensated),
+    return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, min(_ceil(samples, lanes), IN_FLIGHT),
                         samples, compensated=compensated)
 
 
@@ -581,7 +583,7 @@ def _plan_runs(samples: int, outputs: int, dtype: str, compensated: bool) -> Bat
     lines, groups = _ceil(samples, tile), _ceil(outputs, lanes)
     if not small:
         lines = _cut(lines, _ceil(_blocks(samples * outputs), groups), MOST_BLOCKS // groups)
-    return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, _in_flight(lines, compensated),
+    return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, min(lines, IN_FLIGHT),
                         min(samples, lines * tile), runs_per_block=_ceil(groups, 32 if small else MOST_BLOCKS) * lanes,
                         folders=_folders(tile), compensated=compensated)
 
@@ -592,7 +594,7 @@ def _plan_flat(samples: int, outputs: int, dtype: str, threads: int, compensated
     lines = _ceil(samples * outputs, tile)
     if samples * outputs > SMALL:
         lines = _cut(lines, _blocks(samples * outputs), MOST_BLOCKS)
-    return BatchSumPlan(samples, outputs, dtype, "flat", threads, 1, _in_flight(lines, compensated),
+    return BatchSumPlan(samples, outputs, dtype, "flat", threads, 1, min(lines, IN_FLIGHT),
                         min(samples, lines * tile // outputs), folders=_folders(tile // outputs), compensated=compensated)
 
 
@@ -601,12 +603,11 @@ def _flat_threads(samples: int, outputs: int, dtype: str) -> int:
     if outputs > 256:
         return 0
     unit = outputs // gcd(outputs, 16 // ITEM_BYTES[dtype])
-    unit *= 1 + unit % 2
     if samples * outputs <= SMALL:
         return 64 // unit * unit
-    filled = {threads: threads / (32 * _ceil(threads, 32)) for threads in range(unit, 289, unit)}
-    return max([threads for threads in filled if threads <= 256 and filled[threads] >= 0.9]
-               or [threads for threads in filled if filled[threads] >= 0.875], default=0)
+    # Eight warps; an odd number of threads only if need be, since every other line then begins inside of 32 bytes.
+    fitting = [256 // step * step for step in (unit * (1 + unit % 2), unit)]
+    return next((threads for threads in fitting if threads > 7 * 32), 0)
 
 
 def _folders(copies: int) -> int:
