@@ -1,0 +1,227 @@
+"""What is measured: the operations, their cases and their data. An operation is added here, in one place.
+
+An operation is named by the function of densegrad that does it; what it reads and writes says how many bytes and flops
+it takes, and what its results should be.
+"""
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from densegrad import checks, testing
+from densegrad.device import dtype_of
+from densegrad.plans import ITEM_BYTES
+
+#: how much of a large result is compared with float64: so many rows, the first and last among them
+CHECKED_ROWS = 256
+#: products up to which all of it is
+CHECKED_PRODUCTS = 2 ** 36
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a layer: its shape for (S, D, M), and the scale of its normally distributed numbers."""
+
+    shape: Callable[[int, int, int], tuple[int, ...]]
+    scale: Callable[[int, int, int], float] = lambda s, d, m: 1.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What densegrad.reference makes of which arrays, and which axis of which of them its rows follow."""
+
+    array: Array
+    reference: str
+    arguments: tuple[str, ...]
+    depth: Callable[[int, int, int], int]
+    flops: Callable[[int, int, int], int]
+    rows: tuple[str, int] | None = None
+
+
+#: Inputs of a trained layer are about normal, weights are smaller the more inputs there are, gradients are small.
+INPUTS = {
+    "x": Array(lambda s, d, m: (s, d)),
+    "w": Array(lambda s, d, m: (d, m), lambda s, d, m: d ** -0.5),
+    "dz": Array(lambda s, d, m: (s, m), lambda s, d, m: 0.02),
+}
+RESULTS = {
+    "dx": Result(Array(lambda s, d, m: (s, d)), "input_grad", ("dz", "w"), lambda s, d, m: m,
+                 lambda s, d, m: 2 * s * d * m, ("dz", 0)),
+    "dw": Result(Array(lambda s, d, m: (d, m)), "weight_grad", ("x", "dz"), lambda s, d, m: s,
+                 lambda s, d, m: 2 * s * d * m, ("x", 1)),
+    "db": Result(Array(lambda s, d, m: (m,)), "bias_grad", ("dz",), lambda s, d, m: s, lambda s, d, m: s * m),
+}
+ORIENTATIONS = ("samples first", "features first")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What goes in and comes out, and in which orientations of dz it is measured."""
+
+    inputs: tuple[str, ...]
+    results: tuple[str, ...]
+    orientations: tuple[str, ...] = ORIENTATIONS[:1]
+
+
+OPERATIONS = {
+    "bias_grad": Operation(("dz",), ("db",), ORIENTATIONS),
+    "weight_grad": Operation(("x", "dz"), ("dw",)),
+    "input_grad": Operation(("dz", "w"), ("dx",)),
+    "weight_bias_grad": Operation(("x", "dz"), ("dw", "db")),
+    "dense_grads": Operation(("x", "w", "dz"), ("dx", "dw", "db")),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one shape."""
+
+    operation: str
+    samples: int
+    in_features: int
+    out_features: int
+    dtype: str
+    orientation: str = ORIENTATIONS[0]
+
+    def __str__(self) -> str:
+        sides = f", {self.orientation}" if self.orientation != ORIENTATIONS[0] else ""
+        return f"{self.operation} {self.samples} x {self.in_features} x {self.out_features} {self.dtype}{sides}"
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(S, D, M)"""
+        return self.samples, self.in_features, self.out_features
+
+    @property
+    def does(self) -> Operation:
+        """The operation."""
+        return OPERATIONS[self.operation]
+
+    @property
+    def batch_axis(self) -> int:
+        """Of dz."""
+        return ORIENTATIONS.index(self.orientation)
+
+    @property
+    def bytes(self) -> int:
+        """What must be read and written: each input and each result once."""
+        arrays = [INPUTS[name] for name in self.does.inputs] + [RESULTS[name].array for name in self.does.results]
+        return sum(int(np.prod(array.shape(*self.sizes))) for array in arrays) * ITEM_BYTES[self.dtype]
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        return sum(RESULTS[name].flops(*self.sizes) for name in self.does.results)
+
+    @property
+    def product_flops(self) -> int:
+        """Those of matrix products, which cuBLAS sets the roof of."""
+        return sum(RESULTS[name].flops(*self.sizes) for name in self.does.results if RESULTS[name].rows)
+
+    def data(self) -> dict[str, np.ndarray]:
+        """The inputs, the same on every run; dz lies as the orientation says."""
+        draw = np.random.default_rng(self.sizes)
+        arrays = {}
+        for name in self.does.inputs:
+            made = INPUTS[name]
+            values = draw.standard_normal(made.shape(*self.sizes), np.float32) * np.float32(made.scale(*self.sizes))
+            arrays[name] = values.astype(dtype_of(self.dtype))
+        if self.batch_axis:
+            arrays["dz"] = np.ascontiguousarray(arrays["dz"].T)
+        return arrays
+
+    def worst(self, result: str, got: np.ndarray, data: dict[str, np.ndarray], chain: int | None) -> float:
+        """The worst error as a share of its bound. NaN and a wrong shape are infinitely wrong.
+
+        Parameters
+        ----------
+        result : str
+            Which one.
+        got : ndarray
+            What came out.
+        data : dict of arrays
+            What went in.
+        chain : int or None
+            The longest chain of additions; None if it is not known: then any order of additions is allowed.
+        """
+        means = RESULTS[result]
+        if got.shape != means.array.shape(*self.sizes):
+            return float("inf")
+        arrays = {name: data[name].T if self.batch_axis and name == "dz" else data[name] for name in means.arguments}
+        if means.rows and means.flops(*self.sizes) > 2 * CHECKED_PRODUCTS:
+            name, axis = means.rows
+            kept = checked_rows(len(got))
+            arrays[name], got = arrays[name].take(kept, axis), got[kept]
+        exact, bound = testing.expected(means.reference, tuple(arrays[name] for name in means.arguments), {},
+                                        means.depth(*self.sizes) if chain is None else chain)
+        return checks.compare(got, exact, bound)[2]
+
+
+def checked_rows(rows: int) -> np.ndarray:
+    """Of a large result: the first, the last, and some between."""
+    edge = min(CHECKED_ROWS // 4, rows)
+    between = np.linspace(0, rows - 1, min(CHECKED_ROWS // 2, rows)).astype(int)
+    return np.unique(np.concatenate([np.arange(edge), between, np.arange(rows - edge, rows)]))
+
+
+#: (S, D, M) of layers as they are trained
+LAYERS = (
+    (1797, 64, 10),  # handwritten digits
+    (8192, 768, 3072),  # a transformer's feed-forward layer, up
+    (8192, 3072, 768),  # and down
+    (4096, 4096, 4096),
+    (16384, 1024, 1024),
+    (65536, 512, 256),  # a recommender's tower
+    (65536, 256, 1),  # and its last layer
+    (2048, 4096, 32000),  # a vocabulary
+)
+SHAPES = {
+    "layers": LAYERS,
+    "tall": (*((samples, 64, outputs) for outputs in (1, 3, 10, 33, 128)
+               for samples in (1_000, 10_000, 100_000, 1_000_003)), (1_000_003, 128, 128)),
+    "square": tuple((size, size, size) for size in (512, 1024, 2048, 4096, 8192)),
+}
+
+
+def shapes(name: str) -> tuple[tuple[int, int, int], ...]:
+    """A list of (S, D, M) by its name, or from a CSV file with these columns.
+
+    Raises
+    ------
+    ValueError
+        If there is neither, or a line of the file is wrong.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"shapes must be {', '.join(SHAPES)} or a CSV file with columns S, D and M; got {name!r}")
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    try:
+        found = tuple((int(line["S"]), int(line["D"]), int(line["M"])) for line in lines)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} must have the columns S, D and M with whole numbers ({error})") from None
+    if not found or min(map(min, found)) < 1:
+        raise ValueError(f"{name} must name at least one shape, of numbers from 1 up")
+    return found
+
+
+def cases(operations: list[str], sizes: tuple[tuple[int, int, int], ...], dtypes: list[str]) -> Iterator[Case]:
+    """Every operation on every shape; what does not depend on D is measured once for every (S, M)."""
+    seen: set[Any] = set()
+    for operation in operations:
+        for dtype in dtypes:
+            for orientation in OPERATIONS[operation].orientations:
+                for samples, inputs, outputs in sizes:
+                    if not {"x", "w"} & set(OPERATIONS[operation].inputs):
+                        inputs = 1
+                    case = Case(operation, samples, inputs, outputs, dtype, orientation)
+                    if case not in seen:
+                        seen.add(case)
+                        yield case

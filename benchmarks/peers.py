@@ -1,0 +1,190 @@
+"""Who is measured: densegrad and its peers. A peer is added here, in one place.
+
+`prepare(case, arrays)` gives a function that does the case's operation once on CuPy's current stream, and returns its
+results in the order of the operation; `arrays` holds the inputs and room for the results by their names. What can be
+done beforehand is done in `prepare`. float32 is float32 everywhere: TF32 is off.
+"""
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import densegrad
+
+from . import baselines
+from .operations import Case
+
+Call = Callable[[], tuple]
+Prepare = Callable[[Case, Mapping[str, Any]], Call]
+
+
+class NotApplicable(Exception):
+    """The implementation does not offer this case; the message says what."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to do some of the operations, or all where none is named."""
+
+    name: str
+    operations: tuple[str, ...]
+    requires: tuple[str, ...]
+    prepare: Prepare
+
+    def offers(self, operation: str) -> bool:
+        """Whether it does this operation, for some cases at least."""
+        return not self.operations or operation in self.operations
+
+    @property
+    def missing(self) -> str:
+        """The module that is not installed, or an empty string."""
+        for module in self.requires:
+            try:
+                if importlib.util.find_spec(module) is None:
+                    return module
+            except ModuleNotFoundError:  # of the package that it is in
+                return module
+        return ""
+
+
+IMPLEMENTATIONS: list[Implementation] = []
+OURS = "densegrad"
+
+
+def implementation(name: str, *operations: str, requires: tuple[str, ...] = ()) -> Callable[[Prepare], Prepare]:
+    """Register a prepare function."""
+    def register(prepare: Prepare) -> Prepare:
+        IMPLEMENTATIONS.append(Implementation(name, operations, requires, prepare))
+        return prepare
+    return register
+
+
+@implementation(OURS)
+def _densegrad(case: Case, arrays: Mapping[str, Any]) -> Call:
+    function, does = getattr(densegrad, case.operation), case.does
+    inputs = [arrays[name] for name in does.inputs]
+    given = {name: arrays[name] for name in does.results}
+    out: Any = given["db"] if does.results == ("db",) else next(iter(given.values()))
+    if case.operation == "weight_bias_grad":
+        out = densegrad.WeightBiasGrads(**given)
+    elif case.operation == "dense_grads":
+        out = densegrad.DenseGrads(**given)
+    options = {"batch_axis": case.batch_axis, "out": out}
+
+    def call() -> tuple:
+        results = function(*inputs, **options)
+        return results if isinstance(results, tuple) else (results,)
+
+    return call
+
+
+@implementation("CuPy", "bias_grad", "weight_grad", "input_grad", "weight_bias_grad", "dense_grads", requires=("cupy",))
+def _cupy(case: Case, arrays: Mapping[str, Any]) -> Call:
+    import cupy
+
+    steps: dict[str, Callable[[], Any]] = {
+        "dx": lambda: cupy.matmul(arrays["dz"], arrays["w"].T, out=arrays["dx"]),
+        "dw": lambda: cupy.matmul(arrays["x"].T, arrays["dz"], out=arrays["dw"]),
+        "db": lambda: cupy.sum(arrays["dz"], axis=case.batch_axis, out=arrays["db"]),
+    }
+    chosen = [(steps[name], arrays[name]) for name in case.does.results]
+
+    def call() -> tuple:
+        for step, _ in chosen:
+            step()
+        return tuple(result for _, result in chosen)
+
+    return call
+
+
+@implementation("PyTorch", "bias_grad", "weight_bias_grad", "dense_grads", requires=("torch",))
+def _torch(case: Case, arrays: Mapping[str, Any]) -> Call:
+    """torch.sum, and the backward pass of torch.nn.functional.linear, whose weight is (M, D)."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = False
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    tensors = {name: _as_tensor(array) for name, array in arrays.items()}
+    if case.operation == "bias_grad":
+        return lambda: (torch.sum(tensors["dz"], case.batch_axis, out=tensors["db"]),)
+    needed = {"dw": "w", "db": "b"} | ({"dx": "x"} if "dx" in case.does.results else {})
+    leaves = {"x": tensors["x"], "b": torch.zeros_like(tensors["db"]),
+              "w": tensors["w"].T.contiguous() if "w" in tensors else torch.empty_like(tensors["dw"].T.contiguous())}
+    for leaf in needed.values():
+        leaves[leaf] = leaves[leaf].detach().requires_grad_()
+    z = torch.nn.functional.linear(leaves["x"], leaves["w"], leaves["b"])
+    wanted = [leaves[needed[name]] for name in case.does.results]
+
+    def call() -> tuple:
+        results = torch.autograd.grad(z, wanted, tensors["dz"], retain_graph=True)
+        return tuple(result.T if name == "dw" else result
+                     for name, result in zip(case.does.results, results, strict=True))
+
+    return call
+
+
+def _as_tensor(array: Any) -> Any:
+    """The same memory as a tensor; the array interface has no bfloat16, so it passes as integers."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.as_tensor(array.view("int16"), device="cuda").view(torch.bfloat16)
+    return torch.as_tensor(array, device="cuda")
+
+
+@implementation("cuBLASLt BGRADB", "weight_bias_grad", requires=("nvmath",))
+def _cublaslt(case: Case, arrays: Mapping[str, Any]) -> Call:
+    """nvmath-python's matrix product, whose epilogue adds up the columns of the right factor."""
+    from nvmath.linalg.advanced import Matmul, MatmulEpilog
+
+    product = Matmul(arrays["x"].T, arrays["dz"], options={"blocking": "auto"})
+    product.plan(epilog=MatmulEpilog.BGRADB)
+
+    def call() -> tuple:
+        dw, extra = product.execute()
+        return dw, extra["bgradb"]
+
+    return call
+
+
+@implementation("cuda.compute", "bias_grad", requires=("cuda.compute",))
+def _cuda_compute(case: Case, arrays: Mapping[str, Any]) -> Call:
+    """A segmented reduction, whose segments are contiguous: dz features first, and no half sums."""
+    if not case.batch_axis or case.dtype not in ("float32", "float64"):
+        raise NotApplicable("segments are contiguous, and sums have the type of their elements")
+    import cupy
+    import numpy as np
+    from cuda.compute import OpKind, make_segmented_reduce
+
+    ends = np.arange(1, case.out_features + 1, dtype=np.int64) * case.samples
+    given = {"d_in": arrays["dz"].ravel(), "d_out": arrays["db"], "start_offsets_in": cupy.asarray(ends - case.samples),
+             "end_offsets_in": cupy.asarray(ends), "op": OpKind.PLUS, "h_init": np.zeros(1, case.dtype)}
+    reduce = make_segmented_reduce(**given)
+    size = reduce(temp_storage=None, num_segments=case.out_features, **given)
+    room = cupy.empty(max(size, 1), np.uint8)
+
+    def call() -> tuple:
+        reduce(temp_storage=room, num_segments=case.out_features, **given)
+        return (arrays["db"],)
+
+    return call
+
+
+def _baseline(baseline: str) -> Prepare:
+    def prepare(case: Case, arrays: Mapping[str, Any]) -> Call:
+        if case.dtype not in ("float32", "float64"):
+            raise NotApplicable("written for float32 and float64")
+
+        def call() -> tuple:
+            baselines.weight_grad(baseline, arrays["x"], arrays["dz"], arrays["dw"])
+            return (arrays["dw"],)
+
+        return call
+    return prepare
+
+
+for _name in baselines.BASELINES:
+    implementation(_name, "weight_grad")(_baseline(_name))
