@@ -6,6 +6,8 @@ A table is a module in benchmarks/tables with a function `rows()`. A row is any 
     limits             what must hold of its values, as `Limit`s
     measure(machine)   {column: value}; the columns of a table's rows need not be the same
 
+and what the README shows of it, as `README`, a list of `Shown`s.
+
 `machine.count(call)` runs a call and gives the `Counts` of each kernel that it launched, in order; `total` adds them.
 `machine.code(counts, "9.0")` judges the linked machine code of such a kernel, as `Code`, for any compute capability;
 where that cannot be read the row is skipped, so give machine code rows of its own.
@@ -49,6 +51,16 @@ class Row(Protocol):
 
     def measure(self, machine: Rehearsed) -> Mapping[str, Any]:
         """The values."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A part of a table that the README shows."""
+
+    title: str
+    columns: tuple[tuple[str, str, str], ...]  # (column, heading, how to format its numbers or "")
+    rows: tuple[str, ...]  # their names
+    note: str = ""
 
 
 def broken(row: Row, values: Mapping[str, Any]) -> list[str]:

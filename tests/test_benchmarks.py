@@ -2,13 +2,14 @@
 import csv
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import densegrad
-from benchmarks import host, operations, peers, records, run, timing
+from benchmarks import counting, host, operations, peers, plots, records, report, run, tables, timing
 from benchmarks.operations import Case
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +175,7 @@ def test_tf32_is_refused(monkeypatch, capsys):
     assert "TF32" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["run", "counted", "host", "simulator"])
+@pytest.mark.parametrize("module", ["run", "counted", "host", "simulator", "report"])
 def test_help_reads(module):
     found = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", "--help"], cwd=ROOT, capture_output=True,
                            text=True, timeout=60)
@@ -269,3 +270,86 @@ def test_python_is_timed_where_there_is_no_gpu(capsys):
     assert host.main(["--rounds", "3", "--repeats", "2", "--dry"]) == 0
     said = capsys.readouterr().out
     assert "bias_grad(dz)" in said
+
+
+# The report
+
+
+def test_readme_and_plots_say_what_the_rows_say(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A file of rows as if of a GPU."""
+    rows = []
+
+    def add(operation, implementation, sizes, us, gb_per_s, tflop_per_s, **more):
+        row = dict.fromkeys(run.COLUMNS, "") | dict(zip("SDM", sizes, strict=True)) | {
+            "gpu": "Sum Machine 3000", "date": "2030-01-02", "cuda": "13.1", "numba_cuda": "0.30", "commit": "abc",
+            "dtype": "float32", "orientation": "samples first", "operation": operation,
+            "implementation": implementation, "median_us": us, "p20_us": us, "p80_us": us, "gb_per_s": gb_per_s,
+            "tflop_per_s": tflop_per_s, "roof": 0.5, "host_us": 9.5}
+        rows.append(row | more)
+
+    add("roof", "device copy", (10 ** 9, "", ""), 700.0, 3000.0, 0)
+    add("roof", "cuBLAS", (8192, 8192, 8192), 20_000.0, 40.0, 55.0)
+    for samples in (1000, 10_000, 100_000):
+        for outputs in (1, 10):
+            gb_per_s = samples * outputs / 1e3
+            add("bias_grad", "densegrad", (samples, 1, outputs), 4.0, gb_per_s, gb_per_s / 4000)
+            add("bias_grad", "CuPy", (samples, 1, outputs), 8.0, gb_per_s / 2, gb_per_s / 8000)
+    add("weight_grad", "densegrad", (4096, 4096, 4096), 2800.0, 70.0, 49.0)
+    add("weight_grad", "CuPy", (4096, 4096, 4096), 2700.0, 75.0, 51.0)
+    add("weight_grad", "naive", (4096, 4096, 4096), "", "", "", remark="wrong: an error of 7 times its bound")
+    records.write(tmp_path / "sum-machine-3000.csv", rows)
+    return tmp_path
+
+
+def test_measured_rows_make_tables_and_plots(measured):
+    text, made = report.section(measured, "results")
+    assert "times against peers and roofs | measured | Sum Machine 3000 |" in text
+    assert "3000 GB/s copied; 55.0 TFLOP/s by cuBLAS in float32" in text
+    assert "| weight_grad | 4096 x 4096 x 4096 | float32 | 2800.0 (2800.0 to 2800.0) | 50% | 9.5 | CuPy 2700.0" in text
+    assert "| bias_grad | 1000 x 1 | float32 |" in text
+    assert "naive: wrong: an error of 7 times its bound" in text
+    assert {name.rpartition("-")[2] for name in made} == {"peers.svg", "roofline.svg", "narrow.svg"}
+    for name, plot in made.items():
+        words = "".join(ElementTree.fromstring(plot).itertext())
+        assert "Sum Machine 3000" in words
+        assert f"(results/{name})" in text
+        assert "prefers-color-scheme: dark" in plot
+
+
+def test_a_changed_row_or_a_lost_marker_is_noticed(measured):
+    before, _ = report.section(measured, "results")
+    (path,) = measured.glob("*.csv")
+    path.write_text(path.read_text().replace("2800.0", "2801.0"))
+    assert report.section(measured, "results")[0] != before
+    with pytest.raises(ValueError, match="lacks the markers"):
+        report.placed("# densegrad", before)
+
+
+def test_a_figure_that_misses_its_limit_says_so():
+    shown = counting.Shown("Table", (("name", "shape", ""), ("read", "read", ".2f")), ("a", "b", "not counted"))
+    rows = {name: {"name": name, "read": "1.234", "broken": broken} for name, broken in (("a", ""), ("b", "read"))}
+    assert report.counted_part(shown, rows)[-2:] == ["| a | 1.23 |", "| b | 1.23 (missed) |"]
+
+
+def test_what_the_readme_shows_has_been_counted():
+    for name in tables.names():
+        rows = report.counted_rows(records.RESULTS, name)
+        for shown in tables.shown(name):
+            assert set(shown.rows) <= rows.keys()
+            assert all(column in rows[row] for row in shown.rows for column, _, _ in shown.columns)
+
+
+def test_bars_are_as_long_as_their_values():
+    bars = [plots.Bar("one", "us", 10, "10 %"), plots.Bar("two", "them", 20, "20 %"),
+            plots.Bar("off", "us", 400, "400 %")]
+    root = ElementTree.fromstring(plots.bars("Title <1>", "note & more", bars, 100, " %"))
+    widths = [float(item.get("width")) for item in root.iter() if item.tag.endswith("rect")][-3:]
+    assert widths[1] == pytest.approx(2 * widths[0], abs=0.2)
+    assert widths[2] == pytest.approx(10 * widths[0], abs=0.6)
+    assert plots.ticks(30) == [0, 5, 10, 15, 20, 25, 30]
+    assert [plots.number(value) for value in (0.1, 1000, 2.5e6)] == ["0.1", "1k", "2.5M"]

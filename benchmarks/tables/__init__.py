@@ -3,7 +3,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterable
 
-from benchmarks.counting import Row
+from benchmarks.counting import Row, Shown
 
 
 def names() -> list[str]:
@@ -14,3 +14,8 @@ def names() -> list[str]:
 def rows(name: str) -> Iterable[Row]:
     """The rows of one table."""
     return importlib.import_module(f"{__name__}.{name}").rows()
+
+
+def shown(name: str) -> list[Shown]:
+    """What the README shows of one table."""
+    return getattr(importlib.import_module(f"{__name__}.{name}"), "README", [])

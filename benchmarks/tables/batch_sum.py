@@ -11,11 +11,24 @@ from typing import Any
 import numpy as np
 
 import densegrad as dg
-from benchmarks.counting import Limit, Rehearsed, total
+from benchmarks.counting import Limit, Rehearsed, Shown, total
 from densegrad.device import dtype_of
 from densegrad.plans import ITEM_BYTES, BatchSumPlan, plan_batch_sum
 
 ELEMENTS = 3_000_000  # that a row executes, about
+
+README = [Shown(
+    "dL/db: 32-byte sectors read over the fewest that hold dZ, those written over those read",
+    (("shape", "dZ (S, M)", ""), ("dtype", "dtype", ""), ("layout", "memory", ""), ("offset", "elements before it", ""),
+     ("pad", "between rows", ""), ("read", "read", ".3f"), ("written", "written", ".3f"),
+     ("active_lanes", "lanes of 32", ".1f"), ("blocks", "blocks", "")),
+    ("(8192, 3072) float16 rows", "(65536, 1024) bfloat16 features_first", "(65536, 1024) float32 rows",
+     "(65536, 1024) float32 rows offset 1", "(65536, 1024) float32 rows stride +1", "(1000003, 1) float32 flat",
+     "(1000003, 10) float32 flat", "(1000003, 33) float32 features_first", "(1, 1000003) float32 rows",
+     "(33, 50257) float32 rows"),
+    "Large shapes are cut to what can be executed, where every figure is proportional; the column `cut` of the file "
+    "says to what.",
+)]
 
 
 @dataclass(frozen=True)
