@@ -190,19 +190,55 @@ def test_small_bfloat16_steps_do_not_stick(xp):
     np.testing.assert_array_equal(host(out), [555, 555])
 
 
+def cancelling(samples, outputs, left):
+    """Numbers of nine magnitudes, of whose sum in each column only this share is left: plain sums lose digits there."""
+    draw = np.random.default_rng(1)
+    values = draw.standard_normal((samples, outputs)) * 10.0 ** draw.integers(-4, 5, (samples, outputs))
+    values = values.astype("float32")
+    middle = 3 * samples // 5
+    values[middle] = (left - 1) * (values.sum(axis=0, dtype=float) - values[middle])
+    return values
+
+
 @pytest.mark.parametrize("layout", MEMORY)
 @pytest.mark.parametrize("parts", [1, 3])
 def test_compensated_sums_are_within_two_units_in_the_last_place(layout, parts, xp):
     memory, batch_axis = MEMORY[layout][0]
-    values = normal((101, 6), "float32", seed=9) * np.float32(10) ** np.random.default_rng(1).integers(-4, 5, (101, 6))
-    values = values.astype("float32")
-    values[60] = -0.99 * (values.sum(axis=0) - values[60])  # a hundredth is left: plain sums lose two digits
+    values = cancelling(101, 6, 0.01)
     plan = small_plan(101, 6, "float32", layout, parts, compensated=True)
     result = host(dg.bias_grad(placed(values, memory, batch_axis, xp), batch_axis=batch_axis, plan=plan))
     exact = np.array([fsum(column) for column in values.T.astype(float)])
     assert (np.abs(result - exact) <= 2 * np.spacing(np.abs(result))).all()
     plain = model(replace(plan, compensated=False), values)
     assert (np.abs(plain - exact) > 2 * np.spacing(np.abs(plain))).any()
+
+
+@pytest.mark.parametrize("batch_axis", [0, 1])
+@pytest.mark.parametrize("left", [1e-2, 1e-5, 0])
+def test_compensated_sums_that_nearly_cancel_are_within_their_bound(batch_axis, left, xp):
+    values = cancelling(101, 6, left)
+    with recorded() as launches:
+        result = dg.bias_grad(placed(values, "C", batch_axis, xp), batch_axis=batch_axis, compensated=True)
+    plan, exact = launches[0].plan, np.array([fsum(column) for column in values.T.astype(float)])
+    assert plan == plan_batch_sum(101, 6, "float32", plan.layout, compensated=True)
+    np.testing.assert_array_equal(bits(result), bits(model(plan, values)))
+    bound = error_bound(np.abs(values.astype(float)).sum(axis=0), exact, plan.chain, 1, "float32", compensated=True)
+    check_within(result, exact, bound)
+    plain = dg.bias_grad(placed(values, "C", batch_axis, xp), batch_axis=batch_axis)
+    assert (np.abs(host(plain) - exact) > bound).any()
+
+
+def test_a_compensated_plan_and_the_keyword_agree_or_are_refused(xp):
+    dz = xp.asarray(np.array([[1e8], [1], [-1e8]], "float32"))
+    plain = plan_batch_sum(3, 1, "float32", "flat")
+    compensated = replace(plain, compensated=True)
+    for options, expected in (({}, 0), ({"plan": plain}, 0), ({"compensated": True}, 1), ({"plan": compensated}, 1),
+                              ({"plan": compensated, "compensated": True}, 1)):
+        assert host(dg.bias_grad(dz, **options)).item() == expected
+    out = xp.full(1, 7, "float32")
+    with pytest.raises(PlanError, match=r"plan is not compensated.*replace\(plan, compensated=True\)"):
+        dg.bias_grad(dz, plan=plain, compensated=True, out=out)
+    assert host(out).item() == 7
 
 
 @pytest.mark.parametrize("layout", MEMORY)

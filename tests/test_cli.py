@@ -89,6 +89,18 @@ def test_grads_of_a_transposed_upstream_without_weights(layer, tmp_path):
         np.testing.assert_array_equal(out["dw"], reference.weight_grad(layer["x"], layer["dz"]).T)
 
 
+def test_grads_compensates_where_asked(layer, tmp_path):
+    layer["dz"][:] = np.array([[1e8], [1], [0], [0], [0], [-1e8]], "float32")
+    np.save(tmp_path / "dz.npy", layer["dz"])
+    for options, expected in (((), 0), (("--compensated",), 1)):
+        out = tmp_path / "out.npz"
+        result = run("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz.npy", "--out", out, "--force", *options)
+        assert result.exit_code == 0, result.output
+        with np.load(out) as written:
+            assert sorted(written) == ["db", "dw"]
+            np.testing.assert_array_equal(written["db"], np.full(5, expected))
+
+
 def test_grads_overwrites_only_by_force(layer, tmp_path):
     out = tmp_path / "out.npz"
     out.write_bytes(b"precious")
@@ -192,6 +204,12 @@ def test_explain_answers_the_question(example):
     assert max(len(line) for _, body in explain.pages(example) for line in body.splitlines()) <= 81
 
 
+def test_explain_shows_what_compensation_keeps(example):
+    plain, compensated = example.rounding_ways
+    assert (plain.value.item(), compensated.value.item()) == (0, 1)
+    assert "compensated=True" in dict(explain.pages(example))["What rounding takes from dL/db, and how to keep it"]
+
+
 def test_explain_warns_where_the_shape_cannot_tell():
     assert "the shape cannot tell" in run("explain", "--samples", 3, "--outputs", 3).output
 
@@ -273,8 +291,8 @@ def test_check_covers_every_orientation_and_dtype():
         for function in ("weight_grad", "input_grad", "dense_grads"):
             covered = {(c.dtype, c.batch_axis, c.weight_layout) for c in cases if c.function == function}
             assert len(covered) == 4 * 2 * 2
-        assert {(c.dtype, c.batch_axis) for c in cases if c.function == "bias_grad"} == {
-            (dtype, axis) for dtype in checks.ROUNDOFF for axis in (0, 1)}
+        assert {(c.dtype, c.batch_axis, c.compensated) for c in cases if c.function == "bias_grad"} == {
+            (dtype, axis, compensated) for dtype in checks.ROUNDOFF for axis in (0, 1) for compensated in (False, True)}
 
 
 CASE = checks.Case("bias_grad", 5, 1, 3, "float32", 0, "in_out")
@@ -292,6 +310,15 @@ def test_check_notices_a_wrong_sum(monkeypatch):
     result = run("check")
     assert result.exit_code == 1
     assert "FAIL" in result.output
+
+
+def test_check_notices_a_sum_that_is_not_compensated(monkeypatch):
+    right = densegrad.bias_grad
+    monkeypatch.setattr(densegrad, "bias_grad", lambda dz, *, compensated, **options: right(dz, **options))
+    case = dataclasses.replace(CASE, samples=300, compensated=True)
+    monkeypatch.setattr(checks, "cases", lambda kind, quick: [case])
+    assert checks.run(case).share > 1
+    assert "bias_grad compensated" in run("check").output
 
 
 def test_check_notices_an_entry_that_is_not_written(monkeypatch):

@@ -10,11 +10,7 @@ import numpy as np
 from . import reference
 from .device import dtype_of
 from .launch import recorded
-from .plans import accumulator_of
-
-#: unit roundoff, and the error of rounding the smallest results
-ROUNDOFF = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8, "float32": 2.0 ** -24, "float64": 2.0 ** -53}
-UNDERFLOW = {"float16": 2.0 ** -25, "bfloat16": 2.0 ** -134, "float32": 2.0 ** -150, "float64": 2.0 ** -1075}
+from .testing import ROUNDOFF, error_bound
 
 #: (samples, in_features, out_features): less than a tile, in every dtype
 SMALL = (19, 5, 10)
@@ -24,9 +20,10 @@ OTHERS = {
     "gpu": ((1, 1, 1), (70, 65, 66), (4099, 257, 130), (20000, 64, 10)),
 }
 
-_ORIENTATIONS = (
-    ("bias_grad", 0, "in_out"), ("bias_grad", 1, "in_out"),
-    *((function, axis, layout) for function in ("weight_grad", "input_grad", "dense_grads")
+#: (function, batch_axis, weight_layout, compensated)
+_ORIENTATIONS: tuple[tuple[str, int, str, bool], ...] = (
+    *(("bias_grad", axis, "in_out", compensated) for compensated in (False, True) for axis in (0, 1)),
+    *((function, axis, layout, False) for function in ("weight_grad", "input_grad", "dense_grads")
       for axis in (0, 1) for layout in ("in_out", "out_in")),
 )
 
@@ -46,6 +43,7 @@ class Case:
     dtype: str
     batch_axis: int
     weight_layout: str
+    compensated: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,35 +69,15 @@ def cases(kind: str, quick: bool = False) -> list[Case]:
     A small size comes in every dtype, or in one for each orientation if quick; the others only then, and in one.
     """
     dtypes = cycle(ROUNDOFF)
-    small = [Case(function, *SMALL, dtype, axis, layout) for function, axis, layout in _ORIENTATIONS
+    small = [Case(function, *SMALL, dtype, axis, layout, compensated)
+             for function, axis, layout, compensated in _ORIENTATIONS
              for dtype in ((next(dtypes),) if quick else ROUNDOFF)]
-    others = () if quick else OTHERS[kind]
-    return small + [Case(function, *size, next(dtypes), axis, layout) for size in others
-                    for function, axis, layout in _ORIENTATIONS]
-
-
-def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int, dtype: str) -> np.ndarray:
-    """What the error of a sum of products may be, entry by entry.
-
-    Parameters
-    ----------
-    magnitude : ndarray
-        The sum of the products' magnitudes, |x|ᵀ|dz|.
-    exact : ndarray
-        The result in float64.
-    chain, terms : int
-        The longest chain of additions in the plan, and the number of products in the float64 sum.
-    dtype : str
-        Of inputs and result.
-
-    Returns
-    -------
-    ndarray
-        Rounding of the additions, (chain + 1) u |x|ᵀ|dz|, and of the result, and that of the float64 reference itself.
-    """
-    sums = (chain + 1) * ROUNDOFF[accumulator_of(dtype)] * magnitude
-    return (sums + ROUNDOFF[dtype] * (np.abs(exact) + sums) + UNDERFLOW[dtype]
-            + (terms + 1) * ROUNDOFF["float64"] * magnitude)
+    others: list[Case] = []
+    for size in () if quick else OTHERS[kind]:
+        next(dtypes)  # so that no orientation meets the same dtype in every size
+        others += [Case(function, *size, next(dtypes), axis, layout, compensated)
+                   for function, axis, layout, compensated in _ORIENTATIONS]
+    return small + others
 
 
 def compare(result: Any, exact: np.ndarray, bound: np.ndarray) -> tuple[float, float, float]:
@@ -125,6 +103,7 @@ def _run(case: Case) -> Outcome:
     arrays, options = _problem(case)
     names = _GRADIENTS.get(case.function, (case.function,))
     exact, magnitude, bounds = {}, {}, []
+    precision = {"compensated": True} if case.compensated else {}
     for name in names:
         given = [arrays[argument] for argument in _ARGUMENTS[name]]
         accepted = {"batch_axis": case.batch_axis} if name == "bias_grad" else options
@@ -138,12 +117,13 @@ def _run(case: Case) -> Outcome:
                 out = densegrad.DenseGrads(*outs)
                 densegrad.dense_grads(arrays["x"], arrays["w"], arrays["dz"], out=out, **options)
             else:
-                getattr(densegrad, case.function)(*given, out=outs[0], **accepted)
+                getattr(densegrad, case.function)(*given, out=outs[0], **accepted, **precision)
             results.append(outs)
     chain = max(launch.plan.chain for launch in launches)
     for name in names:
         terms = case.out_features if name == "input_grad" else case.samples
-        bounds.append(error_bound(magnitude[name], exact[name], chain, terms, case.dtype))
+        bounds.append(error_bound(magnitude[name], exact[name], chain, terms, case.dtype,
+                                  compensated=case.compensated))
     worst = max((compare(*three) for three in zip(results[0], exact.values(), bounds, strict=True)),
                 key=lambda compared: compared[2])
     repeats = all(first.tobytes() == second.tobytes() for first, second in zip(*results, strict=True))

@@ -220,6 +220,8 @@ def grads(
     w: Annotated[Path | None, typer.Option("--w", metavar="W.npy", help="The weights, for dx too.")] = None,
     batch_axis: Annotated[int, typer.Option(min=0, max=1, help="Which axis of dz counts samples.")] = 0,
     weight_layout: Annotated[str, typer.Option(help='"in_out" or "out_in" (PyTorch), for w and dw.')] = "in_out",
+    compensated: Annotated[
+        bool, typer.Option("--compensated", help="Make up in db for what its additions round away.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Compute the gradients of your own arrays.
@@ -231,6 +233,7 @@ def grads(
 
         densegrad grads --x x.npy --dz dz.npy --out grads.npz
         densegrad grads --x x.npy --w w.npy --dz dz_t.npy --batch-axis 1 --out grads.npz --force
+        densegrad grads --x x.npy --dz dz.npy --compensated --out grads.npz
     """
     import numpy as np
 
@@ -238,12 +241,16 @@ def grads(
         raise ValueError(f"--out {out} exists (--force overwrites it)")
     arrays = [None if path is None else _load(name, path) for name, path in (("x", x), ("w", w), ("dz", dz))]
     _use_device()
-    from . import dense_grads
+    from . import bias_grad, dense_grads
 
-    need = ("dw", "db") if w is None else ("dx", "dw", "db")
+    names = ("dw", "db") if w is None else ("dx", "dw", "db")
+    # A compensated db does not ride along with dw.
+    need = names[:-1] if compensated else names
     with _notes().status("Computing the gradients"):
         result = dense_grads(*arrays, need=need, batch_axis=batch_axis, weight_layout=weight_layout)
-    computed = {name: getattr(result, name) for name in need}
+        if compensated:
+            result = result._replace(db=bias_grad(arrays[-1], batch_axis=batch_axis, compensated=True))
+    computed = {name: getattr(result, name) for name in names}
     with _whole_file(out) as file:
         np.savez(file, **computed)
     table = _table(str(out), ("", "shape", "dtype"), ("largest magnitude",))
@@ -408,8 +415,9 @@ def _check_table(outcomes: list[Any]) -> Table:
     for outcome in outcomes:
         case = outcome.case
         restless = outcome.share <= 1 and not outcome.repeats
-        table.add_row(case.function, f"{case.samples}, {case.in_features}, {case.out_features}", case.dtype,
-                      str(case.batch_axis), "" if case.function == "bias_grad" else case.weight_layout,
+        table.add_row(case.function + " compensated" * case.compensated,
+                      f"{case.samples}, {case.in_features}, {case.out_features}", case.dtype, str(case.batch_axis),
+                      "" if case.function == "bias_grad" else case.weight_layout,
                       f"{outcome.error:.1e}", f"{outcome.bound:.1e}",
                       "[bold red]bits differ[/bold red]" if restless else _verdict(outcome.passed))
     return table

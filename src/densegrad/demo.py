@@ -12,8 +12,9 @@ from importlib.resources import files
 import numpy as np
 
 from . import reference
-from .checks import ROUNDOFF, compare, error_bound
+from .checks import compare
 from .launch import recorded
+from .testing import ROUNDOFF, error_bound
 
 CLASSES = 10
 BATCH = 128
@@ -84,7 +85,7 @@ def compare_gradients(digits: Digits) -> list[Comparison]:
 
     Notes
     -----
-    Each bound is derived: rounding in the kernel as in `checks.error_bound`; for the differences also the rounding of
+    Each bound is derived: rounding in the kernel as in `testing.error_bound`; for the differences also the rounding of
     dZ to float32, the third derivative that central differences leave out (for a softmax at most r³ / (6 sqrt 3),
     where r is the spread that a unit step gives the logits) and the rounding of the two losses in float64.
     """

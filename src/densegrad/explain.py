@@ -34,6 +34,7 @@ class Example:
     dw: np.ndarray
     bias_ways: Mapping[str, tuple[Way, ...]]
     weight_ways: Mapping[str, tuple[Way, ...]]
+    rounding_ways: tuple[Way, ...]
 
     @property
     def samples(self) -> int:
@@ -94,7 +95,12 @@ def work_out(samples: int = 2, features: int = 4, outputs: int = 3) -> Example:
             Way('densegrad.weight_grad(x, dz, weight_layout="out_in").T', weight_grad(x, dz, weight_layout="out_in").T),
         ),
     }
-    return Example(x, w, b, x @ w + b, dz, db, dw, bias_ways, weight_ways)
+    cancelling = np.array([[1e8], [1], [-1e8]], np.float32)
+    rounding_ways = (
+        Way("densegrad.bias_grad(dz)", bias_grad(cancelling)),
+        Way("densegrad.bias_grad(dz, compensated=True)", bias_grad(cancelling, compensated=True)),
+    )
+    return Example(x, w, b, x @ w + b, dz, db, dw, bias_ways, weight_ways, rounding_ways)
 
 
 def pages(example: Example) -> Iterator[tuple[str, str]]:
@@ -104,6 +110,7 @@ def pages(example: Example) -> Iterator[tuple[str, str]]:
     yield '"Sum the rows" is "sum over axis 0"', _words_page(example)
     yield "Which axis? Ask the shape of the upstream gradient", _axis_page(example)
     yield "dL/dW: the same axis disappears", _weight_page(example)
+    yield "What rounding takes from dL/db, and how to keep it", _rounding_page(example)
 
 
 def _layer_page(e: Example) -> str:
@@ -182,6 +189,17 @@ gradient it is the same axis as for dL/db, told by the same rule:
 {_ways(e.weight_ways, e)}
 
 weight_layout="out_in" is PyTorch's: W and its gradient transposed, ({e.outputs}, {e.features})."""
+
+
+def _rounding_page(e: Example) -> str:
+    lines = "\n".join(f"  {way.text:<41}  {way.value.shape!s:<7} {_row(way.value)}" for way in e.rounding_ways)
+    return f"""A float32 has 24 bits. Of three samples of one output, 1e8, 1 and -1e8, the
+second is lost when it is added to the first:
+
+{lines}
+
+Compensated, what every addition rounds away is computed exactly and added up
+beside the sum, and both are added in the end. dz is read once either way."""
 
 
 def _ways(ways: Mapping[str, tuple[Way, ...]], e: Example) -> str:

@@ -489,33 +489,42 @@ class BatchSumPlan:
     @property
     def chain(self) -> int:
         """The longest chain of additions that one result goes through."""
+        # Sums of sums take in what was lost beside each sum as well.
+        halves = 1 + self.compensated
         if self.layout == "rows":
-            chain = _ceil(self.samples_per_part, self.lanes) + self.lanes
+            chain = _ceil(self.samples_per_part, self.lanes) + halves * self.lanes
         else:
             copies = self.tile // self.period
-            chain = _ceil(self.samples_per_part, copies) + _ceil(copies, self.folders) + self.folders
+            chain = _ceil(self.samples_per_part, copies) + halves * (_ceil(copies, self.folders) + self.folders)
         return chain + (self.second.chain if self.second else 0)
 
     def explain(self) -> str:
         """The plan in words, with reasons."""
-        bytes_each = self.tile * ITEM_BYTES[self.dtype]
+        item = ITEM_BYTES[self.dtype]
         if self.layout == "rows":
             how = (f"{self.lanes} lanes of {self.threads_x} threads: a lane adds every {_nth(self.lanes)} sample of its part, "
-                   f"{bytes_each} contiguous bytes of it, {self.in_flight} samples in flight; the lanes are added in order")
+                   f"{self.tile * item} contiguous bytes of it (32 fewer where rows begin between multiples of 32 "
+                   f"bytes), {self.in_flight} samples in flight; the lanes are added in order")
         else:
-            what = f"the whole matrix, whose columns repeat every {self.outputs} elements" if self.layout == "flat" else (
-                f"one output's samples, {self.lanes} outputs at a time, {self.runs_per_block} in all")
-            how = (f"a block reads {what}, in lines of {bytes_each} contiguous bytes, {self.in_flight} in flight; "
-                   f"{self.folders} threads fold the sums of a line")
-        lines = [f"sum of {self.samples} samples of {self.outputs} outputs, {self.dtype}, {self.layout}: each element read once",
+            what = f"the samples of {self.runs_per_block} outputs, {self.lanes} of them at a time"
+            if self.layout == "flat":
+                what = f"the matrix as one run, whose columns repeat every {self.outputs} elements"
+            how = (f"a block reads {what}, in lines of {self.tile * item} contiguous bytes, {self.in_flight} in "
+                   f"flight; {self.folders} threads fold the sums of a line")
+        lines = [f"sum of {self.samples} samples of {self.outputs} outputs, {self.dtype}, {self.layout}: each element "
+                 f"read once, {self.samples * self.outputs * item} bytes",
                  how,
                  f"grid {self.grid[0]} x {self.grid[1]} blocks of {self.threads} threads, {self.shared_bytes} bytes of shared "
-                 f"memory"]
+                 f"memory; registers for {self.blocks_per_multiprocessor} blocks a multiprocessor"]
         if self.second:
             lines.append(f"{self.parts} parts of {self.samples_per_part} samples, so that the blocks fill a GPU; a second "
                          f"launch adds them from a workspace of {self.workspace_bytes} bytes")
-        lines.append(f"sums in {self.accumulator}{', compensated' if self.compensated else ''}; the longest chain "
-                     f"has {self.chain} additions")
+        rounding = f"{self.chain + 1} u sum |dz|"
+        if self.compensated:
+            lines.append("compensated: what additions round away is added up beside the sums, 7 additions for one")
+            rounding = f"({self.chain + 1} u)^2 sum |dz|"
+        lines.append(f"sums in {self.accumulator}; longest chain of additions {self.chain}: |error| <= {rounding}, "
+                     "then the result is rounded")
         return "\n".join(lines)
 
 

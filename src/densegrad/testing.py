@@ -115,7 +115,7 @@ def bits(array: Any) -> np.ndarray:
 
 
 def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int, dtype: str,
-                result_dtype: str | None = None) -> np.ndarray:
+                result_dtype: str | None = None, compensated: bool = False) -> np.ndarray:
     """What the error of a sum of products may be, entry by entry.
 
     Parameters
@@ -128,14 +128,21 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
         The longest chain of additions in the plan, and the number of products in the float64 sum.
     dtype, result_dtype : str
         Of the inputs; of the result if it has another one.
+    compensated : bool
+        Whether what the additions rounded away was added up beside the sums.
 
     Returns
     -------
     ndarray
         Rounding of the additions, (chain + 1) u |x|ᵀ|dz|, and of the result, and that of the float64 reference itself.
+        Compensated sums lose nothing, the sums of what they round away lose ((chain + 1) u)² |x|ᵀ|dz|, and bringing both
+        together is one rounding more where the result has another type.
     """
     accumulator, result_dtype = accumulator_of(dtype), result_dtype or dtype
-    sums = (chain + 1) * (ROUNDOFF[accumulator] * magnitude + UNDERFLOW[accumulator])
+    relative = (chain + 1) * ROUNDOFF[accumulator]
+    sums = (relative ** (1 + compensated)) * magnitude + (chain + 1) * UNDERFLOW[accumulator]
+    if compensated and result_dtype != accumulator:
+        sums = sums + ROUNDOFF[accumulator] * np.abs(exact)
     return (sums + ROUNDOFF[result_dtype] * (np.abs(exact) + sums) + UNDERFLOW[result_dtype]
             + (terms + 1) * ROUNDOFF["float64"] * magnitude)
 
