@@ -1,4 +1,4 @@
-"""Times Python: what a caller of densegrad waits until the work is queued, whatever the GPU does then.
+"""Times Python: the CPU time that a call of densegrad takes until its work is queued, whatever the GPU does then.
 
 On a GPU a call is timed whole, launches included, at a size that the GPU is done with sooner than Python asks again.
 Without one it is timed up to its launches, which do nothing: arguments are checked, plans looked up, kernels found and
@@ -86,10 +86,10 @@ def microseconds(call: Callable[[], Any], rounds: int, repeats: int) -> list[flo
         call()
     found = []
     for _ in range(rounds):
-        begun = time.perf_counter()
+        begun = time.thread_time()
         for _ in range(repeats):
             call()
-        found.append((time.perf_counter() - begun) / repeats * 1e6)
+        found.append((time.thread_time() - begun) / repeats * 1e6)
     return sorted(found)
 
 

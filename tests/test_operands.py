@@ -128,6 +128,18 @@ def test_interleaved_arrays_do_not_overlap(xp):
     check_within(out, exact, 0)
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_an_output_next_to_the_input_does_not_overlap_but_one_byte_further_does(backwards, xp):
+    """Whichever way the input is walked through: its address range ends where its last element does."""
+    memory = xp.asarray(np.ones(20, "float32"))
+    dz = memory[3:15].reshape(4, 3)[::-1 if backwards else 1]
+    for near in (memory[:3], memory[15:18]):
+        densegrad.bias_grad(dz, out=near)
+        check_within(near, np.full(3, 4.0), 0)
+    for touching in (memory[1:4], memory[14:17]):
+        refused(lambda out=touching: densegrad.bias_grad(dz, out=out), ValueError, densegrad.OutError, ["out overlaps dz"])
+
+
 def test_outputs_may_not_overlap_one_another(xp):
     memory = xp.zeros((5, 3), np.float32)
     outs = DenseGrads(dw=memory[:4], db=memory[3])

@@ -66,6 +66,7 @@ def gpu_missing() -> str:
     return "" if count else "CuPy sees no device"
 
 
+@cache
 def dtype_of(name: str) -> np.dtype:
     """The NumPy dtype of this name, bfloat16 included."""
     if name == "bfloat16":

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def session(inputs: Inputs, stream: Any) -> Iterator[Session]:
 def _matrix(target: Target) -> Operand:
     """A new result in C order, seen as a matrix."""
     *batch, cols = target.shape
-    return Operand(target.name, None, 0, target.dtype, int(np.prod(batch, dtype=np.int64)), cols, cols, 1)
+    return Operand(target.name, None, 0, target.dtype, prod(batch), cols, cols, 1)
 
 
 def run_matmul(session: Session, plan: MatmulPlan, left: Operand, right: Operand, result: Operand, accumulate: bool,

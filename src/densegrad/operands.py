@@ -4,7 +4,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +34,8 @@ class Operand:
     @property
     def T(self) -> Operand:
         """The transposed matrix, in the same memory."""
-        return replace(self, rows=self.cols, cols=self.rows, row_stride=self.col_stride, col_stride=self.row_stride)
+        return Operand(self.name, self.array, self.address, self.dtype, self.cols, self.rows, self.col_stride,
+                       self.row_stride)
 
     def access(self, most: int) -> int:
         """How many elements along the columns one access can take: a power of two, at most most."""
@@ -191,14 +192,20 @@ def _memory(where: Any, name: str, array: Any) -> device.Memory:
     return memory
 
 
+@cache
+def _name_of(dtype: np.dtype) -> str:
+    """The name of a dtype, which NumPy puts together anew for everyone who asks."""
+    return dtype.name
+
+
 def _dtype(name: str, dtype: np.dtype) -> str:
-    if dtype.name not in DTYPES:
+    if _name_of(dtype) not in DTYPES:
         raise DTypeError(f"{name} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}; got {dtype} "
                          f"(convert it, for example with {name}.astype('float32'))")
     if not dtype.isnative:
         raise DTypeError(f"{name} must be in the machine's byte order; got {dtype.str} "
                          f"(convert it with {name}.astype({dtype.newbyteorder('=').str!r}))")
-    return dtype.name
+    return _name_of(dtype)
 
 
 def _same(memories: dict[str, device.Memory], dtypes: dict[str, str]) -> None:
@@ -315,10 +322,24 @@ def overlap(left: device.Memory, right: device.Memory) -> bool:
     """Whether two arrays have a byte in common."""
     if left.place != right.place or 0 in left.shape or 0 in right.shape:
         return False
+    (left_begin, left_end), (right_begin, right_end) = _extent(left), _extent(right)
+    if left_end <= right_begin or right_end <= left_begin:
+        return False
     try:
         return np.shares_memory(_ghost(left), _ghost(right), max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+def _extent(memory: device.Memory) -> tuple[int, int]:
+    """The first byte of an array with elements, and the one behind its last."""
+    begin = end = memory.byte
+    for size, stride in zip(memory.shape, memory.strides, strict=True):
+        if stride < 0:
+            begin += (size - 1) * stride
+        else:
+            end += (size - 1) * stride
+    return begin, end + memory.dtype.itemsize
 
 
 def _ghost(memory: device.Memory) -> np.ndarray:

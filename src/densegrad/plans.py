@@ -5,7 +5,7 @@ A plan never looks at a device, so that the same inputs give the same bits on ev
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import gcd, isqrt, prod
 from typing import Any
 
@@ -429,7 +429,7 @@ class BatchSumPlan:
         """Parts of the batch; more than one are added by a second launch."""
         return max(1, _ceil(self.samples, self.samples_per_part))
 
-    @property
+    @cached_property
     def second(self) -> BatchSumPlan | None:
         """The plan by which the parts are added, if there are several."""
         if self.parts == 1:
@@ -536,6 +536,7 @@ IN_FLIGHT = 4
 SMALL = 2 ** 14
 
 
+@lru_cache(maxsize=4096)
 def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensated: bool = False) -> BatchSumPlan:
     """The plan for these sizes, this dtype and this layout (one of LAYOUTS)."""
     if not samples or not outputs:
