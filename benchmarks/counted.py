@@ -1,29 +1,33 @@
 """What the kernels read, write and execute, counted: every load, store and instruction of the linked PTX, executed.
 
-Nothing here is a time. On a GPU the same counts are Nsight Compute's (see NCU below). Where neither is at hand the
+Nothing here is a time. On a GPU Nsight Compute counts the same, into the same columns. Where neither is at hand the
 script says what it needs.
 
     export PYTHONPATH=../shared/ptxsim:../shared/rehearsal:../shared/sasscheck
     python -m rehearsal -m benchmarks.counted [--table NAME] [--only SUBSTRING]
+    python -m benchmarks.counted --ncu [--table NAME] [--only SUBSTRING]
 
 Each module in benchmarks/tables is a table, whose rows say what must hold; benchmarks/results/counted has a file for
 each. Rows that are counted again replace those of the same name.
 """
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import Any
+
+from densegrad import device
 
 from . import records, tables
-from .counting import Rehearsed, Skipped, broken, machine
+from .counting import Profiled, Skipped, broken, machine, profile
 
-NCU = ("ncu --metrics l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum,l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum,"
-       "smsp__thread_inst_executed_per_inst_executed.ratio,l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum "
-       "python -c \"import cupy, densegrad; densegrad.bias_grad(cupy.ones((8192, 3072), 'float32'))\"")
+NEEDS = ("benchmarks.counted executes PTX with the rehearsal tool, which is not running (python -m rehearsal -m "
+         "benchmarks.counted); on a GPU, Nsight Compute counts the same (python -m benchmarks.counted --ncu).")
 RESULTS = records.RESULTS / "counted"
 KEY = ("name", "source")
 
 
-def count_table(table: str, only: str, where: Rehearsed) -> tuple[int, int]:
-    """Count the rows of a table whose names contain `only`, and write them; how many hold, of how many."""
+def count_table(table: str, only: str, where: Any, keep: bool = True) -> tuple[int, int]:
+    """Count the rows of a table whose names contain `only`, and keep them; how many hold, of how many."""
     new: list[dict[str, str]] = []
     held = 0
     for row in tables.rows(table):
@@ -40,28 +44,41 @@ def count_table(table: str, only: str, where: Rehearsed) -> tuple[int, int]:
         new.append({"name": row.name, "source": where.source} | texts | {"broken": " ".join(failures)})
         shown = "  ".join(f"{column} {value}" for column, value in texts.items() if value)
         print(f"{row.name}: {shown}  {'BROKEN: ' + ' '.join(failures) if failures else 'holds'}", flush=True)
-    path = RESULTS / f"{table}.csv"
-    # A whole table leaves nothing of the last one; what another source counted stays.
-    old = [row for row in records.read(path) if only or row["source"] != where.source]
-    records.write(path, records.replaced(old, new, KEY))
+    if keep:
+        path = RESULTS / f"{table}.csv"
+        # A whole table leaves nothing of the last one; what another source counted stays.
+        old = [row for row in records.read(path) if only or row["source"] != where.source]
+        records.write(path, records.replaced(old, new, KEY))
     return held, len(new)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Count the tables that were asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.counted", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=tables.names(), action="append",
                         help="this table, instead of all; may be repeated")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="rows whose name contains this")
-    options = parser.parse_args()
-    where = machine()
-    if where is None:
-        print("benchmarks.counted executes PTX with the rehearsal tool, which is not running (python -m rehearsal -m "
-              f"benchmarks.counted);\non a GPU, Nsight Compute counts the same:\n  {NCU}")
+    parser.add_argument("--ncu", action="store_true", help="count with Nsight Compute, on this machine's GPU")
+    parser.add_argument("--under-ncu", action="store_true", help=argparse.SUPPRESS)  # the process that ncu watches
+    options = parser.parse_args(arguments)
+    where: Any = machine()
+    on_gpu = options.ncu or options.under_ncu
+    if where is None and (not on_gpu or device.gpu_missing()):
+        print(f"{NEEDS}{f' Here there is no GPU: {device.gpu_missing()}.' if on_gpu else ''}")
         return 2
     all_held = True
     for table in options.table or tables.names():
+        if options.under_ncu:
+            count_table(table, options.only, Profiled("", None), keep=False)
+            continue
+        if options.ncu:
+            watched = ["-m", "benchmarks.counted", "--under-ncu", "--table", table, "--only", options.only]
+            try:
+                where = profile(watched, device.current().name)
+            except Skipped as reason:
+                print(f"{table}: skipped: {reason}")
+                return 2
         held, counted = count_table(table, options.only, where)
         print(f"{table}: {held} of {counted} rows hold")
         all_held &= held == counted

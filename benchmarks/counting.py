@@ -14,15 +14,18 @@ where that cannot be read the row is skipped, so give machine code rows of its o
 """
 from __future__ import annotations
 
+import csv
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from densegrad.launch import recorded
+from densegrad.launch import Launch, recorded
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,23 @@ class Shown:
 
 
 def broken(row: Row, values: Mapping[str, Any]) -> list[str]:
-    """The columns whose limits do not hold."""
-    return [limit.column for limit in row.limits if not limit.holds(values[limit.column])]
+    """The columns whose limits do not hold; a value of None is not known."""
+    return [limit.column for limit in row.limits
+            if values[limit.column] is not None and not limit.holds(values[limit.column])]
 
 
 class Skipped(Exception):
     """A row cannot be measured here; the message says what is missing."""
+
+
+class Unseen(Counter):
+    """What Nsight Compute does not tell: a row that asks for it is skipped."""
+
+    def __getitem__(self, key: Any) -> Any:
+        raise Skipped("Nsight Compute does not tell the widths of accesses or the classes of instructions")
+
+    def __add__(self, other: Any) -> Any:
+        return self
 
 
 @dataclass(frozen=True)
@@ -98,14 +112,14 @@ class Counts:
         return self.thread_instructions / max(self.warp_instructions, 1)
 
     @property
-    def wide_loads(self) -> float:
-        """The share of 16-byte loads among the requests to global memory."""
-        return self.loads[16] / max(self.loads.total(), 1)
+    def wide_loads(self) -> float | None:
+        """The share of 16-byte loads among the requests to global memory, if their widths were seen."""
+        return None if isinstance(self.loads, Unseen) else self.loads[16] / max(self.loads.total(), 1)
 
     @property
-    def wide_stores(self) -> float:
+    def wide_stores(self) -> float | None:
         """The share of 16-byte stores."""
-        return self.stores[16] / max(self.stores.total(), 1)
+        return None if isinstance(self.stores, Unseen) else self.stores[16] / max(self.stores.total(), 1)
 
     @property
     def shared_load_degree(self) -> float:
@@ -214,6 +228,89 @@ class Rehearsed:
             distances.get("cp_async" if asynchronous else "ldg"),
             loop["percent_peak"] if multiplies else None, loop["percent_peak_merged"] if multiplies else None,
             None if multiplies or "stream" not in loop else loop["stream"]["percent_dram"], report)
+
+
+#: what ncu is asked for; the widths of accesses and the classes of instructions are not among it
+METRICS = {
+    "load_sectors": ("l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum",
+                     "l1tex__t_sectors_pipe_lsu_mem_global_op_ldgsts.sum"),
+    "store_sectors": ("l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum",),
+    "warp_instructions": ("smsp__inst_executed.sum",),
+    "thread_instructions": ("smsp__thread_inst_executed.sum",),
+    "shared_load_wavefronts": ("l1tex__data_pipe_lsu_wavefronts_mem_shared_op_ld.sum",),
+    "shared_store_wavefronts": ("l1tex__data_pipe_lsu_wavefronts_mem_shared_op_st.sum",),
+    "shared_load_conflicts": ("l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_ld.sum",),
+    "shared_store_conflicts": ("l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_st.sum",),
+}
+
+
+class Profiled:
+    """A GPU whose counts come from Nsight Compute's report on a process that ran the same rows before.
+
+    In that process itself there is no report yet: the rows run, and what they make of ones is thrown away.
+    """
+
+    def __init__(self, gpu: str, report: Iterable[Mapping[str, int]] | None):
+        self.source = f"Nsight Compute, {gpu}"
+        self._report = None if report is None else iter(report)
+
+    def count(self, call: Callable[[], Any]) -> list[Counts]:
+        """Run a call; the counts of its launches are the next of the report."""
+        with recorded() as launches:
+            call()
+        return [self._counts(launch) for launch in launches]
+
+    def _counts(self, launch: Launch) -> Counts:
+        try:
+            seen = dict.fromkeys(METRICS, 1) if self._report is None else next(self._report)
+        except StopIteration:
+            raise Skipped("Nsight Compute's report has fewer launches than the rows made") from None
+        ideal = {kind: seen[f"shared_{kind}_wavefronts"] - seen[f"shared_{kind}_conflicts"]
+                 for kind in ("load", "store")}
+        return Counts(launch.kernel, launch.block, 0, seen["load_sectors"], seen["store_sectors"], Unseen(), Unseen(),
+                      seen["warp_instructions"], seen["thread_instructions"], Unseen(), seen["shared_load_wavefronts"],
+                      ideal["load"], seen["shared_store_wavefronts"], ideal["store"])
+
+    def code(self, counts: Counts, capability: str) -> Code:
+        """Not here."""
+        raise Skipped("machine code is judged where PTX is executed: python -m rehearsal -m benchmarks.counted")
+
+
+def profile(command: Sequence[str], gpu: str) -> Profiled:
+    """Run a Python command under ncu, and count from its report.
+
+    Raises
+    ------
+    Skipped
+        If ncu is not installed, or may not read the counters.
+    """
+    tool = shutil.which("ncu")
+    if tool is None:
+        raise Skipped("Nsight Compute's ncu is not on PATH")
+    asked = ",".join(metric for metrics in METRICS.values() for metric in metrics)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.csv"
+        done = subprocess.run([tool, "--csv", "--page", "raw", "--print-units", "base", "--kernel-name-base", "mangled",
+                               "--log-file", report, "--metrics", asked, sys.executable, *command],
+                              capture_output=True, text=True)
+        text = report.read_text(encoding="utf-8") if report.exists() else ""
+    errors = [line for line in text.splitlines() if line.startswith("==ERROR==")]
+    if done.returncode or errors:
+        raise Skipped(f"ncu failed: {' '.join(errors) or (done.stderr or done.stdout).strip()[-300:]}")
+    return Profiled(gpu, launches_of(text))
+
+
+def launches_of(report: str) -> list[dict[str, int]]:
+    """The launches of our own kernels in ncu's CSV: a line of names, a line of units, and one for each launch."""
+    lines = [line for line in report.splitlines() if line.startswith('"')]
+    _, *launched = list(csv.DictReader(lines)) or [{}]
+
+    def number(row: Mapping[str, str], metric: str) -> int:
+        digits = row.get(metric, "").replace(",", "")
+        return round(float(digits)) if digits.replace(".", "", 1).isdigit() else 0
+
+    return [{name: sum(number(row, metric) for metric in metrics) for name, metrics in METRICS.items()}
+            for row in launched if any(package in row["Kernel Name"] for package in ("densegrad", "benchmarks"))]
 
 
 def machine() -> Rehearsed | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import densegrad
-from benchmarks import counting, host, operations, peers, plots, records, report, run, tables, timing
+from benchmarks import counted, counting, host, operations, peers, plots, records, report, run, tables, timing
 from benchmarks.operations import Case
 
 ROOT = Path(__file__).parents[1]
@@ -270,6 +270,55 @@ def test_python_is_timed_where_there_is_no_gpu(capsys):
     assert host.main(["--rounds", "3", "--repeats", "2", "--dry"]) == 0
     said = capsys.readouterr().out
     assert "bias_grad(dz)" in said
+
+
+# Counting
+
+
+NCU_REPORT = """==PROF== Connected to process 1 (/usr/bin/python)
+==PROF== Disconnected from process 1
+"ID","Process ID","Kernel Name","l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum","smsp__inst_executed.sum"
+"","","","sector","inst"
+"0","1","_ZN5cupy_4fillE","7","7"
+"1","1","_ZN9densegrad7kernels9batch_sum16make_sum_strided11sum_stridedE","3,584","1,000"
+"2","1","_ZN9densegrad7kernels9batch_sum16make_sum_strided11sum_stridedE","32","n/a"
+"""
+
+
+def test_nsight_computes_report_is_read_launch_by_launch():
+    first, second = counting.launches_of(NCU_REPORT)
+    assert first == dict.fromkeys(counting.METRICS, 0) | {"load_sectors": 3584, "warp_instructions": 1000}
+    assert second == dict.fromkeys(counting.METRICS, 0) | {"load_sectors": 32}
+    assert counting.launches_of("") == []
+
+
+@pytest.mark.only("gpu")
+def test_a_row_has_the_same_columns_whoever_counts():
+    row = next(row for row in tables.rows("batch_sum") if row.name == "(7, 4096) float32 rows")
+    seen = {"load_sectors": 3584, "thread_instructions": 31, "warp_instructions": 1}
+    report = dict.fromkeys(counting.METRICS, 0) | seen
+    profiled = row.measure(counting.Profiled("GPU", [report]))
+    assert (profiled["read"], profiled["active_lanes"], profiled["wide_loads"]) == (1, 31, None)
+    assert not counting.broken(row, profiled)
+    watched = row.measure(counting.Profiled("GPU", None))
+    assert watched.keys() == profiled.keys()
+    with pytest.raises(counting.Skipped, match="fewer launches"):
+        row.measure(counting.Profiled("GPU", []))
+
+
+def test_a_row_names_every_limit_that_it_misses():
+    class Row:
+        limits = (counting.Limit("read", most=1.05), counting.Limit("lanes", least=28), counting.Limit("wide", least=1))
+
+    assert counting.broken(Row, {"read": 1.05, "lanes": 28, "wide": 1}) == []
+    assert counting.broken(Row, {"read": 1.06, "lanes": 27.9, "wide": None}) == ["read", "lanes"]
+
+
+@pytest.mark.only("simulator")
+def test_without_its_tools_counted_says_what_it_needs(capsys):
+    for options in ([], ["--ncu"]):
+        assert counted.main(options) == 2
+        assert "python -m benchmarks.counted --ncu" in capsys.readouterr().out
 
 
 # The report
