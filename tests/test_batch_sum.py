@@ -1,9 +1,10 @@
 """dL/db: every layout, dtype and alignment, held to integers, to a NumPy model of the same order of additions, and to float64."""
 from dataclasses import replace
-from math import fsum, lcm
+from math import fsum
 
 import numpy as np
 import pytest
+from batch_sum_model import model, small_plan
 
 import densegrad as dg
 from densegrad import reference
@@ -19,85 +20,6 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 MEMORY = {"rows": (("padded", 0), ("gaps", 0), ("F", 1), ("upside down", 0)), "flat": (("C", 0), ("offset", 0)),
           "features_first": (("C", 1), ("offset", 1), ("padded", 1), ("F", 0), ("gaps", 1))}
 CASES = [(layout, *memory) for layout, memories in MEMORY.items() for memory in memories]
-
-
-class Sums:
-    """Sums that grow by one addition after another, as a kernel's do."""
-
-    def __init__(self, count, plan):
-        self.total = np.zeros(count, plan.accumulator)
-        self.lost = np.zeros(count, plan.accumulator) if plan.compensated else None
-
-    def add(self, values):
-        """One addition to the first of them."""
-        total, n = self.total[:len(values)], len(values)
-        rounded = total + values
-        if self.lost is not None:
-            larger = np.abs(total) >= np.abs(values)
-            self.lost[:n] += np.where(larger, (total - rounded) + values, (values - rounded) + total)
-        self.total[:n] = rounded
-
-    @property
-    def rows(self):
-        """What is added where these sums are added to others."""
-        return [self.total] if self.lost is None else [self.total, self.lost]
-
-
-def model(plan, dz):
-    """The sum over the first axis of dz in the plan's order, in a few lines of NumPy."""
-    dz, parts = dz.astype(plan.accumulator), []
-    for start in range(0, len(dz), plan.samples_per_part):
-        part = dz[start:start + plan.samples_per_part]
-        parts += (_by_lanes if plan.layout == "rows" else _by_lines)(plan, part).rows
-    return model(plan.second, np.array(parts)) if plan.second else np.sum(parts, axis=0, dtype=plan.accumulator)
-
-
-def _by_lanes(plan, part):
-    result = Sums(plan.outputs, plan)
-    for lane in range(plan.lanes):
-        sums = Sums(plan.outputs, plan)
-        for row in part[lane::plan.lanes]:
-            sums.add(row)
-        for row in sums.rows:
-            result.add(row)
-    return result
-
-
-def _by_lines(plan, part):
-    line, period = plan.threads_x * 16 // ITEM_BYTES[plan.dtype], plan.period
-    columns = []
-    for run in [part.ravel()] if plan.layout == "flat" else part.T:
-        cells, folds, result = Sums(line, plan), Sums(plan.folders * period, plan), Sums(period, plan)
-        for start in range(0, len(run), line):
-            cells.add(run[start:start + line])
-        for start in range(0, line, plan.folders * period):
-            for row in cells.rows:
-                folds.add(row[start:start + plan.folders * period])
-        for start in range(0, plan.folders * period, period):
-            for row in folds.rows:
-                result.add(row[start:start + period])
-        columns.append(result)
-    whole = Sums(plan.outputs, plan)
-    whole.total = np.concatenate([column.total for column in columns])
-    if plan.compensated:
-        whole.lost = np.concatenate([column.lost for column in columns])
-    return whole
-
-
-def small_plan(samples, outputs, dtype, layout, parts=1, compensated=False):
-    """A plan of few threads that has everything in it: lanes, several vectors in flight, an edge, parts."""
-    vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
-    if layout == "rows":
-        return BatchSumPlan(samples, outputs, dtype, layout, threads_x=4, lanes=sector, in_flight=2, vectors=1 + parts % 2,
-                            samples_per_part=-(-samples // parts), compensated=compensated)
-    threads_x = 4 if layout == "features_first" else max(4, lcm(outputs, 2 * vector) // vector)
-    line = threads_x * vector
-    if layout == "flat":
-        lines = -(-samples * outputs // (line * parts))
-        return BatchSumPlan(samples, outputs, dtype, layout, threads_x, 1, 2, lines * line // outputs, folders=2,
-                            compensated=compensated)
-    return BatchSumPlan(samples, outputs, dtype, layout, threads_x, 4, 2, -(-samples // (line * parts)) * line,
-                        runs_per_block=8, folders=4, compensated=compensated)
 
 
 def placed(values, memory, batch_axis, xp):
@@ -177,9 +99,17 @@ def test_accumulating_rounds_once(layout, dtype, out_dtype, parts, xp):
     out = Placed(before, "C", xp, -99.0)
     plan = small_plan(37, 9, dtype, layout, parts)
     dg.bias_grad(placed(values, memory, batch_axis, xp), batch_axis=batch_axis, out=out.array, accumulate=True, plan=plan)
-    wide = "float64" if out_dtype == "float64" else plan.accumulator
-    expected = (model(plan, values).astype(wide) + before.astype(wide)).astype(dtype_of(out_dtype))
-    np.testing.assert_array_equal(bits(out.read()), bits(expected))
+    np.testing.assert_array_equal(bits(out.read()), bits(model(plan, values, out_dtype, before=before)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_alpha_scales_is_rounded_before_it_is_added(dtype, xp):
+    """3 times the float32 next to 1/3 is 1 and a little more, which a fused multiply-add would keep."""
+    number = {"float32": 3, "float64": 49}[dtype]
+    dz, out = xp.full((1, 1), number, dtype), xp.full(1, -1, dtype)
+    dg.bias_grad(dz, alpha=1 / number, out=out, accumulate=True)
+    one = np.dtype(dtype).type
+    assert host(out).item() == one(number) * one(1 / number) - 1
 
 
 def test_small_bfloat16_steps_do_not_stick(xp):
