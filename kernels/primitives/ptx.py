@@ -311,10 +311,15 @@ def settle(dtype, count, compensated):
 
 @cache
 def scale(dtype, count):
-    """(fragment, factor) -> their product."""
+    """(fragment, factor) -> their product, rounded: what is added to it is not fused with it."""
     fragment = _fragment_type(dtype, count)
-    return _expand(fragment, (fragment, _NUMBA[dtype]), lambda builder, values, factor: _pack(builder, [
-        builder.fmul(value, factor) for value in _unpack(builder, values)]))
+
+    def body(builder, values, factor):
+        name = {"float32": "llvm.nvvm.mul.rn.f", "float64": "llvm.nvvm.mul.rn.d"}[dtype]
+        times = builder.module.declare_intrinsic(name, fnty=ir.FunctionType(factor.type, [factor.type] * 2))
+        return _pack(builder, [builder.call(times, [value, factor]) for value in _unpack(builder, values)])
+
+    return _expand(fragment, (fragment, _NUMBA[dtype]), body)
 
 
 @cache
