@@ -34,7 +34,7 @@ from densegrad.plans import ITEM_BYTES
 from densegrad.testing import host
 
 from . import records, timing
-from .operations import OPERATIONS, RESULTS, SHAPES, Case, cases, shapes
+from .operations import OPERATIONS, RESULTS, SHAPES, Case, Truth, cases, shapes
 from .peers import IMPLEMENTATIONS, OURS, Call, Implementation, NotApplicable
 
 NO_GPU = ("benchmarks.run times kernels on a GPU, and there is none here: {reason}. What runs without one: python -m "
@@ -119,6 +119,7 @@ class Bench:
 
     def _measure(self, case: Case, implementations: Sequence[Implementation]) -> None:
         data = case.data()
+        truth = Truth(case, data)
         arrays = self._arrays(case, data)
         plans: dict[str, str] = {}
         share: dict[str, float] = {}
@@ -126,7 +127,7 @@ class Bench:
         for one in implementations:
             try:
                 call = one.prepare(case, arrays)
-                share[one.name], plans[one.name] = self._gate(case, call, data, one.name == OURS)
+                share[one.name], plans[one.name] = self._gate(call, truth, one.name == OURS)
             except NotApplicable:
                 continue
             except Exception as error:  # a peer that fails is a row too
@@ -154,14 +155,15 @@ class Bench:
             arrays[name] = self.cupy.asarray(np.full(shape, np.nan, dtype_of(case.dtype)))
         return arrays
 
-    def _gate(self, case: Case, call: Call, data: dict[str, np.ndarray], ours: bool) -> tuple[float, str]:
+    def _gate(self, call: Call, truth: Truth, ours: bool) -> tuple[float, str]:
         """The worst error of all results as a share of its bound, and the plans of what was launched."""
         with recorded() as launches:
             results = call()
         plans = list(dict.fromkeys(launch.plan for launch in launches))
         chain = _chain(launches) if ours else None
         got = [result.double().cpu().numpy() if hasattr(result, "cpu") else host(result) for result in results]
-        worst = max(case.worst(name, values, data, chain) for name, values in zip(case.does.results, got, strict=True))
+        worst = max(truth.worst(name, values, chain)
+                    for name, values in zip(truth.case.does.results, got, strict=True))
         return worst, "; ".join(map(repr, plans)) if ours else ""
 
     def _race(self, case: Case, racers: Sequence[Implementation],
