@@ -25,7 +25,6 @@ from densegrad import device
 from densegrad.device import Memory, Simulator
 
 from . import records
-from .run import commit
 
 SAMPLES, IN_FEATURES, OUT_FEATURES = 128, 64, 32
 KEY = ("call", "device", "processor")
@@ -93,15 +92,6 @@ def microseconds(call: Callable[[], Any], rounds: int, repeats: int) -> list[flo
     return sorted(found)
 
 
-def processor() -> str:
-    """The CPU's name, as the system tells it."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time every call, show and keep the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__,
@@ -115,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for label, call in calls(module).items():
             found = microseconds(call, options.rounds, options.repeats)
             fifth = len(found) // 5
-            new.append({"call": label, "device": name, "processor": processor(), "python": platform.python_version(),
-                        "date": time.strftime("%Y-%m-%d"), "commit": commit(),
+            new.append({"call": label, "device": name, "processor": records.processor(),
+                        "python": platform.python_version(), "date": records.today(), "commit": records.commit(),
                         "median_us": f"{statistics.median(found):.1f}", "p20_us": f"{found[fifth]:.1f}",
                         "p80_us": f"{found[-1 - fifth]:.1f}"})
     table = Table("call", "microseconds", "20 %", "80 %", title=f"Python's time a call on {name}", title_justify="left")

@@ -1,7 +1,12 @@
-"""Rows of results as CSV files in benchmarks/results."""
+"""Rows of results as CSV files in benchmarks/results, and what they say of where they were made."""
+import contextlib
 import csv
 import os
+import platform
+import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +45,36 @@ def replaced(old: Iterable[Row], new: Iterable[Row], key: Sequence[str]) -> list
 def text(value: Any) -> str:
     """A value as the files have it: floats with four decimals."""
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def today() -> str:
+    """The date."""
+    return time.strftime("%Y-%m-%d")
+
+
+def installed(package: str) -> str:
+    """The version of an installed package, or nothing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def commit() -> str:
+    """The commit of this checkout, with a plus sign if files differ from it."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def processor() -> str:
+    """The CPU's name, as the system tells it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

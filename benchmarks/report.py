@@ -1,8 +1,8 @@
 """Writes the README's benchmark section, between its markers, and the plots in it, from the rows in benchmarks/results.
 
-Nothing is in it that is in no row: counted and modelled figures from benchmarks/results/counted, Python's time from
-host.csv, and what was measured on GPUs from their files, one each. `--check` writes nothing and fails where the README
-or a plot differs from the rows.
+Nothing is in it that is in no row: counted and modelled figures from benchmarks/results/counted, Python's and the
+simulator's time from host.csv and simulator.csv, and what was measured on GPUs from their files, one each. `--check`
+writes nothing and fails where the README or a plot differs from the rows.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from . import host, plots, records, run, tables
+from . import plots, records, run, tables
 from .counting import Shown
 
 Row = Mapping[str, str]
@@ -198,13 +198,28 @@ def host_part(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def simulator_part(rows: Sequence[Row]) -> list[str]:
+    """How fast the simulator runs our kernels."""
+    if not rows:
+        return []
+    ratios = [float(row["plain_s"]) / float(row["densegrad_s"]) for row in rows]
+    return ["", f"**The simulator's time for `weight_grad`** in seconds ({rows[0]['processor']}), beside a plain kernel "
+            "of 16 x 16 tiles with one element a thread", "",
+            *table(["S x D x M", "plain", "densegrad", "faster"],
+                   [[f"{row['S']} x {row['D']} x {row['M']}", f"{float(row['plain_s']):.2f}",
+                     f"{float(row['densegrad_s']):.2f}", f"{ratio:.0f} x"]
+                    for row, ratio in zip(rows, ratios, strict=True)])]
+
+
 def section(folder: Path, pictures: str) -> tuple[str, dict[str, str]]:
     """The README's section and its plots by file name; `pictures` is where the README finds them."""
     gpus = gpu_files(folder)
     by_table = {name: counted_rows(folder, name) for name in tables.names()}
     sources = sorted({row["source"] for rows in by_table.values() for row in rows.values()})
     timed_on = ", ".join(gpus) or "nothing yet: no GPU was at hand"
-    python_rows = records.read(folder / host.RESULTS.name)
+    python_rows, simulator_rows = (records.read(folder / name) for name in ("host.csv", "simulator.csv"))
+    processors = ["; ".join(dict.fromkeys(row["processor"] for row in rows)) or "-"
+                  for rows in (python_rows, simulator_rows)]
     overview = [
         ["times against peers and roofs", "measured", timed_on, "`python -m benchmarks.run`, on a GPU"],
         ["sectors, lanes, conflicts, instructions", "counted", "; ".join(sources),
@@ -212,8 +227,8 @@ def section(folder: Path, pictures: str) -> tuple[str, dict[str, str]]:
         ["registers, spills, shares of the main loop", "read from the linked machine code", "the same kernels",
          "`python -m rehearsal -m benchmarks.counted`"],
         ["shares of a peak or of DRAM's rate", "modelled from the machine code", "the same kernels", "the same"],
-        ["Python's time a call", "measured", "; ".join(dict.fromkeys(row["processor"] for row in python_rows)) or "-",
-         "`python -m benchmarks.host`"],
+        ["Python's time a call", "measured", processors[0], "`python -m benchmarks.host`"],
+        ["the simulator's time", "measured", processors[1], "`python -m benchmarks.simulator`"],
     ]
     lines = ["", *table(["figures", "are", "on", "again with"], overview), "",
              "One command measures the rest and writes it here, on a machine with a GPU: `python -m benchmarks.run && "
@@ -233,7 +248,7 @@ def section(folder: Path, pictures: str) -> tuple[str, dict[str, str]]:
             lines += counted_part(shown, by_table[name])
     lines += ["", "Every counted row states what must hold of it:", "", *table(["table", "rows that hold", "missed"],
                                                                              holding(folder))]
-    lines += host_part(python_rows)
+    lines += host_part(python_rows) + simulator_part(simulator_rows)
     return "\n".join([*lines, ""]), made
 
 

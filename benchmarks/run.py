@@ -13,12 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -234,32 +231,14 @@ def machine() -> dict[str, str]:
     import cupy
 
     runtime = cupy.cuda.runtime
-    return {"date": time.strftime("%Y-%m-%d"), "densegrad": _version("densegrad"), "commit": commit(),
+    return {"date": records.today(), "densegrad": records.installed("densegrad"), "commit": records.commit(),
             "gpu": device.current().name, "driver": _release(runtime.driverGetVersion()),
-            "cuda": _release(runtime.runtimeGetVersion()), "numba_cuda": _version("numba-cuda")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
+            "cuda": _release(runtime.runtimeGetVersion()), "numba_cuda": records.installed("numba-cuda")}
 
 
 def _release(number: int) -> str:
     """13020 is 13.2: the newest CUDA that a driver takes, or that of the runtime."""
     return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def commit() -> str:
-    """The commit of this checkout, with a plus sign if files differ from it."""
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    try:
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def file_of(gpu: str, folder: Path) -> Path:
