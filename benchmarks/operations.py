@@ -33,14 +33,14 @@ class Array:
 
 @dataclass(frozen=True)
 class Result:
-    """What densegrad.reference makes of which arrays, and which axis of which of them its rows follow."""
+    """What comes out: made by which function of densegrad.reference of which arrays, and by how many additions."""
 
     array: Array
-    reference: str
+    meaning: Callable[..., np.ndarray]
     arguments: tuple[str, ...]
     depth: Callable[[int, int, int], int]
     flops: Callable[[int, int, int], int]
-    rows: tuple[str, int] | None = None
+    rows: tuple[str, int] | None = None  # of a product: which axis of which argument its rows follow
 
 
 #: Inputs of a trained layer are about normal, weights are smaller the more inputs there are, gradients are small.
@@ -50,11 +50,11 @@ INPUTS = {
     "dz": Array(lambda s, d, m: (s, m), lambda s, d, m: 0.02),
 }
 RESULTS = {
-    "dx": Result(Array(lambda s, d, m: (s, d)), "input_grad", ("dz", "w"), lambda s, d, m: m,
+    "dx": Result(Array(lambda s, d, m: (s, d)), reference.input_grad, ("dz", "w"), lambda s, d, m: m,
                  lambda s, d, m: 2 * s * d * m, ("dz", 0)),
-    "dw": Result(Array(lambda s, d, m: (d, m)), "weight_grad", ("x", "dz"), lambda s, d, m: s,
+    "dw": Result(Array(lambda s, d, m: (d, m)), reference.weight_grad, ("x", "dz"), lambda s, d, m: s,
                  lambda s, d, m: 2 * s * d * m, ("x", 1)),
-    "db": Result(Array(lambda s, d, m: (m,)), "bias_grad", ("dz",), lambda s, d, m: s, lambda s, d, m: s * m),
+    "db": Result(Array(lambda s, d, m: (m,)), reference.bias_grad, ("dz",), lambda s, d, m: s, lambda s, d, m: s * m),
 }
 ORIENTATIONS = ("samples first", "features first")
 
@@ -174,9 +174,8 @@ class Truth:
         if means.rows and means.flops(*sizes) > 2 * CHECKED_PRODUCTS:
             name, axis = means.rows
             arrays[name] = arrays[name].take(checked_rows(arrays[name].shape[axis]), axis)
-        function = getattr(reference, means.reference)
         wide = [arrays[name].astype(np.float64) for name in means.arguments]
-        return function(*wide), function(*map(np.abs, wide))
+        return means.meaning(*wide), means.meaning(*map(np.abs, wide))
 
 
 def checked_rows(rows: int) -> np.ndarray:

@@ -115,8 +115,9 @@ def measured_part(gpu: str, rows: Sequence[Row]) -> list[str]:
     roofs = [row for row in rows if row["operation"] == run.ROOF and row["median_us"]]
     said = [f"{float(row['gb_per_s']):.0f} GB/s copied" if row["implementation"] == "device copy"
             else f"{float(row['tflop_per_s']):.1f} TFLOP/s by cuBLAS in {row['dtype']}" for row in roofs]
+    quick = "; some rows are from --quick runs" if any(row["effort"] == "quick" for row in rows) else ""
     lines = ["", f"**Measured on {gpu}** ({first['date']}, CUDA {first['cuda']}, numba-cuda {first['numba_cuda']}, "
-             f"commit {first['commit']}). Roofs, measured in the same run: {'; '.join(said)}. L2 is cold.", ""]
+             f"commit {first['commit']}{quick}). Roofs, measured in the same run: {'; '.join(said)}. L2 is cold.", ""]
     body, failed = [], []
     for found in cases(rows).values():
         failed += [f"- {shape(row)} {row['operation']} {row['dtype']}, {name}: {row['remark']}"
@@ -203,8 +204,8 @@ def simulator_part(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     ratios = [float(row["plain_s"]) / float(row["densegrad_s"]) for row in rows]
-    return ["", f"**The simulator's time for `weight_grad`** in seconds ({rows[0]['processor']}), beside a plain kernel "
-            "of 16 x 16 tiles with one element a thread", "",
+    return ["", f"**The simulator's time for `weight_grad`** in seconds ({rows[0]['processor']}), beside a plain "
+            "kernel of 16 x 16 tiles with one element a thread", "",
             *table(["S x D x M", "plain", "densegrad", "faster"],
                    [[f"{row['S']} x {row['D']} x {row['M']}", f"{float(row['plain_s']):.2f}",
                      f"{float(row['densegrad_s']):.2f}", f"{ratio:.0f} x"]

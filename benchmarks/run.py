@@ -61,12 +61,13 @@ class Roofs:
 class Bench:
     """One run: its clock, its machine, and the rows it has made."""
 
-    def __init__(self, clock: timing.Clock, effort: timing.Effort, console: Console):
+    def __init__(self, clock: timing.Clock, quick: bool, console: Console):
         import cupy
 
-        self.cupy, self.clock, self.effort, self.console = cupy, clock, effort, console
+        self.cupy, self.clock, self.console = cupy, clock, console
+        self.effort = timing.QUICK if quick else timing.Effort()
         self.rows: list[dict[str, Any]] = []
-        self.machine = machine()
+        self.machine = machine() | {"effort": "quick" if quick else "full"}
         self.roofs = Roofs(1.0, {})
 
     # Roofs.
@@ -111,7 +112,7 @@ class Bench:
         try:
             self._measure(case, implementations)
         except Exception as error:  # too little memory, for example; the cases after it still count
-            self._failed(_named(case, "all"), error)
+            self._failed(_named(case, OURS), error)
         self.cupy.get_default_memory_pool().free_all_blocks()
 
     def _measure(self, case: Case, implementations: Sequence[Implementation]) -> None:
@@ -221,9 +222,9 @@ def _shown(row: Mapping[str, Any]) -> str:
     return " ".join(str(row[column]) for column in KEY if column in row)
 
 
-COLUMNS = ("date", "densegrad", "commit", "gpu", "driver", "cuda", "numba_cuda", *KEY, "plan", "cold_l2", "n", "calls",
-           "median_us", "p20_us", "p80_us", "gb_per_s", "tflop_per_s", "roof", "host_us", "worst_error_over_bound",
-           "sm_mhz", "memory_mhz", "remark")
+COLUMNS = ("date", "densegrad", "commit", "gpu", "driver", "cuda", "numba_cuda", *KEY, "plan", "effort", "cold_l2", "n",
+           "calls", "median_us", "p20_us", "p80_us", "gb_per_s", "tflop_per_s", "roof", "host_us",
+           "worst_error_over_bound", "sm_mhz", "memory_mhz", "remark")
 
 
 def machine() -> dict[str, str]:
@@ -290,7 +291,7 @@ def main(arguments: Sequence[str] | None = None, clock: timing.Clock | None = No
         print(NO_GPU.format(reason=reason))
         return 2
     console = Console()
-    bench = Bench(clock or timing.GpuClock(), timing.QUICK if options.quick else timing.Effort(), console)
+    bench = Bench(clock or timing.GpuClock(), options.quick, console)
     chosen = [one for one in IMPLEMENTATIONS if one.name in (OURS, *options.peers)]
     for name in dict.fromkeys(one.name for one in chosen if one.missing):
         missing = next(one.missing for one in chosen if one.name == name)
