@@ -119,15 +119,15 @@ class Timed:
 
 def warm_up(clock: Clock, call: Callable[[], Any], effort: Effort) -> float:
     """Call for a while; the GPU's seconds a call, roughly."""
-    begun, calls = clock.now(), 0
-    start = clock.mark()
+    begun, more, seconds = clock.now(), 1, 0.0
     while True:
-        for _ in range(10 if calls else 1):
+        start = clock.mark()
+        for _ in range(more):
             call()
-        calls += 10 if calls else 1
-        seconds = clock.seconds(start, clock.mark())
+        seconds = clock.seconds(start, clock.mark()) / more
         if clock.now() - begun >= effort.warm_up:
-            return seconds / calls
+            return seconds
+        more = max(1, min(10, int(effort.warm_up / max(seconds, 1e-9))))
 
 
 def calls_of_a_sample(seconds: float, effort: Effort) -> int:
