@@ -5,6 +5,9 @@ is wrong is reported and not timed, as is one that fails. The others are warmed 
 by CUDA events, with cold L2; the median and the 20th and 80th percentile of the samples are kept. `roof` is the share
 of what this GPU does when it only copies or only multiplies (cuBLAS at the same precision), measured in the same run.
 
+Peers take part where they are installed; for CUDA 13: pip install "cupy-cuda13x[ctk]" torch "nvmath-python[cu13]"
+"cuda-cccl[cu13]". [ctk] brings cuBLAS, which CuPy's products and the roof of products need.
+
 Rows go to benchmarks/results/GPU.csv, where those of an equal case and implementation are replaced; `python -m
 benchmarks.report` puts them into the README. Ctrl-C keeps the rows so far.
 """
