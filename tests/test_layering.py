@@ -29,13 +29,15 @@ OUTSIDE = {
     "numpy": {"device", "launch", "operands", "reference", "testing"},
     "ml_dtypes": {"device"},
     "cupy": {"device"},
+    "cuda": {"device"},
     "numba": {"device", "launch"},
 }
 #: the command line may use the whole package, but no other module may use the command line
 COMMANDS = {"cli", "checks", "demo", "explain", "picture"}
 #: what kernels may import from outside, and which of their files more than that
 OF_KERNELS = {"functools", "math", "numba"}
-OF_PRIMITIVES = {"layout": {"typing"}, "ptx": {"llvmlite"}, "simulator": {"numpy", "threading"}}
+OF_PRIMITIVES = {"layout": {"typing"}, "ptx": {"llvmlite"}, "simulator": {"numpy", "threading"}, "warp_ptx": {"llvmlite"},
+                 "warp_simulator": {"numpy", "threading"}}
 
 
 def imports(path, package):
@@ -73,7 +75,7 @@ def test_every_module_has_its_arrows():
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.stem)
 def test_kernels_are_leaves(path):
     own, outside = imports(path, "densegrad")
-    assert own <= {"primitives", "layout", "ptx", "simulator"}
+    assert own <= {"primitives", "layout", "ptx", "simulator", "warp_ptx", "warp_simulator"}
     more = OF_PRIMITIVES.get(path.stem, set()) if path.parent.name == "primitives" else set()
     assert outside <= OF_KERNELS | more
 

@@ -1,7 +1,8 @@
 """The instruction set the kernels are written in.
 
 Every name exists twice: in ``ptx`` as LLVM and PTX for the compiler, and in ``simulator`` as plain Python and NumPy for
-the Numba CUDA simulator. A test holds the two to each other.
+the Numba CUDA simulator; what the lanes of a warp do together in ``warp_ptx`` and ``warp_simulator``. A test holds the two
+to each other.
 
 Names
 -----
@@ -46,6 +47,19 @@ if config.ENABLE_CUDASIM:
         typed,
         zeros,
     )
+    from .warp_simulator import (
+        add_depths,
+        commit_copies,
+        copy_async,
+        copy_place,
+        fragment_places,
+        load_fragments,
+        mma,
+        shared_bytes,
+        store_depth_sums,
+        store_products,
+        wait_copies,
+    )
 else:
     from .ptx import (
         add,
@@ -78,4 +92,17 @@ else:
         tile_offsets,
         typed,
         zeros,
+    )
+    from .warp_ptx import (
+        add_depths,
+        commit_copies,
+        copy_async,
+        copy_place,
+        fragment_places,
+        load_fragments,
+        mma,
+        shared_bytes,
+        store_depth_sums,
+        store_products,
+        wait_copies,
     )

@@ -110,3 +110,118 @@ def tile_copy(dtype: str, wide: str, outer_size: int, depth_size: int, access: i
     layout = TileLayout(outer_size, groups, spacing, access if along_depth else 1, flips, banks // flips)
     return TileCopy(dtype, wide, outer_size, depth_size, access, along_depth, neighbours, threads,
                     offset_bits, layout)
+
+
+#: A tile of a tensor core's operand is this deep, in two steps of one instruction's depth; and its unit of copying.
+TILE_DEPTH_BYTES, STEP_BYTES, CHUNK_BYTES = 64, 32, 16
+
+
+class ChunkTile(NamedTuple):
+    """A tile in shared memory as lines of 16-byte chunks: chunk c of line l is number l * chunks + (c ^ flip of that line).
+
+    Lines are outer indices where the operand is contiguous along the depth, else depths. The flip spreads the chunks that are
+    read or written together over all 32 banks.
+    """
+
+    lines: int
+    chunks: int  # of a line, a power of two
+    flip_every: int  # lines
+    flip_count: int
+    flip_unit: int  # chunks
+
+    @property
+    def period(self) -> int:
+        """After how many lines the flips repeat."""
+        return self.flip_every * self.flip_count
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.lines * self.chunks * CHUNK_BYTES
+
+    def flip(self, line: int) -> int:
+        """What the number of a chunk is combined with in this line, by exclusive or."""
+        return line // self.flip_every % self.flip_count * self.flip_unit
+
+
+class ChunkCopy(NamedTuple):
+    """An asynchronous copy of a ChunkTile by all threads of a block: thread t takes the chunks t, t + threads, ...
+
+    A chunk comes in pieces of `access` elements: one if all is aligned to 16 bytes.
+    """
+
+    tile: ChunkTile
+    item_bytes: int
+    access: int
+    along_depth: bool  # whether a line runs along the depth
+    threads: int  # a multiple of the chunks of a line
+    offset_bits: int  # that count the bytes from one of a thread's chunks to the next: 32, or 64 for huge strides
+
+    @property
+    def rounds(self) -> int:
+        """Chunks of one thread."""
+        return self.tile.lines * self.tile.chunks // self.threads
+
+    @property
+    def lines_a_round(self) -> int:
+        """From one of a thread's chunks to its next one, which stands in the same column."""
+        return self.threads // self.tile.chunks
+
+    @property
+    def elements(self) -> int:
+        """Of a chunk."""
+        return CHUNK_BYTES // self.item_bytes
+
+
+class FragmentLayout(NamedTuple):
+    """How a warp holds its part of an operand for one mma step: one register of each lane per (8 outer indices, 16 bytes of depth).
+
+    Lane 4 g + q holds, for block b and half h, the 4 bytes at 16 h + 4 q of the step's depth, of outer index outer(b, g). The
+    operand is contiguous along the depth, or not and then of 16-bit elements or `wide`.
+    """
+
+    tile: ChunkTile
+    along_depth: bool
+    wide: bool  # 32-bit elements that are not contiguous along the depth: a lane's four neighbours belong to four blocks
+    left: bool  # whether blocks come in pairs, as mma takes its left operand
+    blocks: int  # of 8 outer indices
+
+    def outer(self, block: int, lane: int) -> int:
+        """The outer index that lanes of this g hold of a block."""
+        return block // 4 * 32 + 4 * lane + block % 4 if self.wide else 8 * block + lane
+
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """(block, half) of each register."""
+        if self.left:
+            return [(pair + block, half) for pair in range(0, self.blocks, 2) for half in (0, 1) for block in (0, 1)]
+        return [(block, half) for block in range(self.blocks) for half in (0, 1)]
+
+    @property
+    def runs(self) -> list[tuple[int, int, list[tuple[int, int]]]]:
+        """(first, spread, (block, parity) of each): lane q holds results of neighbouring columns from first + spread * q on."""
+        if self.wide:
+            return [(8 * first, 8, [(first + block, parity) for parity in (0, 1) for block in range(4)])
+                    for first in range(0, self.blocks, 4)]
+        return [(8 * block, 2, [(block, 0), (block, 1)]) for block in range(self.blocks)]
+
+
+def chunk_tile(item_bytes: int, outer_size: int, along_depth: bool) -> ChunkTile:
+    """A tile of outer_size outer indices and TILE_DEPTH_BYTES of depth, which is read and written without bank conflicts.
+
+    Eight lanes are served together: eight lines of one chunk where ldmatrix reads, four lines of two where wide loads do, and
+    eight neighbouring chunks where copies write.
+    """
+    if along_depth:
+        lines, chunks = outer_size, TILE_DEPTH_BYTES // CHUNK_BYTES
+    else:
+        lines, chunks = TILE_DEPTH_BYTES // item_bytes, outer_size * item_bytes // CHUNK_BYTES
+        if item_bytes == 4:
+            return ChunkTile(lines, chunks, 1, 4, 2)
+    return ChunkTile(lines, chunks, max(8 // chunks, 1), min(chunks, 8), 1)
+
+
+def fragment_layout(item_bytes: int, outer_size: int, along_depth: bool, left: bool, warp_outer: int) -> FragmentLayout:
+    """The fragments of a warp that takes warp_outer of a tile's outer indices."""
+    return FragmentLayout(chunk_tile(item_bytes, outer_size, along_depth), along_depth, item_bytes == 4 and not along_depth,
+                          left, warp_outer // 8)

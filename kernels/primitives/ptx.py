@@ -59,6 +59,8 @@ _WITH_PARAMETERS = (
     lambda define: lambda context, a, b, c, d, e: define(a, b, c, d, e),
     lambda define: lambda context, a, b, c, d, e, f: define(a, b, c, d, e, f),
     lambda define: lambda context, a, b, c, d, e, f, g: define(a, b, c, d, e, f, g),
+    lambda define: lambda context, a, b, c, d, e, f, g, h: define(a, b, c, d, e, f, g, h),
+    lambda define: lambda context, a, b, c, d, e, f, g, h, i: define(a, b, c, d, e, f, g, h, i),
 )
 
 

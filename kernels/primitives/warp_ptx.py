@@ -1,0 +1,396 @@
+"""Tensor cores and asynchronous copies as inline PTX: what the 32 lanes of a warp do together.
+
+Source: PTX ISA, "Warp-level matrix instructions: mma, ldmatrix" with their pictures of the fragments, and "cp.async".
+"""
+from functools import cache
+
+from llvmlite import ir
+from numba import types
+
+from .layout import CHUNK_BYTES, STEP_BYTES
+from .ptx import (
+    _INT16,
+    _INT32,
+    _INT64,
+    _SHARED,
+    _expand,
+    _fragment_type,
+    _load_global,
+    _narrow,
+    _pack,
+    _store_global,
+    _unpack,
+    _widen,
+)
+
+_ONE_STEP = {"float16": "m16n8k16", "bfloat16": "m16n8k16", "tf32": "m16n8k8", "tf32x3": "m16n8k8"}
+_SHORT = {"float16": "f16", "bfloat16": "bf16", "tf32": "tf32", "tf32x3": "tf32"}
+
+
+def _int32(value):
+    return ir.Constant(_INT32, value)
+
+
+def _together(builder, result, code, constraints, arguments, side_effect=True):
+    """Inline PTX that all lanes of a warp execute together."""
+    function = ir.FunctionType(result, [argument.type for argument in arguments])
+    called = builder.asm(function, code, constraints, arguments, side_effect=side_effect)
+    called.attributes.add("convergent")
+    return called
+
+
+def _registers(count):
+    return types.UniTuple(types.uint32, count)
+
+
+# -- shared memory
+
+
+@cache
+def shared_bytes(size):
+    """() -> the block's dynamic shared memory, which its launch says the size of. Indices of it count bytes."""
+
+    def body(builder):
+        array = builder.module.globals.get("densegrad_dynamic")
+        if array is None:
+            array = ir.GlobalVariable(builder.module, ir.ArrayType(ir.IntType(8), 0), "densegrad_dynamic", addrspace=_SHARED)
+            array.linkage, array.align = "external", 128
+        return builder.ptrtoint(array, _INT32)
+
+    return _expand(types.int32, (), body)
+
+
+# -- asynchronous copies
+
+
+@cache
+def copy_place(copy):
+    """(place, stride, thread) -> where the thread's first chunk of a ChunkCopy comes from, for copy_async.
+
+    place is that of the tile's first element; line l begins l * stride elements further.
+    """
+
+    def body(builder, place, stride, thread):
+        line, chunk = _first_chunk(builder, copy, thread)
+        skipped = builder.add(builder.mul(builder.zext(line, _INT64), stride),
+                              builder.zext(builder.mul(chunk, _int32(copy.elements)), _INT64))
+        return builder.add(place, builder.mul(skipped, ir.Constant(_INT64, copy.item_bytes)))
+
+    return _expand(types.int64, (types.int64, types.int64, types.int32), body)
+
+
+def _first_chunk(builder, copy, thread):
+    """(line, chunk) of a thread's first chunk."""
+    return builder.udiv(thread, _int32(copy.tile.chunks)), builder.urem(thread, _int32(copy.tile.chunks))
+
+
+@cache
+def copy_async(copy, ragged):
+    """(array, index, place, stride, outer left, depth left, wanted, thread): starts the thread's share of a ChunkCopy.
+
+    place is what copy_place gave for the tile, which comes to index of shared memory. Outer indices from `outer left` on and, if
+    ragged, depths from `depth left` on come as zeros and are not read; all of them if the tile is not wanted. Pieces of
+    two bytes, which no asynchronous copy takes, have arrived when this returns; the others after wait_copies.
+    """
+    tile = copy.tile
+    width = copy.access * copy.item_bytes
+    narrow = copy.offset_bits == 32
+
+    def next_source(builder, source, step):
+        # One instruction where the compiler would take two to add 32 bits to 64.
+        function = ir.FunctionType(_INT64, [step.type, _INT64])
+        code = f"mad.{'wide.s32' if narrow else 'lo.s64'} $0, $1, {copy.item_bytes}, $2;"
+        return builder.asm(function, code, "=l,r,l" if narrow else "=l,l,l", [step, source], side_effect=False)
+
+    def body(builder, array, index, source, stride, outer_left, depth_left, wanted, thread):
+        line, chunk = _first_chunk(builder, copy, thread)
+        start = builder.add(array, index)
+        step = builder.mul(stride, ir.Constant(_INT64, copy.lines_a_round))
+        step = builder.trunc(step, _INT32) if narrow else step
+        lines_left, elements_left = (outer_left, depth_left) if copy.along_depth else (depth_left, outer_left)
+        check_lines, check_elements = (True, ragged) if copy.along_depth else (ragged, True)
+        pieces = range(0, copy.elements, copy.access)
+        first = builder.mul(chunk, _int32(copy.elements))
+        whole = [builder.icmp_signed("<", builder.add(first, _int32(piece)), elements_left) for piece in pieces] \
+            if check_elements else [ir.Constant(ir.IntType(1), 1)] * len(pieces)
+        targets = {}
+        for number in range(copy.rounds):
+            down = number * copy.lines_a_round
+            rest = down % tile.period
+            if rest not in targets:
+                targets[rest] = _chunk_place(builder, tile, start, builder.add(line, _int32(rest)), chunk)
+            offset = (down - rest) * tile.chunks * CHUNK_BYTES
+            there = builder.icmp_signed("<", builder.add(line, _int32(down)), lines_left) if check_lines else None
+            if number:
+                source = next_source(builder, source, step)
+            for piece, inside in zip(pieces, whole, strict=True):
+                inside = inside if there is None else builder.and_(there, inside)
+                shift = piece * copy.item_bytes
+                _copy_piece(builder, targets[rest], offset + shift, source, shift, width, builder.and_(wanted, inside))
+
+    return _expand(types.none, (types.int32, types.int32, types.int64, types.int64, types.int32, types.int32, types.boolean,
+                                types.int32), body)
+
+
+def _chunk_place(builder, tile, start, line, chunk):
+    """Where a chunk of a line lies."""
+    flip = builder.urem(builder.udiv(line, _int32(tile.flip_every)), _int32(tile.flip_count))
+    flipped = builder.xor(chunk, builder.mul(flip, _int32(tile.flip_unit)))
+    number = builder.add(builder.mul(line, _int32(tile.chunks)), flipped)
+    return builder.add(start, builder.mul(number, _int32(CHUNK_BYTES)))
+
+
+def _copy_piece(builder, target, offset, source, shift, width, wanted):
+    if width == 2:
+        value = _load_global(builder, source, ir.Constant(_INT64, shift // 2), "bfloat16", 1, wanted)[0]
+        function = ir.FunctionType(ir.VoidType(), [_INT32, _INT16])
+        builder.asm(function, f"st.shared.b16 [$0 + {offset}], $1;", "r,h", [target, value], side_effect=True)
+        return
+    size = builder.select(wanted, _int32(width), _int32(0))
+    cached = "cg" if width == CHUNK_BYTES else "ca"
+    function = ir.FunctionType(ir.VoidType(), [_INT32, _INT64, _INT32])
+    builder.asm(function, f"cp.async.{cached}.shared.global [$0 + {offset}], [$1 + {shift}], {width}, $2;", "r,l,r",
+                [target, source, size], side_effect=True)
+
+
+@cache
+def commit_copies():
+    """(): the thread's copies since the last commit are a group."""
+    return _expand(types.none, (), lambda builder: _statement(builder, "cp.async.commit_group;"))
+
+
+@cache
+def wait_copies(groups):
+    """(): all of the thread's groups but the newest `groups` have arrived."""
+    return _expand(types.none, (), lambda builder: _statement(builder, f"cp.async.wait_group {groups};"))
+
+
+def _statement(builder, code):
+    builder.asm(ir.FunctionType(ir.VoidType(), []), code, "~{memory}", [], side_effect=True)
+
+
+# -- fragments of a warp
+
+
+@cache
+def fragment_places(layout):
+    """(first outer, lane) -> where the lane reads a FragmentLayout in a tile: bytes from its start, for load_fragments."""
+
+    def body(builder, first, lane):
+        tile = layout.tile
+        eighth, row = builder.udiv(lane, _int32(8)), builder.urem(lane, _int32(8))
+        low, high = builder.urem(eighth, _int32(2)), builder.udiv(eighth, _int32(2))
+        block, half = (low, high) if layout.left else (high, low)
+        nowhere = _int32(0)
+        if layout.wide:
+            depth, chunk = builder.urem(lane, _int32(4)), builder.udiv(lane, _int32(4))
+            chunk = builder.add(builder.udiv(first, _int32(4)), chunk)
+            return _pack(builder, [_chunk_place(builder, tile, nowhere, depth, chunk)])
+        if layout.along_depth:
+            line = builder.add(builder.add(first, builder.mul(block, _int32(8))), row)
+            return _pack(builder, [_chunk_place(builder, tile, nowhere, line, builder.add(half, _int32(2 * step)))
+                                   for step in (0, 1)])
+        line = builder.add(builder.mul(half, _int32(8)), row)
+        chunk = builder.add(builder.udiv(first, _int32(8)), block)
+        return _pack(builder, [_chunk_place(builder, tile, nowhere, line, builder.add(chunk, _int32(pair)))
+                               for pair in range(0, layout.blocks, 2)])
+
+    return _expand(_places_type(layout), (types.int32, types.int32), body)
+
+
+def _places_type(layout):
+    return types.UniTuple(types.int32, 1 if layout.wide else 2 if layout.along_depth else layout.blocks // 2)
+
+
+@cache
+def load_fragments(layout, step):
+    """(array, index, places) -> the registers of a FragmentLayout for a step of the tile at index.
+
+    By ldmatrix, four registers at a time, transposed where the operand is not contiguous along the depth; wide elements, which
+    ldmatrix cannot transpose, by vectors of 16 bytes whose four elements are four blocks' registers.
+    """
+    tile = layout.tile
+    line_bytes = tile.chunks * CHUNK_BYTES
+
+    def four(builder, start, places, number):
+        if layout.wide:
+            group, half = divmod(number, 2)
+            offset = (STEP_BYTES // 4 * step + 4 * half) * line_bytes + group * 8 * CHUNK_BYTES
+            return "ld.shared.v4.b32", places[0], offset
+        if layout.along_depth:
+            return "ldmatrix.sync.aligned.m8n8.x4.shared.b16", places[step], number * 16 * line_bytes
+        return "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", places[number], STEP_BYTES // 2 * step * line_bytes
+
+    def body(builder, array, index, places):
+        start = builder.add(array, index)
+        found = {}
+        for number in range(layout.blocks // 2):
+            code, place, offset = four(builder, start, _unpack(builder, places), number)
+            loaded = _together(builder, ir.LiteralStructType([_INT32] * 4), f"{code} {{$0, $1, $2, $3}}, [$4 + {offset}];",
+                               "=r,=r,=r,=r,r", [builder.add(start, place)])
+            for part in range(4):
+                held = (number // 2 * 4 + part, number % 2) if layout.wide else layout.order[4 * number + part]
+                found[held] = builder.extract_value(loaded, part)
+        return _pack(builder, [found[held] for held in layout.order])
+
+    return _expand(_registers(2 * layout.blocks), (types.int32, types.int32, _places_type(layout)), body)
+
+
+@cache
+def mma(kind, down, across):
+    """(left, right, sums) -> sums plus the products of `down` times 16 rows and `across` times 8 columns, for one step.
+
+    Sums are those of row block after row block, four a lane for each pair of blocks. Of "tf32" the operands are rounded to
+    nearest first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products of the first terms,
+    then those of a first and a second one.
+    """
+    halves = 2 if kind == "tf32x3" else 1
+    count = 4 * down * across
+
+    def body(builder, left, right, sums):
+        lefts, rights, totals = (_unpack(builder, values) for values in (left, right, sums))
+        if kind == "tf32":
+            lefts, rights = ([_round_tf32(builder, value) for value in values] for values in (lefts, rights))
+        if kind != "tf32x3":
+            return _pack(builder, _products(builder, kind, lefts, rights, totals, down, across))
+        (lefts, low_lefts), (rights, low_rights) = (
+            zip(*(_split_tf32(builder, value) for value in values), strict=True) for values in (lefts, rights))
+        main, corrections = totals[:count], totals[count:]
+        main = _products(builder, kind, lefts, rights, main, down, across)
+        corrections = _products(builder, kind, low_lefts, rights, corrections, down, across)
+        corrections = _products(builder, kind, lefts, low_rights, corrections, down, across)
+        return _pack(builder, main + corrections)
+
+    fragment = _fragment_type("float32", halves * count)
+    return _expand(fragment, (_registers(4 * down), _registers(2 * across), fragment), body)
+
+
+#: two ones of half precision
+_ONES = {"float16": 0x3C003C00, "bfloat16": 0x3F803F80}
+
+
+@cache
+def add_depths(kind, layout):
+    """(fragments, totals) -> totals plus the sum along a step's depth for each outer index of a FragmentLayout.
+
+    Half precision is multiplied by ones: the registers of two blocks are a left operand, whichever they were loaded for, and
+    totals are mma's four sums, of which the second and fourth repeat the others. float32 is added as it is, not as
+    TF32: one total for each block and lane, of the depths that the lane holds.
+    """
+    half = kind in _ONES
+
+    def body(builder, fragments, totals):
+        held, sums = dict(zip(layout.order, _unpack(builder, fragments), strict=True)), _unpack(builder, totals)
+        if not half:
+            for step in (0, 1):
+                sums = [builder.fadd(total, builder.bitcast(held[block, step], ir.FloatType()))
+                        for block, total in enumerate(sums)]
+            return _pack(builder, sums)
+        left = [held[pair + block, step] for pair in range(0, layout.blocks, 2) for step in (0, 1) for block in (0, 1)]
+        return _pack(builder, _products(builder, kind, left, [_int32(_ONES[kind])] * 2, sums, layout.blocks // 2, 1))
+
+    fragment = _fragment_type("float32", layout.blocks * (1 + half))
+    return _expand(fragment, (_registers(2 * layout.blocks), fragment), body)
+
+
+@cache
+def store_depth_sums(kind, layout):
+    """(address, index, left, lane, totals): stores the first `left` outer indices' sums, float32, at index, index + 1, ..."""
+    half = kind in _ONES
+
+    def body(builder, address, index, left, lane, totals):
+        sums = _unpack(builder, totals)
+        sums = sums[::2] if half else [_over_quarters(builder, total) for total in sums]
+        group = builder.udiv(lane, _int32(4))
+        first = builder.icmp_unsigned("==", builder.urem(lane, _int32(4)), _int32(0))
+        for block, total in enumerate(sums):
+            outer = builder.add(builder.mul(group, _int32(layout.outer(0, 1))), _int32(layout.outer(block, 0)))
+            with builder.if_then(builder.and_(first, builder.icmp_signed("<", outer, left))):
+                _store_global(builder, address, builder.add(index, builder.sext(outer, _INT64)), "float32", [total])
+
+    return _expand(types.none, (types.int64, types.int64, types.int32, types.int32,
+                                _fragment_type("float32", layout.blocks * (1 + half))), body)
+
+
+def _over_quarters(builder, value):
+    """(0 + 1) + (2 + 3) of the four lanes that differ in lane % 4."""
+    for distance in (1, 2):
+        other = _together(builder, ir.FloatType(), f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", "=f,f", [value])
+        value = builder.fadd(value, other)
+    return value
+
+
+def _products(builder, kind, left, right, sums, down, across):
+    short = _SHORT[kind]
+    code = (f"mma.sync.aligned.{_ONE_STEP[kind]}.row.col.f32.{short}.{short}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, "
+            "{$8, $9}, {$10, $11, $12, $13};")
+    totals = []
+    for i in range(down):
+        for j in range(across):
+            place = 4 * (i * across + j)
+            arguments = [*left[4 * i:4 * i + 4], *right[2 * j:2 * j + 2], *sums[place:place + 4]]
+            product = _together(builder, ir.LiteralStructType([ir.FloatType()] * 4), code,
+                                "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", arguments, side_effect=False)
+            totals += [builder.extract_value(product, part) for part in range(4)]
+    return totals
+
+
+def _round_tf32(builder, bits):
+    """The nearest tf32, ties away from zero, in bits that mma uses: it drops the last 13.
+
+    Half of the last kept place is added, which leaves infinity and NaN what they are. cvt.rna.tf32 takes an instruction more.
+    """
+    code = "{ .reg .b32 place; and.b32 place, $1, 0xff800000; fma.rn.f32 $0, place, 0f3a000000, $1; }"
+    function = ir.FunctionType(_INT32, [_INT32])
+    return builder.asm(function, code, "=r,r", [bits], side_effect=False)
+
+
+def _split_tf32(builder, bits):
+    """(first, second) tf32 term of a float32."""
+    first = builder.and_(_round_tf32(builder, bits), ir.Constant(_INT32, 0xFFFFE000))
+    rest = builder.fsub(builder.bitcast(bits, ir.FloatType()), builder.bitcast(first, ir.FloatType()))
+    return first, _round_tf32(builder, builder.bitcast(rest, _INT32))
+
+
+# -- results
+
+
+@cache
+def store_products(rows, cols, dtype, access, wide, accumulate):
+    """(address, index, row stride, col stride, rows left, cols left, alpha, lane, sums): stores alpha times a warp's results.
+
+    rows and cols are the FragmentLayouts of the operands. The warp's first result belongs at index; those beyond what is left
+    are not stored. Each is computed in the type `wide`, if accumulate added to what is there, and rounded once. access
+    neighbours of a row are stored at a time, where a lane holds as many.
+    """
+    across = cols.blocks
+
+    def body(builder, address, index, row_stride, col_stride, rows_left, cols_left, alpha, lane, sums):
+        values = _unpack(builder, sums)
+        group, quarter = builder.udiv(lane, _int32(4)), builder.urem(lane, _int32(4))
+        for block in range(rows.blocks):
+            row = builder.add(builder.mul(group, _int32(rows.outer(0, 1) - rows.outer(0, 0))), _int32(rows.outer(block, 0)))
+            row_inside = builder.icmp_signed("<", row, rows_left)
+            start = builder.add(index, builder.mul(builder.sext(row, _INT64), row_stride))
+            pieces = []
+            for first, spread, run in cols.runs:
+                width = min(access, len(run))
+                for position in range(0, len(run), width):
+                    col = builder.add(builder.mul(quarter, _int32(spread)), _int32(first + position))
+                    inside = builder.and_(row_inside, builder.icmp_signed("<", col, cols_left))
+                    place = builder.add(start, builder.mul(builder.sext(col, _INT64), col_stride))
+                    part = [values[4 * (block // 2 * across + j) + 2 * (block % 2) + parity]
+                            for j, parity in run[position:position + width]]
+                    part = [builder.fmul(_widen(builder, value, "float32", wide), alpha) for value in part]
+                    old = _load_global(builder, address, place, dtype, width, inside) if accumulate else None
+                    pieces.append((inside, place, part, old))
+            for inside, place, part, old in pieces:
+                with builder.if_then(inside):
+                    if old is not None:
+                        part = [builder.fadd(value, _widen(builder, before, dtype, wide))
+                                for value, before in zip(part, old, strict=True)]
+                    _store_global(builder, address, place, dtype, [_narrow(builder, value, wide, dtype) for value in part])
+
+    alpha_type = types.float64 if wide == "float64" else types.float32
+    return _expand(types.none, (types.int64, types.int64, types.int64, types.int64, types.int32, types.int32, alpha_type,
+                                types.int32, _fragment_type("float32", 2 * rows.blocks * across)), body)
