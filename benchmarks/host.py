@@ -44,7 +44,8 @@ class Unlaunched(Simulator):
         """A number, as kernels take it."""
         return array.ctypes.data
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, stream: int) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, stream: int,
+               shared_bytes: int = 0) -> None:
         """Nothing."""
 
 

@@ -233,9 +233,9 @@ def launched_on(monkeypatch):
     streams = []
     launch = device.Gpu.launch
 
-    def watch(self, kernel, grid, block, arguments, stream):
+    def watch(self, kernel, grid, block, arguments, stream, shared_bytes):
         streams.append((stream, self.cupy.cuda.get_current_stream().ptr))
-        launch(self, kernel, grid, block, arguments, stream)
+        launch(self, kernel, grid, block, arguments, stream, shared_bytes)
 
     monkeypatch.setattr(device.Gpu, "launch", watch)
     return streams

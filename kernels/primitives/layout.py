@@ -197,13 +197,21 @@ class FragmentLayout(NamedTuple):
             return [(pair + block, half) for pair in range(0, self.blocks, 2) for half in (0, 1) for block in (0, 1)]
         return [(block, half) for block in range(self.blocks) for half in (0, 1)]
 
-    @property
-    def runs(self) -> list[tuple[int, int, list[tuple[int, int]]]]:
-        """(first, spread, (block, parity) of each): lane q holds results of neighbouring columns from first + spread * q on."""
+    def runs(self, access: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
+        """(first, spread, (block, parity) of each): neighbouring columns, from first + spread * q on, that lanes hold.
+
+        q is lane % 4. Where `paired` lanes swap results it is 2 (lane % 2) + lane // 2 % 2.
+        """
         if self.wide:
             return [(8 * first, 8, [(first + block, parity) for parity in (0, 1) for block in range(4)])
                     for first in range(0, self.blocks, 4)]
+        if self.paired(access):
+            return [(8 * block, 4, [(block, 0), (block, 1), (block + 1, 0), (block + 1, 1)]) for block in range(0, self.blocks, 2)]
         return [(8 * block, 2, [(block, 0), (block, 1)]) for block in range(self.blocks)]
+
+    def paired(self, access: int) -> bool:
+        """Whether a lane holds only two neighbouring columns, but is to store more at a time."""
+        return access > 2 and not self.wide
 
 
 def chunk_tile(item_bytes: int, outer_size: int, along_depth: bool) -> ChunkTile:

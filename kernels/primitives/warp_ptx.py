@@ -315,9 +315,13 @@ def store_depth_sums(kind, layout):
 def _over_quarters(builder, value):
     """(0 + 1) + (2 + 3) of the four lanes that differ in lane % 4."""
     for distance in (1, 2):
-        other = _together(builder, ir.FloatType(), f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", "=f,f", [value])
-        value = builder.fadd(value, other)
+        value = builder.fadd(value, _of_lane(builder, value, distance))
     return value
+
+
+def _of_lane(builder, value, distance):
+    """The value of the lane whose number differs in this bit."""
+    return _together(builder, ir.FloatType(), f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", "=f,f", [value])
 
 
 def _products(builder, kind, left, right, sums, down, across):
@@ -355,33 +359,46 @@ def _split_tf32(builder, bits):
 # -- results
 
 
+def _paired(builder, odd, values):
+    """Two values of a block and two of the next, for four neighbours of one: even lanes keep those of the first block."""
+    first, second = values[:2], values[2:]
+    received = [_of_lane(builder, builder.select(odd, a, b), 1) for a, b in zip(first, second, strict=True)]
+    return [*(builder.select(odd, other, own) for other, own in zip(received, first, strict=True)),
+            *(builder.select(odd, own, other) for other, own in zip(received, second, strict=True))]
+
+
 @cache
 def store_products(rows, cols, dtype, access, wide, accumulate):
     """(address, index, row stride, col stride, rows left, cols left, alpha, lane, sums): stores alpha times a warp's results.
 
     rows and cols are the FragmentLayouts of the operands. The warp's first result belongs at index; those beyond what is left
-    are not stored. Each is computed in the type `wide`, if accumulate added to what is there, and rounded once. access
-    neighbours of a row are stored at a time, where a lane holds as many.
+    are not stored. Each is computed in the type `wide`, if accumulate added to what is there, and rounded once. Up to access
+    neighbours of a row are stored at a time; lanes that hold two swap with their neighbours for four.
     """
     across = cols.blocks
 
     def body(builder, address, index, row_stride, col_stride, rows_left, cols_left, alpha, lane, sums):
         values = _unpack(builder, sums)
         group, quarter = builder.udiv(lane, _int32(4)), builder.urem(lane, _int32(4))
+        odd = builder.trunc(lane, ir.IntType(1))
+        if cols.paired(access):
+            parity = builder.zext(odd, _INT32)
+            quarter = builder.add(builder.mul(parity, _int32(2)), builder.udiv(quarter, _int32(2)))
         for block in range(rows.blocks):
-            row = builder.add(builder.mul(group, _int32(rows.outer(0, 1) - rows.outer(0, 0))), _int32(rows.outer(block, 0)))
+            row = builder.add(builder.mul(group, _int32(rows.outer(0, 1))), _int32(rows.outer(block, 0)))
             row_inside = builder.icmp_signed("<", row, rows_left)
             start = builder.add(index, builder.mul(builder.sext(row, _INT64), row_stride))
             pieces = []
-            for first, spread, run in cols.runs:
+            for first, spread, run in cols.runs(access):
+                held = [values[4 * (block // 2 * across + j) + 2 * (block % 2) + parity] for j, parity in run]
+                held = _paired(builder, odd, held) if cols.paired(access) else held
                 width = min(access, len(run))
                 for position in range(0, len(run), width):
                     col = builder.add(builder.mul(quarter, _int32(spread)), _int32(first + position))
                     inside = builder.and_(row_inside, builder.icmp_signed("<", col, cols_left))
                     place = builder.add(start, builder.mul(builder.sext(col, _INT64), col_stride))
-                    part = [values[4 * (block // 2 * across + j) + 2 * (block % 2) + parity]
-                            for j, parity in run[position:position + width]]
-                    part = [builder.fmul(_widen(builder, value, "float32", wide), alpha) for value in part]
+                    part = [builder.fmul(_widen(builder, value, "float32", wide), alpha)
+                            for value in held[position:position + width]]
                     old = _load_global(builder, address, place, dtype, width, inside) if accumulate else None
                     pieces.append((inside, place, part, old))
             for inside, place, part, old in pieces:

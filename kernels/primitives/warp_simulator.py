@@ -331,18 +331,26 @@ def store_products(rows, cols, dtype, access, wide, accumulate):
     """(address, index, row stride, col stride, rows left, cols left, alpha, lane, sums): stores alpha times a warp's results.
 
     rows and cols are the FragmentLayouts of the operands. The warp's first result belongs at index; those beyond what is left
-    are not stored. Each is computed in the type `wide`, if accumulate added to what is there, and rounded once. access
-    neighbours of a row are stored at a time, where a lane holds as many.
+    are not stored. Each is computed in the type `wide`, if accumulate added to what is there, and rounded once. Up to access
+    neighbours of a row are stored at a time; lanes that hold two swap with their neighbours for four.
     """
+    paired = cols.paired(access)
+
+    def swap(values):
+        """Even lanes keep the even blocks of columns and get their neighbours', odd lanes the odd ones."""
+        sums = np.array(values).reshape(LANES // 2, 2, rows.blocks // 2, cols.blocks // 2, 2, 2, 2)
+        # lanes (pair, odd), rows (i), blocks (pair, odd), half of rows, parity -> the lane's oddness picks the block's
+        return sums.transpose(0, 4, 2, 3, 1, 5, 6).reshape(LANES, rows.blocks // 2, cols.blocks, 2, 2)
 
     def run(address, index, row_stride, col_stride, rows_left, cols_left, alpha, lane, sums):
-        values = sums.reshape(rows.blocks // 2, cols.blocks, 2, 2)
+        values = exchange(swap, sums) if paired else sums.reshape(rows.blocks // 2, cols.blocks, 2, 2)
+        quarter = 2 * (lane % 2) + lane // 2 % 2 if paired else lane % 4
         for block in range(rows.blocks):
             row = rows.outer(block, lane // 4)
-            for first, spread, run in cols.runs:
+            for first, spread, run in cols.runs(access):
                 width = min(access, len(run))
                 for position in range(0, len(run), width):
-                    col = first + spread * (lane % 4) + position
+                    col = first + spread * quarter + position
                     if row >= rows_left or col >= cols_left:
                         continue
                     part = np.array([values[block // 2, j, block % 2, parity] for j, parity in run[position:position + width]])

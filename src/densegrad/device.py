@@ -19,6 +19,12 @@ from .errors import DeviceError
 NO_DEVICE = ("densegrad found no GPU ({reason}): install CuPy on a machine with one (pip install 'densegrad[cuda13]'), or "
              "set NUMBA_ENABLE_CUDASIM=1 before Python starts to run on the CPU in Numba's CUDA simulator")
 
+#: dynamic shared memory that every kernel may have
+SHARED_BYTES_UNASKED = 49152
+
+#: how long a thread of the simulator runs before another does, where Python's own 5 ms make barriers slow
+TURN_SECONDS = 2e-4
+
 #: the place of NumPy arrays on a machine whose kernels run on a GPU
 HOST = "the host"
 
@@ -129,9 +135,19 @@ class Simulator:
         """The stream and device that memory is allocated and kernels are launched on."""
         yield 0
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, stream: int) -> None:
-        """Run a kernel."""
-        kernel[grid, block](*arguments)
+    def capability(self, place: str) -> tuple[int, int]:
+        """The compute capability whose instructions the simulator's kernels are made of."""
+        return 8, 0
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, stream: int,
+               shared_bytes: int = 0) -> None:
+        """Run a kernel. Its threads take turns often, as most of them wait for others at barriers."""
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(TURN_SECONDS)
+        try:
+            kernel[grid, block, 0, shared_bytes](*arguments)
+        finally:
+            sys.setswitchinterval(interval)
 
 
 class SimulatedAddress:
@@ -184,6 +200,7 @@ class Gpu:
 
         self.cupy = cupy
         self._launchers: dict[tuple, Any] = {}
+        self._capabilities: dict[int, tuple[int, int]] = {}
 
     @property
     def name(self) -> str:
@@ -263,26 +280,50 @@ class Gpu:
                 stack.enter_context(cuda.Stream.from_external(_ForeignStream(pointer, stream)))
                 yield pointer
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, stream: int) -> None:
-        """Queue a kernel on the stream of this pointer."""
-        key = (kernel, grid, block, stream, self.cupy.cuda.runtime.getDevice())
+    def capability(self, place: str) -> tuple[int, int]:
+        """The compute capability of the device where arrays lie, or are brought to from the host."""
+        device_id = self.cupy.cuda.runtime.getDevice() if place == HOST else int(place.removeprefix(_place("")))
+        if device_id not in self._capabilities:
+            properties = self.cupy.cuda.runtime.getDeviceProperties(device_id)
+            self._capabilities[device_id] = properties["major"], properties["minor"]
+        return self._capabilities[device_id]
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, stream: int,
+               shared_bytes: int = 0) -> None:
+        """Queue a kernel on the stream of this pointer, with this much dynamic shared memory."""
+        key = (kernel, grid, block, stream, shared_bytes, self.cupy.cuda.runtime.getDevice())
         launcher = self._launchers.get(key)
         if launcher is None:
-            launcher = self._configure(kernel, grid, block, stream)
+            if shared_bytes > SHARED_BYTES_UNASKED:
+                self._allow_shared(kernel, arguments, shared_bytes)
+            launcher = self._configure(kernel, grid, block, stream, shared_bytes)
             if len(self._launchers) >= 1024:
                 self._launchers.clear()
             self._launchers[key] = launcher
         launcher(*arguments)
 
+    def _allow_shared(self, kernel: Any, arguments: tuple, shared_bytes: int) -> None:
+        """Raise the limit of dynamic shared memory for a kernel, which Numba leaves where it is."""
+        from cuda.bindings import driver
+        from numba import typeof
+
+        compiled = kernel.compile(tuple(typeof(argument) for argument in arguments))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        status, = driver.cuKernelSetAttribute(limit, shared_bytes, compiled._codelibrary.get_cufunc().handle,
+                                              self.cupy.cuda.runtime.getDevice())
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise DeviceError(f"{self.name} refuses {shared_bytes} bytes of shared memory a block: {status} (pass a plan with "
+                              "fewer stages or smaller tiles)")
+
     @staticmethod
-    def _configure(kernel: Any, grid: tuple[int, ...], block: int, stream: int) -> Any:
+    def _configure(kernel: Any, grid: tuple[int, ...], block: int, stream: int, shared_bytes: int) -> Any:
         from numba import cuda
         from numba.cuda.core.errors import NumbaPerformanceWarning
 
         with warnings.catch_warnings():
             # Small grids are what small layers need.
             warnings.simplefilter("ignore", NumbaPerformanceWarning)
-            return kernel[grid, block, cuda.external_stream(stream) if stream else 0]
+            return kernel[grid, block, cuda.external_stream(stream) if stream else 0, shared_bytes]
 
 
 class _ForeignStream:

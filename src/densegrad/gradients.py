@@ -8,8 +8,18 @@ from typing import Any, NamedTuple, TypeVar
 from . import launch
 from .errors import OutError, PlanError
 from .operands import Inputs, Target, accept, accept_out, overlap
-from .plans import BatchSumPlan, MatmulPlan, bias_rides_along, check_plan, plan_batch_sum, plan_matmul
+from .plans import (
+    BatchSumPlan,
+    MatmulPlan,
+    TensorCorePlan,
+    bias_rides_along,
+    check_plan,
+    check_precision,
+    plan_batch_sum,
+    plan_product,
+)
 
+ProductPlan = MatmulPlan | TensorCorePlan
 Named = TypeVar("Named", bound="DenseGrads | WeightBiasGrads")
 
 
@@ -97,7 +107,8 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
 
 
 def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", alpha: float = 1.0,
-                out: Any = None, accumulate: bool = False, plan: MatmulPlan | None = None, stream: Any = None) -> Any:
+                precision: str | None = None, out: Any = None, accumulate: bool = False, plan: ProductPlan | None = None,
+                stream: Any = None) -> Any:
     """Gradient of the loss with respect to a dense layer's weights.
 
         dw[d, m] = sum over s of x[s, d] dz[s, m]           dw = x.T @ dz
@@ -116,8 +127,12 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
         What the result is multiplied by, before it is added into `out` or rounded: 1/S of a mean loss, for example.
     out, accumulate, stream
         As in `bias_grad`.
-    plan : MatmulPlan, optional
-        How to compute it, instead of what `plans.plan_matmul` says.
+    precision : None, "ieee", "tf32" or "tf32x3"
+        How products are computed: "ieee" on FMA units, each rounded as IEEE 754 says. float16 and bfloat16 go to tensor cores by
+        default, where their products are exact. float32 does not: "tf32" rounds it to 11 significant bits there,
+        "tf32x3" multiplies two such terms of it, to float32's accuracy.
+    plan : MatmulPlan or TensorCorePlan, optional
+        How to compute it, instead of what `plans.plan_product` says.
 
     Returns
     -------
@@ -127,12 +142,14 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
     Raises
     ------
     ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
-        As in `bias_grad`; ShapeError too if x and dz hold different numbers of samples.
+        As in `bias_grad`; ShapeError too if x and dz hold different numbers of samples, PlanError if the precision is none of
+        this dtype or GPU.
 
     Notes
     -----
-    True float32 (never TF32), float64 for float64; half types are multiplied and summed in float32. Equal inputs give equal
-    bits on every run. 2 * S * D * M flops. An empty batch gives zeros.
+    Without `precision`, float32 is true float32 and never TF32. Sums are float32, for float64 float64. Equal inputs give equal bits
+    on every run; on every GPU, too, except from tensor cores, whose sums are rounded differently by each generation.
+    2 * S * D * M flops. An empty batch gives zeros.
     Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5.
 
     Examples
@@ -144,7 +161,7 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
     """
     inputs = accept(x=x, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
     target = _weight_target("out", out, inputs, weight_layout, accumulate)
-    plan = _weight_plan(plan, inputs)
+    plan = _weight_plan(plan, inputs, precision)
     with launch.session(inputs, stream) as session:
         _run_weight(session, plan, target, weight_layout, alpha)
         return session.deliver(target)
@@ -158,16 +175,16 @@ class WeightBiasGrads(NamedTuple):
 
 
 def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", keepdims: bool = False,
-                     alpha: float = 1.0, out: WeightBiasGrads | None = None, accumulate: bool = False,
-                     plan: MatmulPlan | None = None, stream: Any = None) -> WeightBiasGrads:
+                     alpha: float = 1.0, precision: str | None = None, out: WeightBiasGrads | None = None,
+                     accumulate: bool = False, plan: ProductPlan | None = None, stream: Any = None) -> WeightBiasGrads:
     """Gradients with respect to weights and bias, with dz read once: db is added up while dw is multiplied.
 
         dw = x.T @ dz          db = dz.sum(axis=0)
 
     Parameters
     ----------
-    x, dz, batch_axis, weight_layout, alpha, accumulate, plan, stream
-        As in `weight_grad`; alpha scales both.
+    x, dz, batch_axis, weight_layout, alpha, precision, accumulate, plan, stream
+        As in `weight_grad`; alpha scales both. db is summed in float32 whatever the precision.
     keepdims : bool
         Whether db has shape (1, M) instead of (M,).
     out : WeightBiasGrads of arrays or None, optional
@@ -185,9 +202,9 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
 
     Notes
     -----
-    db has the same bits on every run and device, but not those of `bias_grad`, since its order of additions follows the tiles
-    of dw: thread row r of R adds the samples r, r + R, ... of each part, the R sums are added in ascending order, then the
-    parts.
+    db has the same bits on every run, and from FMA units on every device, but not those of `bias_grad`, since its order of
+    additions follows the tiles of dw. On FMA units thread row r of R adds the samples r, r + R, ... of each part, the R sums
+    are added in ascending order, then the parts.
 
     Examples
     --------
@@ -200,14 +217,15 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
     weight = _weight_target("out.dw", outs.dw, inputs, weight_layout, accumulate)
     bias = _bias_target("out.db", outs.db, inputs, keepdims, accumulate)
     _check_apart([weight, bias])
-    plan = _weight_plan(plan, inputs)
+    plan = _weight_plan(plan, inputs, precision)
     with launch.session(inputs, stream) as session:
         _run_weight_bias(session, plan, weight, bias, weight_layout, alpha)
         return WeightBiasGrads(session.deliver(weight), session.deliver(bias))
 
 
 def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", alpha: float = 1.0,
-               out: Any = None, accumulate: bool = False, plan: MatmulPlan | None = None, stream: Any = None) -> Any:
+               precision: str | None = None, out: Any = None, accumulate: bool = False, plan: ProductPlan | None = None,
+               stream: Any = None) -> Any:
     """Gradient of the loss with respect to a dense layer's input.
 
         dx[s, d] = sum over m of dz[s, m] w[d, m]           dx = dz @ w.T
@@ -222,7 +240,7 @@ def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in
         Which axis of dz counts samples: 0, or 1 if dz is handed over transposed.
     weight_layout : "in_out" or "out_in"
         Whether w has shape (D, M), or (M, D) as in PyTorch.
-    alpha, out, accumulate, plan, stream
+    alpha, precision, out, accumulate, plan, stream
         As in `weight_grad`.
 
     Returns
@@ -248,14 +266,15 @@ def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in
     """
     inputs = accept(w=w, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
     target = _input_target("out", out, inputs, accumulate)
-    plan = _input_plan(plan, inputs)
+    plan = _input_plan(plan, inputs, precision)
     with launch.session(inputs, stream) as session:
         _run_input(session, plan, target, alpha)
         return session.deliver(target)
 
 
 def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fields, batch_axis: int = 0,
-                weight_layout: str = "in_out", keepdims: bool = False, alpha: float = 1.0, out: DenseGrads | None = None,
+                weight_layout: str = "in_out", keepdims: bool = False, alpha: float = 1.0,
+                precision: str | None = None, out: DenseGrads | None = None,
                 accumulate: bool = False, plan: DenseGrads | None = None, stream: Any = None) -> DenseGrads:
     """All gradients of a dense layer z = x @ w + b.
 
@@ -271,7 +290,7 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
         Gradient with respect to the layer's output.
     need : names among "dx", "dw", "db"
         Which gradients to compute.
-    batch_axis, weight_layout, keepdims, alpha, stream
+    batch_axis, weight_layout, keepdims, alpha, precision, stream
         As in `bias_grad` and `weight_grad`; alpha scales all three.
     out : DenseGrads of arrays or None, optional
         Where to write each of them, for example `DenseGrads(dw=main_grad)`.
@@ -309,10 +328,10 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     steps: dict[str, Any] = {}
     if "dx" in needed:
         targets["dx"] = _input_target("out.dx", outs.dx, inputs, accumulate)
-        steps["dx"] = _input_plan(plans.dx, inputs)
+        steps["dx"] = _input_plan(plans.dx, inputs, precision)
     if "dw" in needed:
         targets["dw"] = _weight_target("out.dw", outs.dw, inputs, weight_layout, accumulate)
-        steps["dw"] = _weight_plan(plans.dw, inputs)
+        steps["dw"] = _weight_plan(plans.dw, inputs, precision)
     if "db" in needed:
         targets["db"] = _bias_target("out.db", outs.db, inputs, keepdims, accumulate)
         steps["db"] = _bias_plan(plans.db, inputs)
@@ -382,12 +401,22 @@ def _weight_target(name: str, out: Any, inputs: Inputs, weight_layout: str, accu
     return accept_out(name, out, inputs, shape if weight_layout == "in_out" else shape[::-1], accumulate)
 
 
-def _weight_plan(plan: MatmulPlan | None, inputs: Inputs) -> MatmulPlan:
+def _weight_plan(plan: ProductPlan | None, inputs: Inputs, precision: str | None) -> ProductPlan:
     sizes = {"rows": inputs.in_features, "cols": inputs.out_features, "depth": inputs.samples, "dtype": inputs.dtype}
-    return check_plan(plan, MatmulPlan, sizes) or plan_matmul(**sizes)
+    return _product_plan(plan, sizes, inputs, precision)
 
 
-def _run_weight(session: launch.Session, plan: MatmulPlan, target: Target, weight_layout: str, alpha: float,
+def _product_plan(plan: ProductPlan | None, sizes: dict[str, Any], inputs: Inputs,
+                  precision: str | None) -> ProductPlan:
+    capability = inputs.device.capability(inputs.place)
+    plan = check_plan(plan, (MatmulPlan, TensorCorePlan), sizes)
+    if plan is None:
+        return plan_product(**sizes, precision=precision, capability=capability)
+    check_precision(plan, precision, capability)
+    return plan
+
+
+def _run_weight(session: launch.Session, plan: ProductPlan, target: Target, weight_layout: str, alpha: float,
                 bias: Target | None = None) -> None:
     dw = session.result(target)
     launch.run_matmul(session, plan, session.place(session.inputs.x).T, session.place(session.inputs.dz),
@@ -395,7 +424,7 @@ def _run_weight(session: launch.Session, plan: MatmulPlan, target: Target, weigh
                       sums=None if bias is None else session.result(bias))
 
 
-def _run_weight_bias(session: launch.Session, plan: MatmulPlan, weight: Target, bias: Target, weight_layout: str,
+def _run_weight_bias(session: launch.Session, plan: ProductPlan, weight: Target, bias: Target, weight_layout: str,
                      alpha: float) -> None:
     if session.inputs.in_features:
         _run_weight(session, plan, weight, weight_layout, alpha, bias)
@@ -413,11 +442,11 @@ def _input_target(name: str, out: Any, inputs: Inputs, accumulate: bool) -> Targ
     return accept_out(name, out, inputs, (*inputs.batch_shape, inputs.in_features), accumulate)
 
 
-def _input_plan(plan: MatmulPlan | None, inputs: Inputs) -> MatmulPlan:
+def _input_plan(plan: ProductPlan | None, inputs: Inputs, precision: str | None) -> ProductPlan:
     sizes = {"rows": inputs.samples, "cols": inputs.in_features, "depth": inputs.out_features, "dtype": inputs.dtype}
-    return check_plan(plan, MatmulPlan, sizes) or plan_matmul(**sizes)
+    return _product_plan(plan, sizes, inputs, precision)
 
 
-def _run_input(session: launch.Session, plan: MatmulPlan, target: Target, alpha: float) -> None:
+def _run_input(session: launch.Session, plan: ProductPlan, target: Target, alpha: float) -> None:
     launch.run_matmul(session, plan, session.place(session.inputs.dz), session.place(session.inputs.w).T,
                       session.result(target), target.accumulate, alpha)

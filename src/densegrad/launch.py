@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 
 from .operands import Argument, Inputs, Operand, Target
-from .plans import ITEM_BYTES, MATMUL_TILES, BatchSumPlan, MatmulPlan, accumulator_of, plan_batch_sum, transposed_tile
+from .plans import (
+    ITEM_BYTES,
+    MATMUL_TILES,
+    TENSOR_CORE_CAPABILITY,
+    TENSOR_CORE_TILES,
+    BatchSumPlan,
+    MatmulPlan,
+    TensorCorePlan,
+    Tiling,
+    accumulator_of,
+    plan_batch_sum,
+    transposed_tile,
+)
 
 
 @dataclass(frozen=True)
@@ -79,12 +91,12 @@ class Session:
             target.argument.array[...] = self.device.deliver(array, target.argument.array)
         return target.argument.array
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, plan: Any) -> None:
-        """Launch one kernel."""
+    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, plan: Any, shared_bytes: int = 0) -> None:
+        """Launch one kernel, with this much dynamic shared memory."""
         launches = _record.get()
         if launches is not None:
             launches.append(Launch(kernel.__name__, grid, block, plan))
-        self.device.launch(kernel, grid, block, arguments, self.stream)
+        self.device.launch(kernel, grid, block, arguments, self.stream, shared_bytes)
 
 
 @contextmanager
@@ -100,7 +112,7 @@ def _matrix(target: Target) -> Operand:
     return Operand(target.name, None, 0, target.dtype, prod(batch), cols, cols, 1)
 
 
-def run_matmul(session: Session, plan: MatmulPlan, left: Operand, right: Operand, result: Operand, accumulate: bool,
+def run_matmul(session: Session, plan: MatmulPlan | TensorCorePlan, left: Operand, right: Operand, result: Operand, accumulate: bool,
                alpha: float = 1.0, sums: Operand | None = None) -> None:
     """result = alpha * left @ right, and sums (1, cols) = alpha * the sum of the rows of right, if wanted on the way.
 
@@ -117,8 +129,8 @@ def run_matmul(session: Session, plan: MatmulPlan, left: Operand, right: Operand
     partial_sums = None
     if sums is not None:
         partial_sums = _workspace(session, plan.parts, 1, -(-sums.cols // 4) * 4, plan.accumulator)
-    _launch_matmul(session, plan, left, right, target, accumulate and not split, 1.0 if split else alpha, sums_of,
-                   partial_sums)
+    multiply: Any = _launch_matmul if isinstance(plan, MatmulPlan) else _launch_tensor_core
+    multiply(session, plan, left, right, target, accumulate and not split, 1.0 if split else alpha, sums_of, partial_sums)
     if split:
         run_add_parts(session, target, plan.parts, result, accumulate, alpha, plan)
     if sums is not None and partial_sums is not None:
@@ -146,6 +158,24 @@ def _launch_matmul(session: Session, plan: MatmulPlan, left: Operand, right: Ope
         left.address, left_side.stride, right.address, right_side.stride, target.address, target.row_stride,
         target.col_stride, target.rows * target.row_stride, plan.rows, plan.cols, plan.depth, plan.depth_per_part,
         plan.group_bits, np.dtype(epilogue).type(alpha), sums.address if sums else 0, sums.row_stride if sums else 0), plan)
+
+
+def _launch_tensor_core(session: Session, plan: TensorCorePlan, left: Operand, right: Operand, target: Operand,
+                        accumulate: bool, alpha: float, sums_of: str, sums: Operand | None) -> None:
+    from .kernels.matmul_tensor_core import make_matmul
+
+    vector = 16 // ITEM_BYTES[plan.dtype]
+    epilogue = "float64" if target.dtype == "float64" else plan.accumulator
+    left_side, right_side = _side(left, vector), _side(right.T, vector)
+    kernel = make_matmul(plan.dtype, plan.precision or plan.dtype, plan.tile_rows, plan.tile_cols, plan.warp_rows,
+                         plan.warp_cols, plan.stages, left_side.access, left_side.along_depth, right_side.access,
+                         right_side.along_depth, _offset_bits(plan, left_side, right_side), target.dtype,
+                         target.access(16 // ITEM_BYTES[target.dtype]), epilogue, accumulate, sums_of)
+    session.launch(kernel, plan.grid, plan.threads, (
+        left.address, left_side.stride, right.address, right_side.stride, target.address, target.row_stride,
+        target.col_stride, target.rows * target.row_stride, plan.rows, plan.cols, plan.depth, plan.depth_per_part,
+        plan.group_bits, np.dtype(epilogue).type(alpha), sums.address if sums else 0, sums.row_stride if sums else 0), plan,
+        plan.shared_bytes)
 
 
 def run_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, result: Operand, accumulate: bool,
@@ -219,7 +249,7 @@ class _Side:
     access: int
 
 
-def _offset_bits(plan: MatmulPlan, left: _Side, right: _Side) -> int:
+def _offset_bits(plan: Tiling, left: _Side, right: _Side) -> int:
     """Whether 32 bits can count the bytes within every tile."""
     def reach(side: _Side, outer: int) -> int:
         return (outer if side.along_depth else plan.tile_depth) * abs(side.stride) * ITEM_BYTES[plan.dtype]
@@ -260,27 +290,42 @@ class _Catalogue(Session):
         """Where no memory begins."""
         return 0
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, plan: Any) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, plan: Any, shared_bytes: int = 0) -> None:
         """Keep the kernel under its own name and the title, "-second" for another one of these."""
         from numba import typeof
 
         if all(variant.kernel is not kernel for variant in self.variants.values()):
             name = f"{kernel.__name__}-{self.title}"
             self.variants[name + "-second" * (name in self.variants)] = Variant(
-                kernel, tuple(typeof(argument) for argument in arguments), block, (7, 5), plan.explain().partition("\n")[0])
+                kernel, tuple(typeof(argument) for argument in arguments), block,
+                TENSOR_CORE_CAPABILITY if shared_bytes else (7, 5), plan.explain().partition("\n")[0])
 
     def add_matmul(self, dtype: str, tile: tuple[int, int, int, int, int], along_depth: tuple[bool, bool] = (False, False),
                    length: int = 1024, result: str = "", accumulate: bool = False, sums: bool = False) -> None:
-        """Keep the kernel for square operands of this length, contiguous along the depth or the other axis."""
-        (left_along, right_along), result = along_depth, result or dtype
-        self.title = "-".join([dtype, "x".join(map(str, tile[:3])), "x".join(map(str, tile[3:])),
-                               "depth" if left_along else "rows", "depth" if right_along else "cols"]
-                              + [f"to-{result}"] * (result != dtype) + ["odd"] * (length % 2)
+        """Keep the kernel on FMA units for square operands of this length, contiguous along the depth or the other axis."""
+        self.title = "-".join([dtype, "x".join(map(str, tile[:3])), "x".join(map(str, tile[3:]))])
+        self._add_product(MatmulPlan(length, length, length, dtype, *tile), along_depth, result or dtype, accumulate, sums)
+
+    def add_tensor_core(self, dtype: str, precision: str | None, tile: tuple[int, int, int, int, int],
+                        along_depth: tuple[bool, bool] = (False, False), length: int = 1024, result: str = "",
+                        accumulate: bool = False, sums: bool = False) -> None:
+        """The same on tensor cores."""
+        self.title = "-".join([precision or dtype, "x".join(map(str, tile[:2])), "x".join(map(str, tile[2:4]))])
+        rows, cols, warp_rows, warp_cols, stages = tile
+        plan = TensorCorePlan(length, length, length, dtype, precision, rows, cols, 64 // ITEM_BYTES[dtype], warp_rows,
+                              warp_cols, stages)
+        self._add_product(plan, along_depth, result or dtype, accumulate, sums)
+
+    def _add_product(self, plan: MatmulPlan | TensorCorePlan, along_depth: tuple[bool, bool], result: str, accumulate: bool,
+                     sums: bool) -> None:
+        left_along, right_along = along_depth
+        length = plan.depth
+        self.title = "-".join([self.title, "depth" if left_along else "rows", "depth" if right_along else "cols"]
+                              + [f"to-{result}"] * (result != plan.dtype) + ["odd"] * (length % 2)
                               + ["accumulate"] * accumulate + ["sums"] * sums)
         left, right, whole = (Operand(name, None, 0, kind, length, length, length, 1)
-                              for name, kind in (("left", dtype), ("right", dtype), ("result", result)))
-        run_matmul(self, MatmulPlan(length, length, length, dtype, *tile), left if left_along else left.T,
-                   right.T if right_along else right, whole, accumulate,
+                              for name, kind in (("left", plan.dtype), ("right", plan.dtype), ("result", result)))
+        run_matmul(self, plan, left if left_along else left.T, right.T if right_along else right, whole, accumulate,
                    sums=Operand("sums", None, 0, result, 1, length, length, 1) if sums else None)
 
     def add_batch_sum(self, samples: int, outputs: int, dtype: str, layout: str, result: str = "", accumulate: bool = False,
@@ -315,4 +360,13 @@ def kernel_variants() -> dict[str, Variant]:
     for tile in MATMUL_TILES:
         catalogue.add_matmul("float32", tile)
         catalogue.add_matmul("float32", transposed_tile(tile))
+    for dtype, precision in (("float16", None), ("bfloat16", None), ("float32", "tf32"), ("float32", "tf32x3")):
+        large, small = TENSOR_CORE_TILES[2 if precision == "tf32x3" else 0], TENSOR_CORE_TILES[-1]
+        for along_depth in ((False, False), (True, True), (True, False), (False, True)):
+            catalogue.add_tensor_core(dtype, precision, large, along_depth)
+            catalogue.add_tensor_core(dtype, precision, large, along_depth, sums=True)
+        catalogue.add_tensor_core(dtype, precision, small, length=1023)
+        catalogue.add_tensor_core(dtype, precision, small, result="float32", accumulate=True)
+    for tile in TENSOR_CORE_TILES:
+        catalogue.add_tensor_core("bfloat16", None, tile)
     return catalogue.variants

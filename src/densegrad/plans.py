@@ -7,12 +7,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import gcd, isqrt, prod
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import PlanError
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
+
+Product = TypeVar("Product", "MatmulPlan", "TensorCorePlan")
 
 #: the largest grid along y and z
 GRID_Y = 65535
@@ -23,7 +25,7 @@ def accumulator_of(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def check_plan(plan: Any, kind: type, sizes: dict[str, Any]) -> Any:
+def check_plan(plan: Any, kind: type | tuple[type, ...], sizes: dict[str, Any]) -> Any:
     """The plan that a user passed, or None.
 
     Raises
@@ -31,12 +33,13 @@ def check_plan(plan: Any, kind: type, sizes: dict[str, Any]) -> Any:
     PlanError
         If it was made for other sizes than these.
     TypeError
-        If it is no plan of this kind.
+        If it is no plan of this kind, or of one of these.
     """
     if plan is None:
         return None
-    if not isinstance(plan, kind):
-        raise TypeError(f"plan must be a {kind.__name__}; got {type(plan).__name__}")
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(plan, kinds):
+        raise TypeError(f"plan must be a {' or a '.join(kind.__name__ for kind in kinds)}; got {type(plan).__name__}")
     for name, wanted in sizes.items():
         if getattr(plan, name) != wanted:
             raise PlanError(f"plan was made for {name} {getattr(plan, name)}, but the inputs have {wanted} (make one for them, "
@@ -44,8 +47,88 @@ def check_plan(plan: Any, kind: type, sizes: dict[str, Any]) -> Any:
     return plan
 
 
+class Tiling:
+    """What the plans of matrix products have in common: the result in tiles, the depth in parts."""
+
+    rows: int
+    cols: int
+    depth: int
+    dtype: str
+    tile_rows: int
+    tile_cols: int
+    tile_depth: int
+    parts: int
+
+    @property
+    def accumulator(self) -> str:
+        """The type of sums."""
+        return accumulator_of(self.dtype)
+
+    @property
+    def depth_per_part(self) -> int:
+        """The depth of every part but the last, a multiple of tile_depth."""
+        return max(_ceil(_ceil(self.depth, self.parts), self.tile_depth), 1) * self.tile_depth
+
+    @property
+    def tiles(self) -> int:
+        """Of the result."""
+        return _ceil(self.rows, self.tile_rows) * _ceil(self.cols, self.tile_cols)
+
+    @property
+    def group_bits(self) -> int:
+        """Binary logarithm of how many tile rows are walked together: 8, less for few, more where a grid's y has no room."""
+        down = _ceil(self.rows, self.tile_rows)
+        return max(min(3, down.bit_length() - 1), (_ceil(down, GRID_Y) - 1).bit_length(), 0)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks: (tile columns times group, groups of tile rows, parts)."""
+        group = 1 << self.group_bits
+        return _ceil(self.cols, self.tile_cols) * group, _ceil(_ceil(self.rows, self.tile_rows), group), self.parts
+
+    @property
+    def pitch(self) -> int:
+        """The length of a row of the workspace: cols in whole vectors of 16 bytes."""
+        vector = 16 // ITEM_BYTES[self.accumulator]
+        return _ceil(self.cols, vector) * vector
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory for the parts of the result."""
+        return self.parts * self.rows * self.pitch * ITEM_BYTES[self.accumulator] if self.parts > 1 else 0
+
+    @property
+    def chain(self) -> int:
+        """The longest chain of additions that one result goes through."""
+        return min(self.depth_per_part, max(self.depth, 1)) + self.parts - 1
+
+    @property
+    def loaded_bytes(self) -> int:
+        """What the blocks read from global memory, most of it from cache: each operand once per tile of the other axis."""
+        down, across = _ceil(self.rows, self.tile_rows), _ceil(self.cols, self.tile_cols)
+        return (self.rows * across + self.cols * down) * self.depth * ITEM_BYTES[self.dtype]
+
+    def _explain(self, unit: str, threads: str, error: str, cost: MatmulCost) -> str:
+        tiles = self.tiles
+        used = self.rows * self.cols / (tiles * self.tile_rows * self.tile_cols) if self.rows and self.cols else 0.0
+        lines = [
+            f"({self.rows}, {self.depth}) @ ({self.depth}, {self.cols}), {self.dtype}, {unit}, sums in {self.accumulator}",
+            f"tiles of {self.tile_rows} x {self.tile_cols}, {self.tile_depth} deep: {tiles} tiles, {used:.0%} of them results; "
+            + threads,
+        ]
+        if self.parts > 1:
+            lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, since {tiles} tiles alone would "
+                         f"leave multiprocessors idle; {self.workspace_bytes} bytes of workspace, added in ascending order")
+        else:
+            lines.append("the depth is not cut: the tiles alone are enough blocks, or cutting would cost more than it gains")
+        lines.append(f"longest chain of additions {self.chain}: |error| <= {error} (|left| @ |right|)")
+        lines.append(f"model, not measured: {cost.total:.0f} cycles on {MODEL_MULTIPROCESSORS} multiprocessors, bound by "
+                     f"{cost.bound} (arithmetic {cost.arithmetic:.0f}, memory {cost.memory:.0f}, parts {cost.parts:.0f})")
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True)
-class MatmulPlan:
+class MatmulPlan(Tiling):
     """How result (rows, cols) = left (rows, depth) @ right (depth, cols) is computed on FMA units.
 
     Parameters
@@ -102,11 +185,6 @@ class MatmulPlan:
             raise PlanError(f"a part has at most {2**30} depths; got {self.depth_per_part} (take more parts)")
 
     @property
-    def accumulator(self) -> str:
-        """The type of sums."""
-        return accumulator_of(self.dtype)
-
-    @property
     def T(self) -> MatmulPlan:
         """The plan of the transposed result, right.T @ left.T."""
         tile_rows, tile_cols, _, thread_rows, thread_cols = transposed_tile(
@@ -126,48 +204,9 @@ class MatmulPlan:
         return max(min((512 if sums <= 64 else 256) // self.threads, 16), 1)
 
     @property
-    def depth_per_part(self) -> int:
-        """The depth of every part but the last, a multiple of tile_depth."""
-        return max(_ceil(_ceil(self.depth, self.parts), self.tile_depth), 1) * self.tile_depth
-
-    @property
-    def group_bits(self) -> int:
-        """Binary logarithm of how many tile rows are walked together: 8, less for few, more where a grid's y has no room."""
-        down = _ceil(self.rows, self.tile_rows)
-        return max(min(3, down.bit_length() - 1), (_ceil(down, GRID_Y) - 1).bit_length(), 0)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Blocks: (tile columns times group, groups of tile rows, parts)."""
-        group = 1 << self.group_bits
-        return _ceil(self.cols, self.tile_cols) * group, _ceil(_ceil(self.rows, self.tile_rows), group), self.parts
-
-    @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: two stages of both tiles."""
         return 2 * self.tile_depth * (self.tile_rows + self.tile_cols) * ITEM_BYTES[self.accumulator]
-
-    @property
-    def pitch(self) -> int:
-        """The length of a row of the workspace: cols in whole vectors of 16 bytes."""
-        vector = 16 // ITEM_BYTES[self.accumulator]
-        return _ceil(self.cols, vector) * vector
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Memory for the parts of the result."""
-        return self.parts * self.rows * self.pitch * ITEM_BYTES[self.accumulator] if self.parts > 1 else 0
-
-    @property
-    def chain(self) -> int:
-        """The longest chain of additions that one result goes through."""
-        return min(self.depth_per_part, max(self.depth, 1)) + self.parts - 1
-
-    @property
-    def loaded_bytes(self) -> int:
-        """What the blocks read from global memory, most of it from cache: each operand once per tile of the other axis."""
-        down, across = _ceil(self.rows, self.tile_rows), _ceil(self.cols, self.tile_cols)
-        return (self.rows * across + self.cols * down) * self.depth * ITEM_BYTES[self.dtype]
 
     @property
     def cost(self) -> MatmulCost:
@@ -176,23 +215,129 @@ class MatmulPlan:
 
     def explain(self) -> str:
         """The plan in words, with its reasons and what the model says."""
-        cost = self.cost
-        tiles = _ceil(self.rows, self.tile_rows) * _ceil(self.cols, self.tile_cols)
-        used = self.rows * self.cols / (tiles * self.tile_rows * self.tile_cols) if self.rows and self.cols else 0.0
-        lines = [
-            f"({self.rows}, {self.depth}) @ ({self.depth}, {self.cols}), {self.dtype}, FMA units, sums in {self.accumulator}",
-            f"tiles of {self.tile_rows} x {self.tile_cols}, {self.tile_depth} deep: {tiles} tiles, {used:.0%} of them results; "
-            f"{self.thread_rows} x {self.thread_cols} results a thread, {self.threads} threads a block",
-        ]
-        if self.parts > 1:
-            lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, since {tiles} tiles alone would "
-                         f"leave multiprocessors idle; {self.workspace_bytes} bytes of workspace, added in ascending order")
-        else:
-            lines.append("the depth is not cut: the tiles alone are enough blocks, or cutting would cost more than it gains")
-        lines.append(f"longest chain of additions {self.chain}: |error| <= {self.chain + 1} u (|left| @ |right|)")
-        lines.append(f"model, not measured: {cost.total:.0f} cycles on {MODEL_MULTIPROCESSORS} multiprocessors, bound by "
-                     f"{cost.bound} (arithmetic {cost.arithmetic:.0f}, memory {cost.memory:.0f}, parts {cost.parts:.0f})")
-        return "\n".join(lines)
+        return self._explain("FMA units", f"{self.thread_rows} x {self.thread_cols} results a thread, {self.threads} threads a block",
+                             f"{self.chain + 1} u", self.cost)
+
+
+@dataclass(frozen=True)
+class TensorCorePlan(Tiling):
+    """How result (rows, cols) = left (rows, depth) @ right (depth, cols) is computed on tensor cores.
+
+    Parameters
+    ----------
+    rows, cols, depth : int
+        Sizes, as of a MatmulPlan.
+    dtype : str
+        Of the operands: float16, bfloat16 or float32.
+    precision : str or None
+        What float32 is multiplied as: "tf32" or "tf32x3". None for float16 and bfloat16, whose products are exact.
+    tile_rows, tile_cols, tile_depth : int
+        What a block multiplies at a time; powers of two, the depth 64 bytes.
+    warp_rows, warp_cols : int
+        The results of one warp; powers of two, at least 32.
+    stages : int
+        Slots for tiles in shared memory, all but one of which are on their way while one is multiplied.
+    parts : int
+        How many pieces the depth is cut into, which are added in ascending order afterwards.
+
+    Raises
+    ------
+    PlanError
+        If no kernel can carry it out.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    dtype: str
+    precision: str | None
+    tile_rows: int
+    tile_cols: int
+    tile_depth: int
+    warp_rows: int
+    warp_cols: int
+    stages: int
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        wanted: tuple[str | None, ...] = {"float16": (None,), "bfloat16": (None,), "float32": TF32}.get(self.dtype, ())
+        if self.precision not in wanted:
+            raise PlanError(f"tensor cores take float16 and bfloat16 with precision None, float32 with one of {TF32}; got "
+                            f"{self.dtype} with {self.precision!r}")
+        for name in ("tile_rows", "tile_cols", "warp_rows", "warp_cols"):
+            value = getattr(self, name)
+            if value < 32 or value & (value - 1):
+                raise PlanError(f"{name} must be a power of two, at least 32; got {value}")
+        if self.warp_rows > self.tile_rows or self.warp_cols > self.tile_cols:
+            raise PlanError(f"warps must fit into tiles of {self.tile_rows} x {self.tile_cols}; got {self.warp_rows} x "
+                            f"{self.warp_cols}")
+        item = ITEM_BYTES[self.dtype]
+        if self.tile_depth * item != 64:
+            raise PlanError(f"tile_depth must be 64 bytes, {64 // item} of {self.dtype}; got {self.tile_depth}")
+        if self.sums > 128:
+            raise PlanError(f"a thread has registers for 128 sums; got warps with {self.sums} (make them smaller)")
+        most, least = 4 * min(self.tile_rows, self.tile_cols), max(self.tile_rows, self.tile_cols) * item // 16
+        if not least <= self.threads <= min(most, 1024):
+            raise PlanError(f"these tiles are copied by {least} to {min(most, 1024)} threads; got {self.threads} "
+                            "(change the warps' tiles)")
+        if self.stages < 2 or self.shared_bytes > DYNAMIC_SHARED_BYTES:
+            raise PlanError(f"stages must be at least 2 and take at most {DYNAMIC_SHARED_BYTES} bytes of shared memory; got "
+                            f"{self.stages}, which take {self.shared_bytes}")
+        if not 1 <= self.parts <= GRID_Y:
+            raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
+        if self.depth_per_part > 2**30:
+            raise PlanError(f"a part has at most {2**30} depths; got {self.depth_per_part} (take more parts)")
+
+    @property
+    def T(self) -> TensorCorePlan:
+        """The plan of the transposed result, right.T @ left.T."""
+        return replace(self, rows=self.cols, cols=self.rows, tile_rows=self.tile_cols, tile_cols=self.tile_rows,
+                       warp_rows=self.warp_cols, warp_cols=self.warp_rows)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * (self.tile_rows // self.warp_rows) * (self.tile_cols // self.warp_cols)
+
+    @property
+    def sums(self) -> int:
+        """Registers of a thread for sums; "tf32x3" keeps its corrections apart."""
+        return self.warp_rows * self.warp_cols // 32 * (2 if self.precision == "tf32x3" else 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: the stages."""
+        return self.stages * 64 * (self.tile_rows + self.tile_cols)
+
+    @property
+    def chain(self) -> int:
+        """The longest chain of additions that one result goes through."""
+        return super().chain + (self.precision == "tf32x3")
+
+    @property
+    def product_error(self) -> float:
+        """What each product may be off by, of its magnitude.
+
+        "tf32" rounds each factor by 2⁻¹¹. "tf32x3" rounds what is left of each by 2⁻¹¹ again, and leaves out the product of
+        what is left; the sums of what is left are rounded, too, each addition by 2⁻²⁴ of 2⁻¹⁰.
+        """
+        if self.precision == "tf32":
+            return 2.0 ** -10 + 2.0 ** -22
+        return 3.01 * 2.0 ** -22 + self.chain * 2.0 ** -33 if self.precision == "tf32x3" else 0.0
+
+    @property
+    def cost(self) -> MatmulCost:
+        """What the model says this plan takes."""
+        return _tensor_core_cost(self)
+
+    def explain(self) -> str:
+        """The plan in words, with its reasons and what the model says."""
+        error = f"{self.chain + 1} u"
+        if self.precision is not None:
+            error = f"({error} + {self.product_error:.2g})"
+        return self._explain("tensor cores" + (f" in {self.precision}" if self.precision else ""),
+                             f"{self.warp_rows} x {self.warp_cols} results a warp, {self.threads} threads a block, "
+                             f"{self.stages} stages", error, self.cost)
 
 
 @dataclass(frozen=True)
@@ -222,6 +367,10 @@ MODEL_LATENCY = 700.0  # cycles from a load to its data, which the next tile's l
 MODEL_BLOCK = 1500.0  # cycles to start a block, fill its first stage and store its results
 MODEL_LAUNCH = 5000.0  # cycles of a second kernel; it has four parts in flight
 
+MODEL_MMA = 6.35  # cycles of an mma instruction, of which each of a multiprocessor's four schedulers has its own unit
+MODEL_REGISTERS = 65536
+MODEL_SHARED = 227 * 1024
+
 #: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols), from large to small; their transposes are tried too
 MATMUL_TILES = (
     (256, 128, 16, 8, 16),
@@ -238,12 +387,28 @@ MATMUL_TILES = (
 #: what two stages may take of shared memory that a kernel declares
 SHARED_BYTES = 49152
 
+#: how float32 can be multiplied on tensor cores
+TF32 = ("tf32", "tf32x3")
+#: (tile_rows, tile_cols, warp_rows, warp_cols, stages), from large to small; their transposes are tried too
+TENSOR_CORE_TILES = (
+    (128, 256, 64, 64, 3),
+    (128, 128, 64, 64, 3),
+    (128, 128, 64, 32, 3),
+    (128, 64, 64, 32, 4),
+    (64, 64, 32, 32, 4),
+    (64, 32, 32, 32, 4),
+    (32, 32, 32, 32, 4),
+)
+#: what stages may take of shared memory that a launch asks for, on every GPU with all of these instructions
+DYNAMIC_SHARED_BYTES = 99 * 1024
+#: the first compute capability with bfloat16, TF32, 16 depths of float16 an instruction and asynchronous copies
+TENSOR_CORE_CAPABILITY = (8, 0)
+
 
 def _matmul_cost(plan: MatmulPlan) -> MatmulCost:
     """Cycles on the nominal GPU, when nothing else runs there."""
-    item, sum_bytes = ITEM_BYTES[plan.dtype], ITEM_BYTES[plan.accumulator]
-    tiles = _ceil(plan.rows, plan.tile_rows) * _ceil(plan.cols, plan.tile_cols)
-    blocks = tiles * plan.parts
+    sum_bytes = ITEM_BYTES[plan.accumulator]
+    blocks = plan.tiles * plan.parts
     warps = _ceil(plan.threads, 32)
     # Instructions of a warp for one step of tile_depth; a float64 multiply-add takes two issue slots.
     fragments = (plan.thread_rows + plan.thread_cols) * sum_bytes // 16
@@ -252,15 +417,39 @@ def _matmul_cost(plan: MatmulPlan) -> MatmulCost:
     # Blocks that share a multiprocessor share its four schedulers, and hide one another's latency.
     each = _ceil(blocks, MODEL_MULTIPROCESSORS)
     registers = plan.thread_rows * plan.thread_cols * sum_bytes // 4 + 64
-    resident = max(min(each, 65536 // (registers * warps * 32), 32), 1)
+    resident = max(min(each, MODEL_REGISTERS // (registers * warps * 32), 32), 1)
     steps = _ceil(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
     busy = max(step * _ceil(warps * resident, 4), MODEL_LATENCY)
     arithmetic = _ceil(each, resident) * (steps * busy + MODEL_BLOCK)
-    operands = (plan.rows * plan.depth + plan.depth * plan.cols) * item + plan.rows * plan.cols * item
-    memory = max((operands + 2 * plan.workspace_bytes) / MODEL_DRAM_BYTES,
-                 (plan.loaded_bytes + 2 * plan.workspace_bytes) / MODEL_L2_BYTES) / MODEL_MULTIPROCESSORS
-    adding = MODEL_LAUNCH + plan.parts * MODEL_LATENCY / 4 if plan.parts > 1 else 0.0
-    return MatmulCost(arithmetic, memory, adding)
+    return MatmulCost(arithmetic, _memory_cycles(plan), _parts_cycles(plan))
+
+
+def _memory_cycles(plan: Tiling) -> float:
+    operands = (plan.rows * plan.depth + plan.depth * plan.cols + plan.rows * plan.cols) * ITEM_BYTES[plan.dtype]
+    return max((operands + 2 * plan.workspace_bytes) / MODEL_DRAM_BYTES,
+               (plan.loaded_bytes + 2 * plan.workspace_bytes) / MODEL_L2_BYTES) / MODEL_MULTIPROCESSORS
+
+
+def _parts_cycles(plan: Tiling) -> float:
+    return MODEL_LAUNCH + plan.parts * MODEL_LATENCY / 4 if plan.parts > 1 else 0.0
+
+
+def _tensor_core_cost(plan: TensorCorePlan) -> MatmulCost:
+    """Cycles on the nominal GPU, when nothing else runs there."""
+    warps, blocks = plan.threads // 32, plan.tiles * plan.parts
+    # Instructions of a warp for a tile's two steps: products, fragments and what rounds them, copies, counting.
+    products = 2 * plan.warp_rows // 16 * plan.warp_cols // 8
+    fragments = 2 * (plan.warp_rows + plan.warp_cols) // 4  # registers
+    copies = 4 * (plan.tile_rows + plan.tile_cols) // plan.threads
+    products, rounding = {None: (products, 0), "tf32": (products, 2), "tf32x3": (3 * products, 6)}[plan.precision]
+    issue = products + fragments // 4 + rounding * fragments + 3 * copies + 20
+    each = _ceil(blocks, MODEL_MULTIPROCESSORS)
+    registers = plan.sums + fragments + 40
+    resident = max(min(each, MODEL_REGISTERS // (registers * plan.threads), MODEL_SHARED // (plan.shared_bytes + 1024), 32), 1)
+    tiles = _ceil(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
+    busy = max(max(products * MODEL_MMA, issue) * _ceil(warps * resident, 4), MODEL_LATENCY / (plan.stages - 1))
+    arithmetic = _ceil(each, resident) * (tiles * busy + MODEL_BLOCK)
+    return MatmulCost(arithmetic, _memory_cycles(plan), _parts_cycles(plan))
 
 
 def transposed_tile(tile: tuple[int, int, int, int, int]) -> tuple[int, int, int, int, int]:
@@ -275,24 +464,42 @@ def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[Matm
     """Every plan that plan_matmul chooses from."""
     double = dtype == "float64"
     tiles = dict.fromkeys(tile for r, c, k, i, j in MATMUL_TILES for tile in ((r, c, k, i, j), transposed_tile((r, c, k, i, j))))
-    input_bytes = (rows + cols) * depth * ITEM_BYTES[dtype]
-    plans = []
+    plans: list[MatmulPlan] = []
     for tile_rows, tile_cols, tile_depth, thread_rows, thread_cols in tiles:
         if double and thread_rows * thread_cols > 32:
             continue
         whole = MatmulPlan(rows, cols, depth, dtype, tile_rows, tile_cols, tile_depth, thread_rows, thread_cols,
                            _ceil(max(depth, 1), 2**30))
         plans.append(whole)
-        parts = 2
-        while parts * MIN_TILES_OF_A_PART * tile_depth <= depth and parts <= 4096:
-            plan = replace(whole, parts=parts)
-            if parts > whole.parts and 2 * plan.workspace_bytes <= max(input_bytes // 50, SMALL_WORKSPACE):
-                plans.append(plan)
-            parts += max(parts // 2, 1)
+        plans += _cut_into_parts(whole)
     return plans
 
 
-def bias_rides_along(plan: MatmulPlan) -> bool:
+def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None) -> list[TensorCorePlan]:
+    """Every plan that plan_tensor_core chooses from."""
+    tiles = dict.fromkeys(tile for r, c, i, j, stages in TENSOR_CORE_TILES for tile in ((r, c, i, j, stages), (c, r, j, i, stages)))
+    plans: list[TensorCorePlan] = []
+    for tile_rows, tile_cols, warp_rows, warp_cols, stages in tiles:
+        if warp_rows * warp_cols > 64 * (32 if precision == "tf32x3" else 64):
+            continue
+        plans += _cut_into_parts(TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype],
+                                                warp_rows, warp_cols, stages, _ceil(max(depth, 1), 2**30)))
+    return plans
+
+
+def _cut_into_parts(whole: Product) -> list[Product]:
+    """The plan and those with more parts whose workspace is small beside the operands."""
+    plans, parts = [whole], 2
+    input_bytes = (whole.rows + whole.cols) * whole.depth * ITEM_BYTES[whole.dtype]
+    while parts * MIN_TILES_OF_A_PART * whole.tile_depth <= whole.depth and parts <= 4096:
+        plan = replace(whole, parts=parts)
+        if parts > whole.parts and 2 * plan.workspace_bytes <= max(input_bytes // 50, SMALL_WORKSPACE):
+            plans.append(plan)
+        parts += max(parts // 2, 1)
+    return plans
+
+
+def bias_rides_along(plan: MatmulPlan | TensorCorePlan) -> bool:
     """Whether adding dZ up within dL/dW's blocks is cheaper than reading it once more, by the model.
 
     The blocks of the first tile row spend about 2 % more instructions on it, and they end up to that much later.
@@ -315,11 +522,78 @@ def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
 
     Depends on nothing else, so that it is the same on every device. Fewer warps leave room for what runs beside them.
     """
-    candidates = matmul_candidates(rows, cols, depth, dtype)
+    return _cheapest(matmul_candidates(rows, cols, depth, dtype))
+
+
+@lru_cache(maxsize=4096)
+def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None) -> TensorCorePlan:
+    """The plan for these sizes, dtype and precision, chosen as by plan_matmul."""
+    return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision))
+
+
+def _cheapest(candidates: list[Product]) -> Product:
     costs = {plan: plan.cost.total for plan in candidates}
     least = min(costs.values())
     good = [plan for plan, cost in costs.items() if cost <= 1.05 * least]
     return min(good, key=lambda plan: (prod(plan.grid) * _ceil(plan.threads, 32), costs[plan]))
+
+
+def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
+                 capability: tuple[int, int]) -> MatmulPlan | TensorCorePlan:
+    """The plan for these sizes and dtype at a precision on a GPU of this compute capability.
+
+    Depends on nothing else of the GPU than whether it has the instructions: from 8.0 on.
+
+    Parameters
+    ----------
+    precision : None, "ieee", "tf32" or "tf32x3"
+        "ieee" multiplies on FMA units, and is what None means for float32 and float64. float16 and bfloat16 go to tensor
+        cores by default, where there are any with the instructions.
+
+    Raises
+    ------
+    ValueError
+        If precision is none of these.
+    PlanError
+        If the dtype cannot be multiplied so, or the GPU cannot do it.
+    """
+    if _on_tensor_cores(dtype, precision, capability):
+        return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None)
+    return plan_matmul(rows, cols, depth, dtype)
+
+
+def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, int]) -> bool:
+    half, able = dtype in ("float16", "bfloat16"), capability >= TENSOR_CORE_CAPABILITY
+    if precision not in (None, "ieee", *TF32):
+        raise ValueError(f'precision must be None, "ieee", "tf32" or "tf32x3"; got {precision!r}')
+    if precision not in TF32:
+        return precision is None and half and able
+    if dtype != "float32":
+        cure = "float16 and bfloat16 are multiplied exactly" if half else "float64 is multiplied as it is"
+        raise PlanError(f'precision="{precision}" is a way to multiply float32; the inputs are {dtype} ({cure}: leave '
+                        'precision out)')
+    if not able:
+        raise PlanError(f'precision="{precision}" needs compute capability 8.0; this GPU has {capability[0]}.{capability[1]} '
+                        '(take precision="ieee")')
+    return True
+
+
+def check_precision(plan: MatmulPlan | TensorCorePlan, precision: str | None, capability: tuple[int, int]) -> None:
+    """Hold a user's plan to the precision that was asked for beside it, and to the GPU.
+
+    Raises
+    ------
+    ValueError, PlanError
+        As plan_product; PlanError too if the plan multiplies in another way, or with instructions that the GPU has not.
+    """
+    _on_tensor_cores(plan.dtype, precision, capability)
+    own = plan.precision if isinstance(plan, TensorCorePlan) else "ieee"
+    if precision not in (None, own):
+        raise PlanError(f'plan multiplies with precision {own!r}, but precision={precision!r} was asked for (leave one of them '
+                        'out)')
+    if isinstance(plan, TensorCorePlan) and capability < TENSOR_CORE_CAPABILITY:
+        raise PlanError(f"plan needs tensor cores of compute capability 8.0; this GPU has {capability[0]}.{capability[1]} "
+                        "(pass a MatmulPlan, or none)")
 
 
 def _ceil(length: int, step: int) -> int:

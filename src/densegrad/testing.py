@@ -115,7 +115,7 @@ def bits(array: Any) -> np.ndarray:
 
 
 def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int, dtype: str,
-                result_dtype: str | None = None, compensated: bool = False) -> np.ndarray:
+                result_dtype: str | None = None, compensated: bool = False, product_error: float = 0.0) -> np.ndarray:
     """What the error of a sum of products may be, entry by entry.
 
     Parameters
@@ -130,6 +130,8 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
         Of the inputs; of the result if it has another one.
     compensated : bool
         Whether what the additions rounded away was added up beside the sums.
+    product_error : float
+        What each product may be off by before it is added, of its magnitude.
 
     Returns
     -------
@@ -139,8 +141,8 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
         together is one rounding more where the result has another type.
     """
     accumulator, result_dtype = accumulator_of(dtype), result_dtype or dtype
-    relative = (chain + 1) * ROUNDOFF[accumulator]
-    sums = (relative ** (1 + compensated)) * magnitude + (chain + 1) * UNDERFLOW[accumulator]
+    relative = ((chain + 1) * ROUNDOFF[accumulator]) ** (1 + compensated) + product_error
+    sums = relative * magnitude + (chain + 1) * UNDERFLOW[accumulator]
     if compensated and result_dtype != accumulator:
         sums = sums + ROUNDOFF[accumulator] * np.abs(exact)
     return (sums + ROUNDOFF[result_dtype] * (np.abs(exact) + sums) + UNDERFLOW[result_dtype]
@@ -148,7 +150,8 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
 
 
 def expected(function: str, arrays: tuple[np.ndarray, ...], options: dict[str, Any], chain: int,
-             result_dtype: str | None = None, old: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+             result_dtype: str | None = None, old: np.ndarray | None = None,
+             product_error: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """What a public function should give, in float64, and how far it may be off.
 
     Parameters
@@ -163,6 +166,8 @@ def expected(function: str, arrays: tuple[np.ndarray, ...], options: dict[str, A
         If not the inputs'.
     old : ndarray, optional
         What the result is added to.
+    product_error : float
+        What the plan says each product may be off by, of its magnitude.
     """
     meaning, dtype = getattr(reference, function), arrays[0].dtype.name
     with np.errstate(all="ignore"):
@@ -171,7 +176,8 @@ def expected(function: str, arrays: tuple[np.ndarray, ...], options: dict[str, A
         terms = max(max(array.shape, default=0) for array in arrays)
         if old is not None:
             exact, magnitude = exact + old.astype(np.float64), magnitude + np.abs(old.astype(np.float64))
-        return exact, error_bound(magnitude, exact, chain + (old is not None), terms, dtype, result_dtype)
+        return exact, error_bound(magnitude, exact, chain + (old is not None), terms, dtype, result_dtype,
+                                  product_error=product_error)
 
 
 def check_within(result: Any, exact: np.ndarray, bound: np.ndarray | float) -> None:

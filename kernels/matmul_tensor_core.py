@@ -1,0 +1,205 @@
+"""Matrix product on tensor cores: dL/dW = Xᵀ dZ and dL/dX = dZ Wᵀ in float16, bfloat16 and TF32.
+
+    result[r, c] = alpha * sum over k of left[r, k] right[k, c]      left (rows, depth), right (depth, cols)
+
+For dL/dW the depth is the batch: rows = in_features, cols = out_features, depth = samples. For dL/dX it is the outputs.
+
+How the work is cut
+    A block computes one tile_rows x tile_cols tile of the result for one part of the depth, a warp warp_rows x warp_cols of
+    it in registers. The block walks along the depth in tiles 64 bytes deep, which are two steps of one mma instruction's
+    depth: 16 half-precision numbers or 8 of TF32. Asynchronous copies bring tiles into `stages` slots of shared memory, so
+    that stages - 1 of them are on their way while one is multiplied; a step's fragments come into registers while the step
+    before it is multiplied. Long depths (the batch of dL/dW) are cut into parts, which batch_sum.add_parts adds up.
+Fragments
+    What a lane holds of the operands and of the result, lane = 4 g + q (PTX ISA, "Matrix fragments for mma.m16n8k16" and
+    "mma.m16n8k8"). A register holds 4 bytes along the depth: two numbers of half precision (k and k + 1), or one of TF32.
+
+        left 16 x 32 bytes                      right 32 bytes x 8            result 16 x 8
+
+                 4 q ..  16 + 4 q ..                      col g                        cols 2 q, 2 q + 1
+        row g     [ a0 ]   [ a2 ]               4 q ..    [ b0 ]              row g      [ c0   c1 ]
+        row g + 8 [ a1 ]   [ a3 ]          16 + 4 q ..    [ b1 ]              row g + 8  [ c2   c3 ]
+
+    ldmatrix brings four such registers at a time, and transposes 16-bit elements where an operand lies along rows or cols
+    instead of the depth. It cannot transpose the 32-bit elements of TF32. There a lane reads 16 bytes, four neighbouring rows
+    (or cols) at one depth, and calls them the row g of four different blocks: row 4 g + b of the matrix is row g of block
+    b. Which rows make up a block is free, as long as the result is stored accordingly; so is the order of depths, which is
+    kept.
+
+        matrix row      0  1  2  3   4  5  6  7  ...  28 29 30 31
+        block, row g   0,0 1,0 2,0 3,0 0,1 1,1 2,1 3,1  ...  0,7 1,7 2,7 3,7
+Precision
+    Products of half-precision numbers are exact. "tf32" rounds operands to 11 significant bits, to nearest. "tf32x3" cuts each
+    of them into two such terms, first + second, and multiplies first * first into one set of sums, second * first and
+    first * second into another, which is added at the end: what is left out is of the order of 2⁻²². Where an operand is infinite
+    the second sums are not numbers and are left out. Sums are float32, in the order and rounding of the hardware.
+Threads
+    32 for each warp tile; warps across, then down.
+Grid
+    (tile columns * group, groups of tile rows, parts), where a group is 1 << group_bits tile rows: tiles are walked down a
+    group, then across, so that the tiles in flight share operands in L2.
+Shared memory
+    stages * 64 * (tile_rows + tile_cols) bytes, dynamic: primitives.layout says how tiles lie there so that neither copies nor
+    fragments meet bank conflicts.
+Bytes and flops
+    Reads each operand once per tile of the other axis: rows * depth * (cols / tile_cols) + depth * cols *
+    (rows / tile_rows) elements; writes rows * cols * parts. 2 * rows * cols * depth flops, three times that for "tf32x3".
+Edges
+    The first tile of a part takes what is left over when its depth is cut into whole tiles. Copies beyond an edge bring zeros
+    on both sides, so that no edge meets another's infinity: such products only reach results which are not stored. Operands
+    that are not aligned to 16 bytes come in smaller pieces.
+
+Source: PTX ISA, "mma", "ldmatrix", "cp.async"; Thakkar et al., the CUTLASS documentation, "Efficient GEMM in CUDA"; Ootomo and
+Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance", 2022.
+"""
+from functools import cache
+
+from numba import cuda, int32
+
+from . import primitives
+from .primitives.layout import TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+LANES = 32
+
+
+@cache
+def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages, left_access, left_along_depth, right_access,
+                right_along_depth, offset_bits, result_dtype, result_access, epilogue, accumulate, sums_of):
+    """The kernel for these tiles, types and orientations.
+
+    kind is what the operands are multiplied as: "float16", "bfloat16", "tf32" or "tf32x3". epilogue is the type that
+    alpha * sum (+ result, if accumulate) is computed in before it is rounded to result_dtype. sums_of is "right" or "left" for
+    the kernel that also adds that operand up along the depth, else "".
+    """
+    warps_across = tile_cols // warp_cols
+    threads = LANES * (tile_rows // warp_rows) * warps_across
+    item_bytes = ITEM_BYTES[dtype]
+    tile_depth = TILE_DEPTH_BYTES // item_bytes
+    left_layout = fragment_layout(item_bytes, tile_rows, left_along_depth, True, warp_rows)
+    right_layout = fragment_layout(item_bytes, tile_cols, right_along_depth, False, warp_cols)
+    left_bytes = left_layout.tile.size
+    stage_bytes = left_bytes + right_layout.tile.size
+    none_left = int32(1 - stages)
+    all_bytes, last_stage = stages * stage_bytes, (stages - 1) * stage_bytes
+
+    shared_bytes = primitives.shared_bytes(all_bytes)
+    left_place = right_place = primitives.place(dtype)
+    left_copy = ChunkCopy(left_layout.tile, item_bytes, left_access, left_along_depth, threads, offset_bits)
+    right_copy = ChunkCopy(right_layout.tile, item_bytes, right_access, right_along_depth, threads, offset_bits)
+    left_start, right_start = primitives.copy_place(left_copy), primitives.copy_place(right_copy)
+    copy_first_left, copy_left = primitives.copy_async(left_copy, True), primitives.copy_async(left_copy, False)
+    copy_first_right, copy_right = primitives.copy_async(right_copy, True), primitives.copy_async(right_copy, False)
+    commit, wait_for_next, wait_for_all = (
+        primitives.commit_copies(), primitives.wait_copies(stages - 2), primitives.wait_copies(0))
+    left_places_of, right_places_of = primitives.fragment_places(left_layout), primitives.fragment_places(right_layout)
+    load_left, load_left_second = (primitives.load_fragments(left_layout, step) for step in (0, 1))
+    load_right, load_right_second = (primitives.load_fragments(right_layout, step) for step in (0, 1))
+    down, across = warp_rows // 16, warp_cols // 8
+    multiply = primitives.mma(kind, down, across)
+    split = kind == "tf32x3"
+    count = 4 * down * across
+    zeros = primitives.zeros("float32", count * (1 + split))
+    tidy, settle = (make("float32", count, True) if split else _same for make in (primitives.tidy, primitives.settle))
+    store = primitives.store_products(left_layout, right_layout, result_dtype, result_access, epilogue, accumulate)
+
+    has_sums, of_left = bool(sums_of), sums_of == "left"
+    summed = left_layout if of_left else right_layout
+    no_totals = primitives.zeros("float32", summed.blocks * 4 // item_bytes)
+    add_depths, store_totals = primitives.add_depths(kind, summed), primitives.store_depth_sums(kind, summed)
+
+    @primitives.jit(threads)
+    def matmul_tensor_core(left, left_stride, right, right_stride, result, row_stride, col_stride, part_stride, rows, cols,
+                           depth, depth_per_part, group_bits, alpha, depth_sums, sums_stride):
+        thread = cuda.threadIdx.x
+
+        # 1. This block's tile of the result, and its part of the depth. Blocks below the result have nothing to do.
+        row = ((cuda.blockIdx.y << group_bits) + (cuda.blockIdx.x & ((1 << group_bits) - 1))) * tile_rows
+        col = (cuda.blockIdx.x >> group_bits) * tile_cols
+        part = cuda.blockIdx.z
+        start = part * depth_per_part
+        depth_in_part = min(depth_per_part, depth - start) if row < rows else 0
+        tiles = (depth_in_part + tile_depth - 1) // tile_depth
+        first_depth = depth_in_part - (tiles - 1) * tile_depth if tiles > 0 else 0
+        rows_left, cols_left = int32(min(rows - row, tile_rows)), int32(min(cols - col, tile_cols))
+
+        # 2. This warp's place in the tile, and where its lanes read.
+        lane, warp = thread % LANES, thread // LANES
+        warp_row, warp_col = warp // warps_across * warp_rows, warp % warps_across * warp_cols
+        left_places, right_places = left_places_of(warp_row, lane), right_places_of(warp_col, lane)
+
+        # 3. All stages but the last are on their way; tiles beyond the depth come as zeros.
+        shared = shared_bytes()
+        left_at = left_place(left, row * left_stride + start if left_along_depth else row + start * left_stride)
+        right_at = right_place(right, col * right_stride + start if right_along_depth else col + start * right_stride)
+        left_at, right_at = left_start(left_at, left_stride, thread), right_start(right_at, right_stride, thread)
+        left_unit = item_bytes * (1 if left_along_depth else left_stride)
+        right_unit = item_bytes * (1 if right_along_depth else right_stride)
+        copy_first_left(shared, 0, left_at, left_stride, rows_left, int32(first_depth), True, thread)
+        copy_first_right(shared, left_bytes, right_at, right_stride, cols_left, int32(first_depth), True, thread)
+        commit()
+        left_step, right_step = tile_depth * left_unit, tile_depth * right_unit
+        left_at += first_depth * left_unit - left_step
+        right_at += first_depth * right_unit - right_step
+        for stage in range(1, stages - 1):
+            left_at += left_step
+            right_at += right_step
+            copy_left(shared, stage * stage_bytes, left_at, left_stride, rows_left, 0, stage < tiles, thread)
+            copy_right(shared, stage * stage_bytes + left_bytes, right_at, right_stride, cols_left, 0, stage < tiles, thread)
+            commit()
+
+        # 4. The first tile has arrived, for all warps; its first step is in registers.
+        wait_for_next()
+        cuda.syncthreads()
+        now, free = int32(0), int32(last_stage)
+        left_now = load_left(shared, now, left_places)
+        right_now = load_right(shared, int32(now + left_bytes), right_places)
+        sums = zeros()
+
+        # dL/db rides along: the first warps of the first tile row (or column) add up dZ's fragments, which they hold anyway.
+        totals = no_totals()
+        sums_here = col + warp_col == 0 if of_left else row + warp_row == 0
+        to_come = int32(tiles - stages + 1)
+        while to_come > none_left:
+
+            # 5. While the first step is multiplied, the second comes into registers and a tile sets out to the free stage,
+            #    which all warps have read.
+            left_next = load_left_second(shared, now, left_places)
+            right_next = load_right_second(shared, int32(now + left_bytes), right_places)
+            left_at += left_step
+            right_at += right_step
+            copy_left(shared, free, left_at, left_stride, rows_left, 0, to_come > 0, thread)
+            copy_right(shared, int32(free + left_bytes), right_at, right_stride, cols_left, 0, to_come > 0, thread)
+            commit()
+            to_come = int32(to_come - 1)
+            if has_sums and sums_here:
+                totals = add_depths(left_now if of_left else right_now, totals)
+            sums = multiply(left_now, right_now, sums)
+
+            # 6. While the second step is multiplied, the first of the next tile comes into registers. After the last tile that
+            #    is one of zeros.
+            wait_for_next()
+            cuda.syncthreads()
+            free = now
+            now = int32(now + stage_bytes if now < last_stage else 0)
+            left_now = load_left(shared, now, left_places)
+            right_now = load_right(shared, int32(now + left_bytes), right_places)
+            if has_sums and sums_here:
+                totals = add_depths(left_next if of_left else right_next, totals)
+            sums = multiply(left_next, right_next, sums)
+        wait_for_all()
+
+        # 7. Each warp stores its results from registers.
+        index = part * part_stride + (row + warp_row) * row_stride + (col + warp_col) * col_stride
+        store(result, index, row_stride, col_stride, rows_left - warp_row, cols_left - warp_col, alpha, lane,
+              settle(tidy(sums)))
+        if has_sums and sums_here:
+            begin, left_over = (row + warp_row, rows_left - warp_row) if of_left else (col + warp_col, cols_left - warp_col)
+            store_totals(depth_sums, part * sums_stride + begin, left_over, lane, totals)
+
+    return matmul_tensor_core
+
+
+@cuda.jit(device=True, inline="always")
+def _same(sums):
+    return sums
