@@ -42,7 +42,7 @@ def _epilogue(accumulator, result):
 
 
 @cache
-def _finish(accumulator, result, accumulate, compensated, partial):
+def finish_column(accumulator, result, accumulate, compensated, partial):
     """(sums of one column, target, index, lost step, alpha): writes alpha times the result, or a part's sum and what was lost."""
     values = 1 + compensated
     wide = accumulator if partial else _epilogue(accumulator, result)
@@ -104,7 +104,7 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
     zero = primitives.zeros(accumulator, halves)
     plus = primitives.plus(accumulator, 1, compensated)
     tidy = primitives.tidy(accumulator, vector * vectors, compensated)
-    finish = _finish(accumulator, result, accumulate, compensated, partial)
+    finish = finish_column(accumulator, result, accumulate, compensated, partial)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def sum_strided(source, row_stride, samples, outputs, samples_per_part, tile_cols, target, part_stride, col_stride,
@@ -194,7 +194,7 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
     add_folds = primitives.add_shared(accumulator, folders, period * fold_pitch, compensated, fold_size)
     tidy, tidy_one = (primitives.tidy(accumulator, count, compensated) for count in (vector, 1))
     first, turn = primitives.head(accumulator, halves, 1), primitives.rotate(accumulator, halves, 1)
-    finish = _finish(accumulator, result, accumulate, compensated, partial)
+    finish = finish_column(accumulator, result, accumulate, compensated, partial)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def sum_contiguous(source, run_stride, run_length, runs, runs_per_block, length_per_part, target, part_stride,

@@ -4,6 +4,7 @@ dL/db is the sum of dL/dZ over the batch axis, dL/dW = Xᵀ dL/dZ and dL/dX = dL
 """
 from .errors import DensegradError, DeviceError, DTypeError, OutDeviceError, OutError, PlanError, ShapeError
 from .gradients import DenseGrads, WeightBiasGrads, bias_grad, dense_grads, input_grad, weight_bias_grad, weight_grad
+from .upstream import OutputGrads, activation_grad, cross_entropy_grad
 
 __all__ = [
     "DTypeError",
@@ -12,10 +13,13 @@ __all__ = [
     "DeviceError",
     "OutDeviceError",
     "OutError",
+    "OutputGrads",
     "PlanError",
     "ShapeError",
     "WeightBiasGrads",
+    "activation_grad",
     "bias_grad",
+    "cross_entropy_grad",
     "dense_grads",
     "input_grad",
     "weight_bias_grad",

@@ -1,13 +1,13 @@
 """The public functions. Each reads the same way: accept the user's arrays, plan, run."""
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from . import launch
-from .errors import OutError, PlanError
-from .operands import Inputs, Target, accept, accept_out, overlap
+from .errors import PlanError
+from .operands import Inputs, Target, accept, accept_bias_out, accept_out, accept_tuple, check_apart
 from .plans import (
     BatchSumPlan,
     MatmulPlan,
@@ -18,9 +18,9 @@ from .plans import (
     plan_batch_sum,
     plan_product,
 )
+from .upstream import accept_activation, upstream_plan
 
 ProductPlan = MatmulPlan | TensorCorePlan
-Named = TypeVar("Named", bound="DenseGrads | WeightBiasGrads")
 
 
 class DenseGrads(NamedTuple):
@@ -99,7 +99,7 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
     array([1.], dtype=float32)
     """
     inputs = accept(dz=dz, batch_axis=batch_axis)
-    target = _bias_target("out", out, inputs, keepdims, accumulate)
+    target = accept_bias_out("out", out, inputs, keepdims, accumulate)
     plan = _bias_plan(plan, inputs, compensated)
     with launch.session(inputs, stream) as session:
         _run_bias(session, plan, target, alpha)
@@ -212,11 +212,11 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
     >>> weight_bias_grad(one, one).db
     array([2., 2.], dtype=float32)
     """
-    outs = _named("out", out, WeightBiasGrads)
+    outs = accept_tuple("out", out, WeightBiasGrads)
     inputs = accept(x=x, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
     weight = _weight_target("out.dw", outs.dw, inputs, weight_layout, accumulate)
-    bias = _bias_target("out.db", outs.db, inputs, keepdims, accumulate)
-    _check_apart([weight, bias])
+    bias = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
+    check_apart([weight, bias])
     plan = _weight_plan(plan, inputs, precision)
     with launch.session(inputs, stream) as session:
         _run_weight_bias(session, plan, weight, bias, weight_layout, alpha)
@@ -272,11 +272,12 @@ def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in
         return session.deliver(target)
 
 
-def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fields, batch_axis: int = 0,
+def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fields, activation: str | None = None,
+                z: Any = None, negative_slope: float = 0.01, sample_weight: Any = None, batch_axis: int = 0,
                 weight_layout: str = "in_out", keepdims: bool = False, alpha: float = 1.0,
                 precision: str | None = None, out: DenseGrads | None = None,
                 accumulate: bool = False, plan: DenseGrads | None = None, stream: Any = None) -> DenseGrads:
-    """All gradients of a dense layer z = x @ w + b.
+    """All gradients of a dense layer z = x @ w + b, or with an activation a = f(x @ w + b).
 
         dx = dz @ w.T          dw = x.T @ dz          db = dz.sum(axis=0)
 
@@ -287,9 +288,12 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     w : array, (D, M) or (M, D), dtype of x
         The layer's weights; may be None if dx is not needed.
     dz : array, (..., M) for batch_axis 0 or (M, S) for batch_axis 1, dtype of x
-        Gradient with respect to the layer's output.
+        Gradient with respect to the layer's output: to z, or to a = f(z) with an activation.
     need : names among "dx", "dw", "db"
         Which gradients to compute.
+    activation, z, negative_slope, sample_weight
+        As in `activation_grad`, with dz for da: the gradient below the activation, weighted, is formed in one pass over
+        memory while db is summed, and goes into dx and dw.
     batch_axis, weight_layout, keepdims, alpha, precision, stream
         As in `bias_grad` and `weight_grad`; alpha scales all three.
     out : DenseGrads of arrays or None, optional
@@ -307,12 +311,12 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     Raises
     ------
     ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
-        As in `bias_grad`, before anything is written.
+        As in `bias_grad` and `activation_grad`, before anything is written.
 
     Notes
     -----
     db rides along with dw as in `weight_bias_grad`, with its bits, where the model of the plans says that this is cheaper and
-    no plan for db is given.
+    no plan for db is given. Below an activation, or with weights, it has those of `activation_grad`.
 
     Examples
     --------
@@ -321,9 +325,11 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     array([2., 2.], dtype=float32)
     """
     needed = _needed(need, x, w)
-    outs, plans = _named("out", out, DenseGrads), _named("plan", plan, DenseGrads)
+    outs, plans = accept_tuple("out", out, DenseGrads), accept_tuple("plan", plan, DenseGrads)
     inputs = accept(x=x if "dw" in needed else None, w=w if "dx" in needed else None, dz=dz,
                     batch_axis=batch_axis, weight_layout=weight_layout)
+    above = accept_activation(inputs, activation, z, batch_axis, negative_slope, sample_weight)
+    inputs = replace(inputs, beside=above.arguments)
     targets: dict[str, Target] = {}
     steps: dict[str, Any] = {}
     if "dx" in needed:
@@ -333,18 +339,25 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
         targets["dw"] = _weight_target("out.dw", outs.dw, inputs, weight_layout, accumulate)
         steps["dw"] = _weight_plan(plans.dw, inputs, precision)
     if "db" in needed:
-        targets["db"] = _bias_target("out.db", outs.db, inputs, keepdims, accumulate)
-        steps["db"] = _bias_plan(plans.db, inputs)
-    _check_apart(list(targets.values()))
-    rides = {"dw", "db"} <= needed and plans.db is None and bias_rides_along(steps["dw"])
+        targets["db"] = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
+    if "db" in needed or above.arguments:
+        steps["db"] = (upstream_plan if above.arguments else _bias_plan)(plans.db, inputs)
+    check_apart(list(targets.values()))
+    rides = not above.arguments and {"dw", "db"} <= needed and plans.db is None and bias_rides_along(steps["dw"])
     with launch.session(inputs, stream) as session:
+        if above.arguments:
+            db = session.result(targets["db"]) if "db" in needed else session.scratch("db", 1, inputs.out_features, inputs.dtype)
+            formed = session.like(inputs.dz)
+            above.run(session, steps["db"], formed, db, alpha, accumulate and "db" in needed)
+            session.use(inputs.dz, formed)
+            alpha = 1.0  # dz holds it now
         if "dx" in needed:
             _run_input(session, steps["dx"], targets["dx"], alpha)
         if rides:
             _run_weight_bias(session, steps["dw"], targets["dw"], targets["db"], weight_layout, alpha)
         elif "dw" in needed:
             _run_weight(session, steps["dw"], targets["dw"], weight_layout, alpha)
-        if "db" in needed and not rides:
+        if "db" in needed and not rides and not above.arguments:
             _run_bias(session, steps["db"], targets["db"], alpha)
         return DenseGrads(**{name: session.deliver(target) for name, target in targets.items()})
 
@@ -358,29 +371,6 @@ def _needed(need: Iterable[str], x: Any, w: Any) -> set[str]:
         if array is None and gradient in needed:
             raise TypeError(f"{name} must be an array, since {gradient} is needed; got None (leave {gradient} out of need=)")
     return needed
-
-
-def _named(name: str, given: Any, kind: type[Named]) -> Named:
-    """The tuple that a user passed as a named one."""
-    if given is None:
-        return kind()
-    names = ", ".join(f"{field}=" for field in kind._fields)
-    if not isinstance(given, tuple) or len(given) != len(kind._fields):
-        raise TypeError(f"{name} must be a {kind.__name__}({names}) or a tuple of {len(kind._fields)}; got "
-                        f"{type(given).__name__}")
-    return kind(*given)
-
-
-def _check_apart(targets: list[Target]) -> None:
-    given = [(target.name, target.argument.memory) for target in targets if target.argument is not None]
-    for (other_name, other), (name, memory) in itertools.combinations(given, 2):
-        if overlap(memory, other):
-            raise OutError(f"{name} overlaps {other_name} in memory (pass separate arrays)")
-
-
-def _bias_target(name: str, out: Any, inputs: Inputs, keepdims: bool, accumulate: bool) -> Target:
-    shape = (1, inputs.out_features) if keepdims else (inputs.out_features,)
-    return accept_out(name, out, inputs, shape, accumulate)
 
 
 def _bias_plan(plan: BatchSumPlan | None, inputs: Inputs, compensated: bool = False) -> BatchSumPlan:

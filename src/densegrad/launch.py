@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -56,12 +56,15 @@ class Session:
     def __init__(self, inputs: Inputs, stream: int):
         self.device, self.inputs, self.stream = inputs.device, inputs, stream
         self._placed: dict[str, Any] = {}
+        self._instead: dict[str, Operand] = {}
         self._results: dict[str, tuple[Target, Any]] = {}
 
     def place(self, argument: Argument | None) -> Operand:
         """The argument, which has been given, where kernels can read it; copied at most once."""
         if argument is None:
             raise TypeError("only an argument that was given can be placed")
+        if argument.name in self._instead:
+            return self._instead[argument.name]
         if argument.name not in self._placed:
             self.device.wait_for(argument.memory, self.stream)
             self._placed[argument.name] = self.device.placed(argument.array, argument.compact)
@@ -77,6 +80,21 @@ class Session:
             array = self.device.placed(argument.array, upload)
         self._results[target.name] = target, array
         return self._operand(argument or _matrix(target), array)
+
+    def scratch(self, name: str, rows: int, cols: int, dtype: str) -> Operand:
+        """A matrix in C order that nobody else has."""
+        array = self.device.empty((rows, cols), dtype)
+        return Operand(name, array, self.device.address(array), dtype, rows, cols, cols, 1)
+
+    def like(self, argument: Argument) -> Operand:
+        """A new matrix in the memory order of the argument."""
+        if argument.layout == "features_first":
+            return self.scratch(argument.name, argument.cols, argument.rows, argument.dtype).T
+        return self.scratch(argument.name, argument.rows, argument.cols, argument.dtype)
+
+    def use(self, argument: Argument, operand: Operand) -> None:
+        """Let the operand take the argument's place from now on."""
+        self._instead[argument.name] = operand
 
     def _operand(self, matrix: Any, array: Any) -> Operand:
         return Operand(matrix.name, array, self.device.address(array), matrix.dtype, matrix.rows, matrix.cols,
@@ -187,11 +205,14 @@ def run_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, result:
     if second is None:
         _launch_batch_sum(session, plan, source, result, accumulate, alpha)
         return
-    array = session.device.empty((second.samples, plan.pitch), plan.accumulator)
-    workspace = Operand("workspace", array, session.device.address(array), plan.accumulator, second.samples, plan.outputs,
-                        plan.pitch, 1)
+    workspace = _parts_of_sum(session, plan, second)
     _launch_batch_sum(session, plan, source, workspace, False, None)
     _launch_batch_sum(session, second, workspace, result, accumulate, alpha)
+
+
+def _parts_of_sum(session: Session, plan: BatchSumPlan, second: BatchSumPlan) -> Operand:
+    """Room for the sums of the parts, which the second plan adds."""
+    return replace(session.scratch("workspace", second.samples, plan.pitch, plan.accumulator), cols=plan.outputs)
 
 
 def _launch_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, target: Operand, accumulate: bool,
@@ -220,6 +241,45 @@ def _launch_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, tar
         arguments = (source.address, source.col_stride, plan.samples * period, plan.outputs // period, plan.runs_per_block,
                      plan.samples_per_part * period)
     session.launch(kernel, grid, plan.threads, arguments + written, plan)
+
+
+def run_upstream(session: Session, plan: BatchSumPlan, above: str, parameter: float, gradient: Operand | None,
+                 z: Operand | None, dz: Operand, result: Operand, *, weights: Operand | None = None,
+                 labels: Operand | None = None, ignored: int = 0, alpha: float = 1.0, accumulate: bool = False) -> None:
+    """dz = alpha * weights * what `above`, an activation or cross-entropy, makes of the gradient and z, and result its sum.
+
+    All but result (1, outputs) are (samples, outputs), weights and labels (samples, 1). With accumulate, the sum is added
+    into result.
+    """
+    if not dz.cols or (accumulate and not dz.rows):
+        return
+    from .kernels.log_sum_exp import make_log_sum_exp
+    from .kernels.upstream import make_upstream_sum
+
+    second, features_first, wide = plan.second, plan.layout == "features_first", np.dtype(plan.accumulator).type
+    logarithm: Any = 0
+    if gradient is None and z is not None:
+        adders, rows = (8, 32) if features_first else (32, 8)
+        logarithm = session.scratch("logarithm", max(dz.rows, 1), 1, plan.accumulator).address
+        session.launch(make_log_sum_exp(plan.dtype, plan.accumulator, adders, rows, features_first),
+                       (max(-(-dz.rows // rows), 1),), adders * rows,
+                       (z.address, z.row_stride, z.col_stride, dz.rows, dz.cols, logarithm), plan)
+    matrices = [matrix for matrix in (gradient, z, dz) if matrix is not None]
+    width = min((matrix.T if features_first else matrix).access(plan.vector) for matrix in matrices)
+    target = result if second is None else _parts_of_sum(session, plan, second)
+    kernel = make_upstream_sum(above, plan.dtype, plan.accumulator, target.dtype, width, plan.threads_x, plan.lanes,
+                               features_first, max(1, 1024 // plan.threads), weights.dtype if weights else "",
+                               labels.dtype if labels else "", accumulate and second is None, second is not None)
+
+    def placed(matrix: Operand | None) -> tuple:
+        return (matrix.address, matrix.row_stride, matrix.col_stride) if matrix else (0, 0, 0)
+
+    session.launch(kernel, plan.grid, plan.threads, (
+        *placed(gradient), *placed(z), *placed(dz), *placed(weights)[:2], *placed(labels)[:2], logarithm, ignored,
+        wide(parameter), wide(alpha), dz.rows, dz.cols, plan.samples_per_part, target.address,
+        target.row_stride if second else 0, target.col_stride), plan)
+    if second is not None:
+        _launch_batch_sum(session, second, target, result, accumulate, 1.0)
 
 
 def run_add_parts(session: Session, workspace: Operand, parts: int, result: Operand, accumulate: bool, alpha: float,

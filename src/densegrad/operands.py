@@ -1,13 +1,14 @@
 """Users' arrays -> what kernels take. All validation is here, and happens before anything is copied or launched."""
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import prod
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from .errors import DeviceError, DTypeError, OutDeviceError, OutError, ShapeErro
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 WEIGHT_LAYOUTS = ("in_out", "out_in")
+
+Named = TypeVar("Named", bound=tuple)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Inputs:
     x: Argument | None
     w: Argument | None
     dz: Argument
+    beside: tuple[Argument, ...] = ()  # what is read besides, to form dz
 
     @property
     def samples(self) -> int:
@@ -140,11 +144,12 @@ class Inputs:
     @property
     def arguments(self) -> list[Argument]:
         """Those that were given."""
-        return [argument for argument in (self.x, self.w, self.dz) if argument is not None]
+        return [argument for argument in (self.x, self.w, self.dz, *self.beside) if argument is not None]
 
 
-def accept(*, dz: Any, x: Any = None, w: Any = None, batch_axis: int = 0, weight_layout: str = "in_out") -> Inputs:
-    """Check one layer's arrays against one another.
+def accept(*, dz: Any, x: Any = None, w: Any = None, batch_axis: int = 0, weight_layout: str = "in_out",
+           name: str = "dz") -> Inputs:
+    """Check one layer's arrays against one another; name is what the user calls dz.
 
     Raises
     ------
@@ -156,14 +161,15 @@ def accept(*, dz: Any, x: Any = None, w: Any = None, batch_axis: int = 0, weight
         raise ValueError(f'weight_layout must be "in_out" for w (in_features, out_features) or "out_in" for '
                          f"(out_features, in_features); got {weight_layout!r}")
     where = device.current()
-    given = {name: array for name, array in (("x", x), ("w", w), ("dz", dz)) if array is not None or name == "dz"}
-    memories = {name: _memory(where, name, array) for name, array in given.items()}
-    dtypes = {name: _dtype(name, memory.dtype) for name, memory in memories.items()}
+    given = {key: array for key, array in (("x", x), ("w", w), ("dz", dz)) if array is not None or key == "dz"}
+    names = {"x": "x", "w": "w", "dz": name}
+    memories = {key: _memory(where, names[key], array) for key, array in given.items()}
+    dtypes = {key: _dtype(names[key], memory.dtype) for key, memory in memories.items()}
     _same(memories, dtypes)
-    shapes = {name: memory.shape for name, memory in memories.items()}
-    _check_shapes(shapes, batch_axis, weight_layout)
+    shapes = {key: memory.shape for key, memory in memories.items()}
+    _check_shapes(shapes, batch_axis, weight_layout, name)
 
-    arguments = {name: Argument.of(name, given[name], memories[name], dtypes[name]) for name in given}
+    arguments = {key: Argument.of(names[key], given[key], memories[key], dtypes[key]) for key in given}
     if batch_axis:
         arguments["dz"] = arguments["dz"].T
     if weight_layout == "out_in" and "w" in arguments:
@@ -208,23 +214,23 @@ def _dtype(name: str, dtype: np.dtype) -> str:
     return _name_of(dtype)
 
 
-def _same(memories: dict[str, device.Memory], dtypes: dict[str, str]) -> None:
+def _same(memories: dict[str, device.Memory], dtypes: dict[str, str], dz: str = "dz") -> None:
     for name in memories:
         if dtypes[name] != dtypes["dz"]:
-            raise DTypeError(f"{name} and dz must have the same dtype; {name} is {dtypes[name]} and dz is {dtypes['dz']} "
+            raise DTypeError(f"{name} and {dz} must have the same dtype; {name} is {dtypes[name]} and {dz} is {dtypes['dz']} "
                              f"(convert one of them with astype)")
         if memories[name].place != memories["dz"].place:
-            raise DeviceError(f"{name} and dz must lie on the same device; {name} is on {memories[name].place} and dz on "
+            raise DeviceError(f"{name} and {dz} must lie on the same device; {name} is on {memories[name].place} and {dz} on "
                               f"{memories['dz'].place} (move one of them, for example with cupy.asarray)")
 
 
-def _check_shapes(shapes: dict[str, tuple[int, ...]], batch_axis: int, weight_layout: str) -> None:
+def _check_shapes(shapes: dict[str, tuple[int, ...]], batch_axis: int, weight_layout: str, name: str) -> None:
     dz = shapes["dz"]
     if batch_axis and len(dz) != 2:
-        raise ShapeError(f"dz must have 2 dimensions (outputs, samples) for batch_axis=1; got shape {dz}")
+        raise ShapeError(f"{name} must have 2 dimensions (outputs, samples) for batch_axis=1; got shape {dz}")
     if len(dz) < 2:
-        raise ShapeError(f"dz must have at least 2 dimensions (samples, outputs); got shape {dz} "
-                         "(dz[None, :] is one sample, dz[:, None] is one output)")
+        raise ShapeError(f"{name} must have at least 2 dimensions (samples, outputs); got shape {dz} "
+                         f"({name}[None, :] is one sample, {name}[:, None] is one output)")
     if "x" in shapes:
         _check_x(shapes["x"], dz, batch_axis)
     if "w" in shapes:
@@ -273,6 +279,67 @@ def _check_w(shapes: dict[str, tuple[int, ...]], outputs: int, weight_layout: st
     raise ShapeError(message)
 
 
+def accept_beside(name: str, array: Any, inputs: Inputs, batch_axis: int) -> Argument:
+    """Check a matrix that stands beside dz, element by element.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, TypeError
+        If it has another shape, dtype or device than dz.
+    """
+    memory, dz = _memory(inputs.device, name, array), inputs.dz
+    dtype = _dtype(name, memory.dtype)
+    _same({name: memory, "dz": dz.memory}, {name: dtype, "dz": dz.dtype}, dz.name)
+    if memory.shape != dz.memory.shape:
+        raise ShapeError(f"{name} must have the shape of {dz.name}, {dz.memory.shape}; got {memory.shape}")
+    argument = Argument.of(name, array, memory, dtype)
+    return argument.T if batch_axis else argument
+
+
+def accept_sample_weight(array: Any, inputs: Inputs) -> Argument:
+    """Check the weights of the samples, or a mask.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, TypeError
+        As for any array of one value for each sample.
+    """
+    dtypes = ("float32", "bool", "float16", "bfloat16") + ("float64",) * (inputs.dtype == "float64")
+    return _accept_per_sample("sample_weight", array, inputs, dtypes)
+
+
+def accept_labels(array: Any, inputs: Inputs, ignored: int) -> Argument:
+    """Check the classes of the samples; their values only where they lie on the host.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, TypeError, ValueError
+        As for any array of one value for each sample; ValueError if one is no class.
+    """
+    labels = _accept_per_sample("labels", array, inputs, ("int64", "int32"))
+    if isinstance(array, np.ndarray):
+        wrong = (array != ignored) & ((array < 0) | (array >= inputs.out_features))
+        if wrong.any():
+            where = tuple(int(index) for index in np.argwhere(wrong)[0])
+            raise ValueError(f"labels must be classes from 0 to {inputs.out_features - 1}, or ignore_index {ignored}; got "
+                             f"{array[where]} for sample {where[0] if len(where) == 1 else where}")
+    return labels
+
+
+def _accept_per_sample(name: str, array: Any, inputs: Inputs, dtypes: tuple[str, ...]) -> Argument:
+    memory = _memory(inputs.device, name, array)
+    if memory.dtype.name not in dtypes or not memory.dtype.isnative:
+        raise DTypeError(f"{name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}; got {memory.dtype} (convert it, for "
+                         f"example with {name}.astype({dtypes[0]!r}))")
+    if memory.place != inputs.place:
+        raise DeviceError(f"{name} and {inputs.dz.name} must lie on the same device; {name} is on {memory.place} and "
+                          f"{inputs.dz.name} on {inputs.place} (move one of them, for example with cupy.asarray)")
+    if memory.shape != inputs.batch_shape:
+        raise ShapeError(f"{name} must have one value for each sample, shape {inputs.batch_shape}; got {memory.shape}")
+    column = replace(memory, shape=(*memory.shape, 1), strides=(*memory.strides, memory.dtype.itemsize))
+    return Argument.of(name, array, column, memory.dtype.name, any_strides=True)
+
+
 @dataclass(frozen=True)
 class Target:
     """Where a result goes: the user's array, or None for a new one."""
@@ -284,8 +351,9 @@ class Target:
     accumulate: bool
 
 
-def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accumulate: bool) -> Target:
-    """Check an array that a result is to be written to.
+def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accumulate: bool,
+               in_place: bool = False) -> Target:
+    """Check an array that a result is to be written to; in_place says that it may be one of the inputs, and has their dtype.
 
     Raises
     ------
@@ -308,7 +376,11 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
         raise OutDeviceError(f"{name} must lie where the inputs do, on {inputs.place}; got one on {memory.place}")
     if 0 not in shape and any(size > 1 and stride == 0 for size, stride in zip(shape, memory.strides, strict=True)):
         raise OutError(f"{name} is a broadcast view, several of its elements share memory (pass {name}.copy())")
+    if in_place and dtype != inputs.dtype:
+        raise DTypeError(f"{name} must be {inputs.dtype}, as the inputs are; got {dtype}")
     for argument in inputs.arguments:
+        if in_place and replace(argument.memory, readonly=False, stream=memory.stream) == memory:
+            continue
         if overlap(memory, argument.memory):
             raise OutError(f"{name} overlaps {argument.name} in memory (pass another array)")
     flat = Argument.of(name, out, memory, dtype, any_strides=True)
@@ -316,6 +388,42 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
         raise OutError(f"{name} must be aligned, with leading axes that flatten to one; got strides {memory.strides} "
                        "(pass a new array and copy from it)")
     return Target(name, shape, dtype, flat, accumulate)
+
+
+def accept_bias_out(name: str, out: Any, inputs: Inputs, keepdims: bool, accumulate: bool) -> Target:
+    """Check an array that db is to be written to, as `accept_out` does."""
+    return accept_out(name, out, inputs, (1, inputs.out_features) if keepdims else (inputs.out_features,), accumulate)
+
+
+def accept_tuple(name: str, given: Any, kind: type[Named]) -> Named:
+    """The tuple that a user passed as a named one.
+
+    Raises
+    ------
+    TypeError
+        If it is no tuple, or of another length.
+    """
+    if given is None:
+        return kind()
+    fields = kind._fields  # type: ignore[attr-defined]
+    if not isinstance(given, tuple) or len(given) != len(fields):
+        raise TypeError(f"{name} must be a {kind.__name__}({', '.join(f'{field}=' for field in fields)}) or a tuple of "
+                        f"{len(fields)}; got {type(given).__name__}")
+    return kind(*given)
+
+
+def check_apart(targets: list[Target]) -> None:
+    """Hold the arrays that results are written to apart.
+
+    Raises
+    ------
+    OutError
+        If two of them overlap.
+    """
+    given = [(target.name, target.argument.memory) for target in targets if target.argument is not None]
+    for (other_name, other), (name, memory) in itertools.combinations(given, 2):
+        if overlap(memory, other):
+            raise OutError(f"{name} overlaps {other_name} in memory (pass separate arrays)")
 
 
 def overlap(left: device.Memory, right: device.Memory) -> bool:

@@ -833,6 +833,30 @@ def _blocks(elements: int) -> int:
     return min(WAVE, max(min(280, _ceil(elements, 3584)), elements // 16384))
 
 
+def plan_upstream(samples: int, outputs: int, dtype: str, layout: str) -> BatchSumPlan:
+    """The plan for forming dZ of these sizes in one of LAYOUTS, and summing it on the way.
+
+    A thread keeps the elements of two steps, so that 1,024 threads have as much under way as those of a sum.
+    """
+    vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
+    small = samples * outputs <= SMALL
+    threads = 64 if small else 256
+    if layout == "features_first" or outputs == 1:
+        threads_x = 32
+        lanes = max(1, min(threads // threads_x, _power_of_two(outputs)))
+        plan = BatchSumPlan(max(samples, 1), max(outputs, 1), dtype, "features_first", threads_x, lanes, 2, max(samples, 1),
+                            runs_per_block=lanes, folders=threads_x)
+        step, tiles = plan.tile, _ceil(plan.outputs, lanes)
+    else:
+        threads_x = min(max(4, _power_of_two(_ceil(max(outputs, 1), vector))), threads // max(sector, 8))
+        plan = BatchSumPlan(max(samples, 1), max(outputs, 1), dtype, "rows", threads_x, threads // threads_x, 2, max(samples, 1))
+        step, tiles = plan.lanes, _ceil(plan.outputs, plan.tile)
+    steps = _ceil(plan.samples, step)
+    if not small:
+        steps = _cut(steps, _ceil(_blocks(samples * outputs), tiles), MOST_BLOCKS // tiles)
+    return replace(plan, samples=samples, outputs=outputs, samples_per_part=max(1, min(samples, steps * step)))
+
+
 def _cut(steps: int, wanted: int, most: int) -> int:
     """Steps of a part, so that about `wanted` parts result and at most `most`."""
     return max(1, _ceil(steps, max(most, 1)), steps // wanted)

@@ -1,4 +1,6 @@
 """The meaning of every function, in float64 NumPy."""
+import math
+
 import numpy as np
 
 
@@ -27,3 +29,54 @@ def _samples_first(array):
 
 def _upstream(dz, batch_axis):
     return np.asarray(dz, np.float64).T if batch_axis else _samples_first(dz)
+
+
+def activation_grad(da, z=None, activation=None, *, sample_weight=None, negative_slope=0.01, batch_axis=0, alpha=1.0):
+    """(dz, db): dz[s, m] = alpha sample_weight[s] da[s, m] f'(z[s, m]), and its sum over s."""
+    da = _upstream(da, batch_axis)
+    if activation not in (None, "identity"):
+        z = _upstream(z, batch_axis)
+        da = np.where(z <= 0, 0.0, da) if activation == "relu" else da * derivative(activation, z, negative_slope)
+    return _weighted(da, sample_weight, alpha, batch_axis)
+
+
+def cross_entropy_grad(z, labels, *, ignore_index=-100, label_smoothing=0.0, sample_weight=None, batch_axis=0, alpha=1.0):
+    """(dz, db): dz[s, m] = alpha sample_weight[s] (softmax(z[s])[m] - target[s, m]), and its sum over s."""
+    z, labels = _upstream(z, batch_axis), np.asarray(labels).reshape(-1)
+    outputs, kept = z.shape[1], labels != ignore_index
+    shifted = np.exp(z - z.max(axis=1, keepdims=True, initial=-np.inf))
+    target = np.full(z.shape, label_smoothing / max(outputs, 1))
+    target[kept, labels[kept]] += 1 - label_smoothing
+    dz = shifted / shifted.sum(axis=1, keepdims=True) - target
+    return _weighted(np.where(kept[:, None], dz, 0.0), sample_weight, alpha, batch_axis)
+
+
+def derivative(activation, z, negative_slope=0.01):
+    """f'(z) of an activation; its limits at infinity."""
+    finite = np.clip(z, -1e150, 1e150)
+    if activation == "leaky_relu":
+        return np.where(z > 0, 1.0, negative_slope)
+    if activation == "relu":
+        return np.where(z <= 0, 0.0, 1.0)
+    if activation == "tanh":
+        return 1 / np.cosh(np.clip(z, -700, 700)) ** 2
+    if activation == "gelu":
+        cumulative = np.vectorize(lambda value: math.erfc(-value / math.sqrt(2)) / 2, otypes=[float])(z)
+        return cumulative + finite * np.exp(-finite ** 2 / 2) / math.sqrt(2 * math.pi)
+    inner = np.clip(z, -50, 50) if activation == "gelu_tanh" else finite
+    if activation == "gelu_tanh":
+        factor = math.sqrt(2 / math.pi)
+        tangent = np.tanh(factor * (inner + 0.044715 * inner ** 3))
+        slope = factor * (1 + 3 * 0.044715 * inner ** 2)
+        return (1 + tangent) / 2 + inner * (1 - tangent ** 2) * slope / 2
+    logistic = 1 / (1 + np.exp(-inner))
+    rest = 1 / (1 + np.exp(inner))
+    return logistic * rest if activation == "sigmoid" else logistic + inner * logistic * rest
+
+
+def _weighted(dz, sample_weight, alpha, batch_axis):
+    if sample_weight is not None:
+        weight = np.asarray(sample_weight).reshape(-1)[:, None]
+        dz = np.where(weight, dz, 0.0) if weight.dtype == bool else dz * weight.astype(np.float64)
+    dz = alpha * dz
+    return (dz.T if batch_axis else dz), dz.sum(axis=0)

@@ -1,0 +1,178 @@
+"""dL/dZ from what comes from above the layer, and dL/db summed on the way.
+
+    dZ[s, m] = alpha weight[s] dA[s, m] f'(Z[s, m])                           below an activation A = f(Z)
+    dZ[s, m] = alpha weight[s] (exp(Z[s, m] - logarithm[s]) - target[s, m])   below softmax and cross-entropy
+    result[m] = sum over s of dZ[s, m]                                        all matrices (samples, outputs)
+
+logarithm[s] is that of the sum of exp(Z[s, m]) over m, and target[s, m] is 1 - smoothing + smoothing / outputs where m is the
+label of s, smoothing / outputs elsewhere.
+
+How the work is cut
+    One pass: every element is read once, and dZ is written while it is summed. Blocks walk down the batch like those of
+    batch_sum: each has one part of it and one tile of outputs. The next elements are on their way while dZ is formed from
+    those before. Parts leave their sums in a workspace, which batch_sum.sum_strided adds.
+What is summed
+    dZ as it is stored, rounded to its dtype: dL/db is the sum of the dZ that the caller gets.
+Alignment
+    Accesses are as wide as every matrix allows, up to 16 bytes. Where that is less, a thread's elements lie apart, so that
+    neighbouring threads still touch neighbouring memory; the order of additions stays the same.
+Threads
+    threads_x side by side in memory, times lanes. With outputs side by side, lane y takes the samples y, y + lanes, ... and
+    the lanes are added in ascending order. With samples side by side a lane is an output: threads_x threads fold its line
+    of sums, one thread adds the folds.
+Grid
+    (tiles of outputs, parts).
+Shared memory
+    lanes * threads_x accumulators of 16 / itemsize each; with samples side by side, lanes * (threads_x + 1) more.
+Bytes and flops
+    Reads one matrix, or two below an activation, and writes one. 3 flops an element, and 1 to 40 for f' or exp.
+
+Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, sections 6.2 and 6.5; Szegedy et al., "Rethinking the Inception
+Architecture for Computer Vision", 2016, section 7 (smoothing).
+"""
+from functools import cache
+
+from numba import cuda
+
+from . import primitives
+from .batch_sum import ITEM_BYTES, VECTOR_BYTES, finish_column
+
+CROSS_ENTROPY = "cross_entropy"
+
+
+@cache
+def _absent(load):
+    """In place of a loader, where there is nothing to load."""
+    @cuda.jit(device=True, inline="always")
+    def absent(address, index, stride, left):
+        return load()
+
+    return absent
+
+
+@cuda.jit(device=True, inline="always")
+def _no_labels(address, index, stride, left, absent):
+    return absent
+
+
+@cache
+def _form(above, accumulator, columns, samples):
+    """(gradient above, z, logarithm, labels, first output, outputs, ignored label, parameter) -> dZ before its weight."""
+    if above == CROSS_ENTROPY:
+        minus_target = primitives.cross_entropy(accumulator, columns, samples)
+
+        @cuda.jit(device=True, inline="always")
+        def form(gradient, z, logarithm, labels, output, outputs, ignored, parameter):
+            return minus_target(z, logarithm, labels, output, outputs, ignored, parameter)
+    else:
+        backward = primitives.backward(above, accumulator, len(columns))
+
+        @cuda.jit(device=True, inline="always")
+        def form(gradient, z, logarithm, labels, output, outputs, ignored, parameter):
+            return backward(gradient, z, parameter)
+
+    return form
+
+
+@cache
+def make_upstream_sum(above, dtype, accumulator, result, width, threads_x, lanes, features_first, blocks_per_multiprocessor,
+                      weights, labels, accumulate, partial):
+    """The kernel for what lies above the layer: the name of an activation, or CROSS_ENTROPY.
+
+    width is how many elements an access takes. weights and labels are dtypes, or empty where there are none; weights of
+    dtype "bool" choose samples: the others' dZ is zero, whatever their gradients are.
+    """
+    vector = VECTOR_BYTES // ITEM_BYTES[dtype]
+    threads, spacing, line = threads_x * lanes, threads_x * width, threads_x * vector
+    tile, step = (lanes, line) if features_first else (line, lanes)
+    pieces = tuple(piece * spacing for piece in range(vector // width))
+    elements = tuple(piece + element for piece in pieces for element in range(width))
+    # Which of a thread's elements need a sample's value each, and how far their outputs lie apart.
+    of_samples, columns = (elements, (0,) * vector) if features_first else ((0,), elements)
+    has_gradient, has_z = above != CROSS_ENTROPY, above != "identity"
+    zeros = primitives.zeros(accumulator, vector)
+    load = primitives.load_pieces(dtype, width, pieces, accumulator)
+    load_gradient = load if has_gradient else _absent(zeros)
+    load_z = load if has_z else _absent(zeros)
+    load_logarithm = _absent(zeros) if has_gradient else primitives.load_pieces(accumulator, 1, of_samples, accumulator)
+    load_labels = primitives.load_integers(labels, of_samples) if labels else _no_labels
+    weighted, chosen = weights not in ("", "bool"), weights == "bool"
+    load_weights = primitives.load_pieces(weights if weighted else accumulator, 1, of_samples, accumulator)
+    load_chosen = primitives.load_integers("bool", of_samples)
+    weigh = primitives.weigh(accumulator, vector, len(of_samples))
+    keep = primitives.keep(accumulator, vector, len(of_samples))
+    form = _form(above, accumulator, columns, len(of_samples))
+    scale, rounded = primitives.scale(accumulator, vector), primitives.rounded(dtype, accumulator, vector)
+    store, add = primitives.store_pieces(dtype, width, pieces, accumulator), primitives.add(accumulator, vector)
+    line_array = primitives.shared_array("lines", accumulator, lanes * line)
+    fold_array = primitives.shared_array("folds", accumulator, lanes * (threads_x + 1))
+    first, turn = primitives.head(accumulator, vector, width), primitives.rotate(accumulator, vector, width)
+    store_sums = primitives.store_spread(accumulator, width, 1, 0)
+    store_sum, zero = primitives.store_shared(accumulator, 1), primitives.zeros(accumulator, 1)
+    add_lanes = primitives.add_shared(accumulator, lanes, line)
+    add_places = primitives.add_shared(accumulator, vector, threads_x)
+    add_folds = primitives.add_shared(accumulator, threads_x, 1)
+    finish = finish_column(accumulator, result, accumulate, False, partial)
+    one = primitives.typed("float64" if result == "float64" else accumulator)
+
+    @primitives.jit(threads, blocks_per_multiprocessor)
+    def upstream_sum(gradient, gradient_down, gradient_across, z, z_down, z_across, dz, dz_down, dz_across, weights,
+                     weight_stride, labels, label_stride, logarithm, ignored, parameter, alpha, samples, outputs,
+                     samples_per_part, target, part_stride, col_stride):
+        thread = cuda.threadIdx.x
+        lane, place = thread // threads_x, thread % threads_x * width
+
+        # 1. This block's part of the samples and tile of outputs; this thread's first element, and how many are left from
+        #    there on along the axis on which its pieces lie.
+        part, first_output = cuda.blockIdx.y, cuda.blockIdx.x * tile
+        start = part * samples_per_part
+        end = min(samples, start + samples_per_part)
+        if features_first:
+            sample, output = start + place, first_output + lane
+            left = end - sample if output < outputs else 0
+            gradient_along, z_along, dz_along = gradient_down, z_down, dz_down
+        else:
+            sample, output = start + lane, first_output + place
+            left = outputs - output if sample < end else 0
+            gradient_along, z_along, dz_along = gradient_across, z_across, dz_across
+
+        # 2. dZ is written, and sums[j] is the sum of the thread's j-th elements; the next ones travel meanwhile.
+        sums = zeros()
+        next_gradient = load_gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along, left)
+        next_z = load_z(z, sample * z_down + output * z_across, z_along, left)
+        while left > 0:
+            this_gradient, this_z, this_sample, this_left = next_gradient, next_z, sample, left
+            sample += step
+            left = left - step if features_first else left if sample < end else 0
+            next_gradient = load_gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along, left)
+            next_z = load_z(z, sample * z_down + output * z_across, z_along, left)
+            values = form(this_gradient, this_z, load_logarithm(logarithm, this_sample, 1, this_left),
+                          load_labels(labels, this_sample * label_stride, label_stride, this_left, ignored),
+                          output, outputs, ignored, parameter)
+            if weighted:
+                values = weigh(values, load_weights(weights, this_sample * weight_stride, weight_stride, this_left))
+            if chosen:
+                values = keep(values, load_chosen(weights, this_sample * weight_stride, weight_stride, this_left, 0))
+            values = rounded(scale(values, alpha))
+            store(dz, this_sample * dz_down + output * dz_across, dz_along, this_left, values)
+            sums = add(sums, values)
+        lines = line_array()
+        for piece in range(vector // width):
+            store_sums(lines, lane * line + piece * spacing + place, first(sums), thread)
+            sums = turn(sums)
+        cuda.syncthreads()
+
+        # 3. An output is the sum of its lanes, or of its line: folds[f] is the sum of places f, f + threads_x, ... of it.
+        if features_first:
+            folds, fold = fold_array(), thread % threads_x
+            store_sum(folds, lane * (threads_x + 1) + fold, add_places(zero(), lines, lane * line + fold))
+            cuda.syncthreads()
+            for row in range(thread, min(lanes, outputs - first_output), threads):
+                total = add_folds(zero(), folds, row * (threads_x + 1))
+                finish(total, target, part * part_stride + (first_output + row) * col_stride, 0, one(1))
+        else:
+            for column in range(thread, min(line, outputs - first_output), threads):
+                total = add_lanes(zero(), lines, column)
+                finish(total, target, part * part_stride + (first_output + column) * col_stride, 0, one(1))
+
+    return upstream_sum

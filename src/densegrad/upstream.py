@@ -1,0 +1,229 @@
+"""The public functions that form dL/dZ from what lies above the layer, and sum dL/db in the same pass over memory."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from . import launch
+from .operands import (
+    Argument,
+    Inputs,
+    Operand,
+    accept,
+    accept_beside,
+    accept_bias_out,
+    accept_labels,
+    accept_out,
+    accept_sample_weight,
+    accept_tuple,
+    check_apart,
+)
+from .plans import BatchSumPlan, check_plan, plan_upstream
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh")
+
+
+class OutputGrads(NamedTuple):
+    """The gradients of a layer's output before its activation, and of its bias. Also what `out` takes."""
+
+    dz: Any = None
+    db: Any = None
+
+
+@dataclass(frozen=True)
+class Above:
+    """What lies above a layer, checked: an activation, or softmax and cross-entropy, and the weights of the samples."""
+
+    name: str
+    parameter: float
+    z: Argument | None = None
+    weights: Argument | None = None
+    labels: Argument | None = None
+    ignored: int = 0
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        """The arrays that it reads beside the gradient."""
+        return tuple(argument for argument in (self.z, self.weights, self.labels) if argument is not None)
+
+    def run(self, session: launch.Session, plan: BatchSumPlan, dz: Operand, db: Operand, alpha: float,
+            accumulate: bool) -> None:
+        """Form dz and sum it into db."""
+        def placed(argument: Argument | None) -> Operand | None:
+            return None if argument is None else session.place(argument)
+
+        source = session.place(session.inputs.dz)
+        z, gradient = (source, None) if self.labels is not None else (placed(self.z), source)
+        launch.run_upstream(session, plan, self.name, self.parameter, gradient, z, dz, db, weights=placed(self.weights),
+                            labels=placed(self.labels), ignored=self.ignored, alpha=alpha, accumulate=accumulate)
+
+
+def accept_activation(inputs: Inputs, activation: str | None, z: Any, batch_axis: int, negative_slope: float,
+                      sample_weight: Any) -> Above:
+    """Check an activation's name and arrays against the gradient above it.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, TypeError, ValueError
+        Naming the argument, what was expected, what came and the cure.
+    """
+    name = "identity" if activation is None else activation
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {activation!r}")
+    if z is None and name != "identity":
+        raise TypeError(f"activation={name!r} needs z, what it was applied to; got None (pass z=, the layer's output)")
+    if z is not None and name == "identity":
+        raise TypeError(f"z is of no use without an activation; got {type(z).__name__} (name the activation, or leave z out)")
+    return Above(name, float(negative_slope), None if z is None else accept_beside("z", z, inputs, batch_axis),
+                 None if sample_weight is None else accept_sample_weight(sample_weight, inputs))
+
+
+def upstream_plan(plan: BatchSumPlan | None, inputs: Inputs) -> BatchSumPlan:
+    """The plan that a user passed, checked, or the one for these inputs.
+
+    Raises
+    ------
+    PlanError, TypeError
+        If it was made for other sizes, or is no plan of a sum.
+    """
+    usual = plan_upstream(inputs.samples, inputs.out_features, inputs.dtype, inputs.dz.layout)
+    sizes = {name: getattr(usual, name) for name in ("samples", "outputs", "dtype", "layout", "compensated")}
+    return check_plan(plan, BatchSumPlan, sizes) or usual
+
+
+def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sample_weight: Any = None,
+                    negative_slope: float = 0.01, batch_axis: int = 0, keepdims: bool = False, alpha: float = 1.0,
+                    out: OutputGrads | None = None, accumulate: bool = False, plan: BatchSumPlan | None = None,
+                    stream: Any = None) -> OutputGrads:
+    """Gradients of the loss below an activation a = f(z), and of the bias, in one pass over memory.
+
+        dz[s, m] = alpha sample_weight[s] da[s, m] f'(z[s, m])          db[m] = sum over s of dz[s, m]
+
+    Parameters
+    ----------
+    da : array, (..., M) for batch_axis 0 or (M, S) for batch_axis 1, float16 | bfloat16 | float32 | float64
+        Gradient with respect to the activation's output. Any strides; copied once if neither axis is contiguous.
+    z : array, shape and dtype of da
+        What the activation was applied to: the layer's output. Left out where there is no activation.
+    activation : "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "identity" or None
+        f. "gelu" is the exact one, by the error function; "gelu_tanh" its approximation by a hyperbolic tangent.
+    sample_weight : array, the shape of the batch: (...), or (S,) for batch_axis 1; bool or a float type, optional
+        What each sample's gradients are multiplied by. A boolean mask instead chooses samples: those with False, padding for
+        example, contribute exactly nothing and their dz is zero, even if they hold NaN. float64 only beside float64.
+    negative_slope : float
+        The derivative of "leaky_relu" where z <= 0.
+    batch_axis : int
+        Which axis of da and z counts samples: 0, or 1 if they are handed over transposed.
+    keepdims : bool
+        Whether db has shape (1, M) instead of (M,).
+    alpha : float
+        What dz is multiplied by besides: 1/S of a mean loss, for example.
+    out : OutputGrads of arrays or None, optional
+        Where to write dz and db. `out.dz` has the dtype of da, and may be da or z itself.
+    accumulate : bool
+        Whether db is added into `out.db`; dz is overwritten always.
+    plan : BatchSumPlan, optional
+        How to cut the work, instead of what `plans.plan_upstream` says.
+    stream : CuPy stream, Numba stream, int or object with `__cuda_stream__`, optional
+        Where to queue the work instead of CuPy's current stream. Nothing is synchronised.
+
+    Returns
+    -------
+    OutputGrads
+        `(dz, db)`: dz with the shape and dtype of da, db (M,) or (1, M).
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
+        Naming the argument, what was expected, what came and the cure, before anything is written.
+
+    Notes
+    -----
+    Computed in float32, in float64 for float64, and rounded once; db is the sum of dz as it is stored, with the bits that
+    `bias_grad(dz, plan=plan)` has. Each element of da and z is read once and each of dz written once. Equal inputs give equal
+    bits on every run; on different devices too for identity, relu and leaky_relu, while exponentials may differ in their last
+    bits between the simulator and GPUs. relu has derivative 0 at 0.
+    Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5; Hendrycks, Gimpel, "Gaussian Error Linear
+    Units", 2016.
+
+    Examples
+    --------
+    >>> z = numpy.array([[-1, 2], [3, 4]], dtype="float32")
+    >>> activation_grad(numpy.ones((2, 2), dtype="float32"), z, "relu").db
+    array([1., 2.], dtype=float32)
+    """
+    inputs = accept(dz=da, batch_axis=batch_axis, name="da")
+    above = accept_activation(inputs, activation, z, batch_axis, negative_slope, sample_weight)
+    return _output_grads(inputs, above, batch_axis, keepdims, alpha, out, accumulate, plan, stream)
+
+
+def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_smoothing: float = 0.0,
+                       sample_weight: Any = None, batch_axis: int = 0, keepdims: bool = False, alpha: float = 1.0,
+                       out: OutputGrads | None = None, accumulate: bool = False, plan: BatchSumPlan | None = None,
+                       stream: Any = None) -> OutputGrads:
+    """Gradients of softmax cross-entropy with respect to a layer's output, the logits, and its bias.
+
+        dz[s, m] = alpha sample_weight[s] (softmax(z[s])[m] - target[s, m])          db[m] = sum over s of dz[s, m]
+
+    target[s, m] is label_smoothing / M, and 1 - label_smoothing more where m is labels[s].
+
+    Parameters
+    ----------
+    z : array, (..., M) for batch_axis 0 or (M, S) for batch_axis 1, float16 | bfloat16 | float32 | float64
+        The logits. Any strides; copied once if neither axis is contiguous.
+    labels : array, the shape of the batch: (...), or (S,) for batch_axis 1; int32 | int64
+        The class of each sample, from 0 to M - 1.
+    ignore_index : int
+        A label whose samples contribute exactly nothing: their dz is zero, whatever z holds.
+    label_smoothing : float, 0 to 1
+        How much of the target is spread evenly over all classes.
+    sample_weight, batch_axis, keepdims, out, accumulate, plan, stream
+        As in `activation_grad`; `out.dz` may be z itself.
+    alpha : float
+        What dz is multiplied by: 1.0 for the sum of the samples' losses; for their mean, 1 over their number, without those
+        that are ignored.
+
+    Returns
+    -------
+    OutputGrads
+        `(dz, db)`: dz with the shape and dtype of z, db (M,) or (1, M).
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
+        As in `activation_grad`; ValueError too for NumPy labels that are no class. To check labels on a GPU would take
+        waiting for it: there a sample whose label is no class gets NaN.
+
+    Notes
+    -----
+    Two launches read z: the first finds each sample's log-sum-exp, the second forms dz and db as in `activation_grad`.
+    Precision and reproducibility as there.
+    Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.2.2.3; Szegedy et al., "Rethinking the Inception
+    Architecture for Computer Vision", 2016, section 7.
+
+    Examples
+    --------
+    >>> cross_entropy_grad(numpy.zeros((1, 4), dtype="float32"), numpy.array([2])).dz
+    array([[ 0.25,  0.25, -0.75,  0.25]], dtype=float32)
+    """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1; got {label_smoothing!r}")
+    inputs = accept(dz=z, batch_axis=batch_axis, name="z")
+    above = Above("cross_entropy", float(label_smoothing), None,
+                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs),
+                  accept_labels(labels, inputs, ignore_index), ignore_index)
+    return _output_grads(inputs, above, batch_axis, keepdims, alpha, out, accumulate, plan, stream)
+
+
+def _output_grads(inputs: Inputs, above: Above, batch_axis: int, keepdims: bool, alpha: float, out: Any, accumulate: bool,
+                  plan: BatchSumPlan | None, stream: Any) -> OutputGrads:
+    outs = accept_tuple("out", out, OutputGrads)
+    inputs = replace(inputs, beside=above.arguments)
+    dz = accept_out("out.dz", outs.dz, inputs, inputs.dz.memory.shape, False, in_place=True)
+    db = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
+    check_apart([dz, db])
+    plan = upstream_plan(plan, inputs)
+    with launch.session(inputs, stream) as session:
+        matrix = session.result(dz)
+        above.run(session, plan, matrix.T if batch_axis else matrix, session.result(db), alpha, accumulate)
+        return OutputGrads(session.deliver(dz), session.deliver(db))
