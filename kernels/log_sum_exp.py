@@ -12,7 +12,7 @@ Threads
 Grid
     As many blocks as the samples take.
 Shared memory
-    2 accumulators a thread.
+    2 accumulators a thread, and 2 a sample.
 Bytes and flops
     Reads samples * outputs elements once; one exponential and 6 flops each.
 
@@ -32,7 +32,9 @@ def make_log_sum_exp(dtype, accumulator, adders, samples_of_block, features_firs
     load = primitives.load_pieces(dtype, 1, (0,), accumulator)
     nothing, exponential = primitives.no_exponentials(accumulator), primitives.exponential(accumulator)
     merge, logarithm = primitives.merge_exponentials(accumulator), primitives.log_of_exponentials(accumulator)
-    state_array = primitives.shared_array("states", accumulator, 2 * threads)
+    # One place more a sample, so that samples begin at different banks.
+    pitch = 2 * (adders + 1)
+    state_array = primitives.shared_array("states", accumulator, samples_of_block * pitch)
     load_state, store_state = primitives.load_shared(accumulator, 2), primitives.store_shared(accumulator, 2)
     store = primitives.store_vector(accumulator, 1, accumulator)
 
@@ -50,14 +52,14 @@ def make_log_sum_exp(dtype, accumulator, adders, samples_of_block, features_firs
         for output in range(adder, outputs if first + row < samples else 0, adders):
             state = merge(state, exponential(load(z, (first + row) * z_down + output * z_across, 1, 1)))
         states = state_array()
-        store_state(states, 2 * (row * adders + adder), state)
+        store_state(states, row * pitch + 2 * adder, state)
         cuda.syncthreads()
 
         # 2. The shares are merged in ascending order.
         for row in range(thread, min(samples_of_block, samples - first), threads):
             state = nothing()
             for adder in range(adders):
-                state = merge(state, load_state(states, 2 * (row * adders + adder)))
+                state = merge(state, load_state(states, row * pitch + 2 * adder))
             store(result, first + row, logarithm(state))
 
     return log_sum_exp

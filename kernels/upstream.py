@@ -17,13 +17,13 @@ Alignment
     Accesses are as wide as every matrix allows, up to 16 bytes. Where that is less, a thread's elements lie apart, so that
     neighbouring threads still touch neighbouring memory; the order of additions stays the same.
 Threads
-    threads_x side by side in memory, times lanes. With outputs side by side, lane y takes the samples y, y + lanes, ... and
+    threads_x side by side in memory, each with some elements, times lanes. With outputs side by side, lane y takes the samples y, y + lanes, ... and
     the lanes are added in ascending order. With samples side by side a lane is an output: threads_x threads fold its line
     of sums, one thread adds the folds.
 Grid
     (tiles of outputs, parts).
 Shared memory
-    lanes * threads_x accumulators of 16 / itemsize each; with samples side by side, lanes * (threads_x + 1) more.
+    lanes * threads_x * elements accumulators; with samples side by side, lanes * (threads_x + 1) more.
 Bytes and flops
     Reads one matrix, or two below an activation, and writes one. 3 flops an element, and 1 to 40 for f' or exp.
 
@@ -48,6 +48,13 @@ def _absent(load):
         return load()
 
     return absent
+
+
+@cache
+def _load_values(dtype, accumulator, samples, together):
+    """(address, index, stride, left) -> one value for each of the samples, of which so many lie together."""
+    width = min(together, VECTOR_BYTES // ITEM_BYTES[dtype])
+    return primitives.load_pieces(dtype, width, samples[::width], accumulator)
 
 
 @cuda.jit(device=True, inline="always")
@@ -75,42 +82,43 @@ def _form(above, accumulator, columns, samples):
 
 
 @cache
-def make_upstream_sum(above, dtype, accumulator, result, width, threads_x, lanes, features_first, blocks_per_multiprocessor,
-                      weights, labels, accumulate, partial):
+def make_upstream_sum(above, dtype, accumulator, result, elements, width, threads_x, lanes, features_first,
+                      blocks_per_multiprocessor, weights, weights_width, labels, accumulate, partial):
     """The kernel for what lies above the layer: the name of an activation, or CROSS_ENTROPY.
 
-    width is how many elements an access takes. weights and labels are dtypes, or empty where there are none; weights of
-    dtype "bool" choose samples: the others' dZ is zero, whatever their gradients are.
+    A thread has `elements`, and an access takes `width` of them. weights and labels are dtypes, or empty where there are none;
+    weights of dtype "bool" choose samples: the others' dZ is zero, whatever their gradients are. weights_width is how many
+    weights an access takes, all of a piece or 1.
     """
-    vector = VECTOR_BYTES // ITEM_BYTES[dtype]
-    threads, spacing, line = threads_x * lanes, threads_x * width, threads_x * vector
+    threads, spacing, line = threads_x * lanes, threads_x * width, threads_x * elements
     tile, step = (lanes, line) if features_first else (line, lanes)
-    pieces = tuple(piece * spacing for piece in range(vector // width))
-    elements = tuple(piece + element for piece in pieces for element in range(width))
+    pieces = tuple(piece * spacing for piece in range(elements // width))
+    places = tuple(piece + element for piece in pieces for element in range(width))
     # Which of a thread's elements need a sample's value each, and how far their outputs lie apart.
-    of_samples, columns = (elements, (0,) * vector) if features_first else ((0,), elements)
+    of_samples, columns = (places, (0,) * elements) if features_first else ((0,), places)
     has_gradient, has_z = above != CROSS_ENTROPY, above != "identity"
-    zeros = primitives.zeros(accumulator, vector)
+    zeros = primitives.zeros(accumulator, elements)
     load = primitives.load_pieces(dtype, width, pieces, accumulator)
     load_gradient = load if has_gradient else _absent(zeros)
     load_z = load if has_z else _absent(zeros)
-    load_logarithm = _absent(zeros) if has_gradient else primitives.load_pieces(accumulator, 1, of_samples, accumulator)
+    load_logarithm = _absent(zeros) if has_gradient else _load_values(
+        accumulator, accumulator, of_samples, width if features_first else 1)
     load_labels = primitives.load_integers(labels, of_samples) if labels else _no_labels
     weighted, chosen = weights not in ("", "bool"), weights == "bool"
-    load_weights = primitives.load_pieces(weights if weighted else accumulator, 1, of_samples, accumulator)
+    load_weights = _load_values(weights if weighted else accumulator, accumulator, of_samples, weights_width)
     load_chosen = primitives.load_integers("bool", of_samples)
-    weigh = primitives.weigh(accumulator, vector, len(of_samples))
-    keep = primitives.keep(accumulator, vector, len(of_samples))
+    weigh = primitives.weigh(accumulator, elements, len(of_samples))
+    keep = primitives.keep(accumulator, elements, len(of_samples))
     form = _form(above, accumulator, columns, len(of_samples))
-    scale, rounded = primitives.scale(accumulator, vector), primitives.rounded(dtype, accumulator, vector)
-    store, add = primitives.store_pieces(dtype, width, pieces, accumulator), primitives.add(accumulator, vector)
+    scale, rounded = primitives.scale(accumulator, elements), primitives.rounded(dtype, accumulator, elements)
+    store, add = primitives.store_pieces(dtype, width, pieces, accumulator), primitives.add(accumulator, elements)
     line_array = primitives.shared_array("lines", accumulator, lanes * line)
     fold_array = primitives.shared_array("folds", accumulator, lanes * (threads_x + 1))
-    first, turn = primitives.head(accumulator, vector, width), primitives.rotate(accumulator, vector, width)
+    first, turn = primitives.head(accumulator, elements, width), primitives.rotate(accumulator, elements, width)
     store_sums = primitives.store_spread(accumulator, width, 1, 0)
     store_sum, zero = primitives.store_shared(accumulator, 1), primitives.zeros(accumulator, 1)
     add_lanes = primitives.add_shared(accumulator, lanes, line)
-    add_places = primitives.add_shared(accumulator, vector, threads_x)
+    add_places = primitives.add_shared(accumulator, elements, threads_x)
     add_folds = primitives.add_shared(accumulator, threads_x, 1)
     finish = finish_column(accumulator, result, accumulate, False, partial)
     one = primitives.typed("float64" if result == "float64" else accumulator)
@@ -157,7 +165,7 @@ def make_upstream_sum(above, dtype, accumulator, result, width, threads_x, lanes
             store(dz, this_sample * dz_down + output * dz_across, dz_along, this_left, values)
             sums = add(sums, values)
         lines = line_array()
-        for piece in range(vector // width):
+        for piece in range(elements // width):
             store_sums(lines, lane * line + piece * spacing + place, first(sums), thread)
             sums = turn(sums)
         cuda.syncthreads()

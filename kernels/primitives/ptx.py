@@ -391,7 +391,8 @@ class _Number:
         return self._with(self.builder.fdiv, other, self)
 
     def __neg__(self):
-        return _Number(self.builder, self.builder.fneg(self.value))
+        # NVVM knows no fneg.
+        return -0.0 - self
 
     def __abs__(self):
         return _Functions(self.builder).where(self < 0, -self, self)

@@ -257,25 +257,31 @@ def run_upstream(session: Session, plan: BatchSumPlan, above: str, parameter: fl
     from .kernels.upstream import make_upstream_sum
 
     second, features_first, wide = plan.second, plan.layout == "features_first", np.dtype(plan.accumulator).type
-    logarithm: Any = 0
+    logarithm: Operand | None = None
     if gradient is None and z is not None:
         adders, rows = (8, 32) if features_first else (32, 8)
-        logarithm = session.scratch("logarithm", max(dz.rows, 1), 1, plan.accumulator).address
+        logarithm = session.scratch("logarithm", max(dz.rows, 1), 1, plan.accumulator)
         session.launch(make_log_sum_exp(plan.dtype, plan.accumulator, adders, rows, features_first),
                        (max(-(-dz.rows // rows), 1),), adders * rows,
-                       (z.address, z.row_stride, z.col_stride, dz.rows, dz.cols, logarithm), plan)
-    matrices = [matrix for matrix in (gradient, z, dz) if matrix is not None]
-    width = min((matrix.T if features_first else matrix).access(plan.vector) for matrix in matrices)
+                       (z.address, z.row_stride, z.col_stride, dz.rows, dz.cols, logarithm.address), plan)
+    # Threads of narrow rows take as few elements as leave none without: a power of two.
+    elements = plan.vector if features_first else min(plan.vector, 1 << (-(-plan.outputs // plan.threads_x) - 1).bit_length())
+    width = min((matrix.T if features_first else matrix).access(elements)
+                for matrix in (gradient, z, dz) if matrix is not None)
+    of_pieces = weights is not None and features_first and weights.T.access(width) == width
+    simple = above in ("identity", "relu", "leaky_relu")
+    resident = 1536 if above == "identity" and elements < 8 and not features_first else 1024 if simple or elements < 8 else 512
     target = result if second is None else _parts_of_sum(session, plan, second)
-    kernel = make_upstream_sum(above, plan.dtype, plan.accumulator, target.dtype, width, plan.threads_x, plan.lanes,
-                               features_first, max(1, 1024 // plan.threads), weights.dtype if weights else "",
-                               labels.dtype if labels else "", accumulate and second is None, second is not None)
+    kernel = make_upstream_sum(above, plan.dtype, plan.accumulator, target.dtype, elements, width, plan.threads_x, plan.lanes,
+                               features_first, max(1, resident // plan.threads),
+                               weights.dtype if weights else "", width if of_pieces else 1, labels.dtype if labels else "",
+                               accumulate and second is None, second is not None)
 
     def placed(matrix: Operand | None) -> tuple:
         return (matrix.address, matrix.row_stride, matrix.col_stride) if matrix else (0, 0, 0)
 
     session.launch(kernel, plan.grid, plan.threads, (
-        *placed(gradient), *placed(z), *placed(dz), *placed(weights)[:2], *placed(labels)[:2], logarithm, ignored,
+        *placed(gradient), *placed(z), *placed(dz), *placed(weights)[:2], *placed(labels)[:2], *placed(logarithm)[:1], ignored,
         wide(parameter), wide(alpha), dz.rows, dz.cols, plan.samples_per_part, target.address,
         target.row_stride if second else 0, target.col_stride), plan)
     if second is not None:

@@ -839,22 +839,26 @@ def plan_upstream(samples: int, outputs: int, dtype: str, layout: str) -> BatchS
     A thread keeps the elements of two steps, so that 1,024 threads have as much under way as those of a sum.
     """
     vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
-    small = samples * outputs <= SMALL
+    rows, cols = max(samples, 1), max(outputs, 1)
+    small = rows * cols <= SMALL
     threads = 64 if small else 256
-    if layout == "features_first" or outputs == 1:
-        threads_x = 32
-        lanes = max(1, min(threads // threads_x, _power_of_two(outputs)))
-        plan = BatchSumPlan(max(samples, 1), max(outputs, 1), dtype, "features_first", threads_x, lanes, 2, max(samples, 1),
-                            runs_per_block=lanes, folders=threads_x)
-        step, tiles = plan.tile, _ceil(plan.outputs, lanes)
+    if layout == "features_first" or cols == 1:
+        lanes = min(threads // 32, _power_of_two(cols))
+        plan = BatchSumPlan(rows, cols, dtype, "features_first", 32, lanes, 2, rows, runs_per_block=lanes, folders=32)
+        step, tiles = plan.tile, _ceil(cols, lanes)
     else:
-        threads_x = min(max(4, _power_of_two(_ceil(max(outputs, 1), vector))), threads // max(sector, 8))
-        plan = BatchSumPlan(max(samples, 1), max(outputs, 1), dtype, "rows", threads_x, threads // threads_x, 2, max(samples, 1))
-        step, tiles = plan.lanes, _ceil(plan.outputs, plan.tile)
-    steps = _ceil(plan.samples, step)
+        # Narrow rows take no more threads than reading them without a gap from one row to the next takes, but an even number.
+        threads_x = max((cols // gcd(cols, vector) + 1) // 2 * 2, 4)
+        lanes = max(threads // threads_x // sector, 1) * sector
+        if threads_x * lanes > 1024:
+            threads_x = min(_power_of_two(_ceil(cols, vector)), threads // max(sector, 8))
+            lanes = threads // threads_x
+        plan = BatchSumPlan(rows, cols, dtype, "rows", threads_x, lanes, 2, rows)
+        step, tiles = lanes, _ceil(cols, plan.tile)
+    steps = _ceil(rows, step)
     if not small:
-        steps = _cut(steps, _ceil(_blocks(samples * outputs), tiles), MOST_BLOCKS // tiles)
-    return replace(plan, samples=samples, outputs=outputs, samples_per_part=max(1, min(samples, steps * step)))
+        steps = _cut(steps, _ceil(_blocks(rows * cols), tiles), MOST_BLOCKS // tiles)
+    return replace(plan, samples=samples, outputs=outputs, samples_per_part=min(rows, steps * step))
 
 
 def _cut(steps: int, wanted: int, most: int) -> int:

@@ -61,8 +61,7 @@ def derivative(activation, z, negative_slope=0.01):
     if activation == "tanh":
         return 1 / np.cosh(np.clip(z, -700, 700)) ** 2
     if activation == "gelu":
-        cumulative = np.vectorize(lambda value: math.erfc(-value / math.sqrt(2)) / 2, otypes=[float])(z)
-        return cumulative + finite * np.exp(-finite ** 2 / 2) / math.sqrt(2 * math.pi)
+        return normal_tail(-z) + finite * np.exp(-finite ** 2 / 2) / math.sqrt(2 * math.pi)
     inner = np.clip(z, -50, 50) if activation == "gelu_tanh" else finite
     if activation == "gelu_tanh":
         factor = math.sqrt(2 / math.pi)
@@ -72,6 +71,11 @@ def derivative(activation, z, negative_slope=0.01):
     logistic = 1 / (1 + np.exp(-inner))
     rest = 1 / (1 + np.exp(inner))
     return logistic * rest if activation == "sigmoid" else logistic + inner * logistic * rest
+
+
+def normal_tail(z):
+    """The probability that a normal number is above z."""
+    return np.vectorize(lambda value: math.erfc(value / math.sqrt(2)) / 2, otypes=[float])(z)
 
 
 def _weighted(dz, sample_weight, alpha, batch_axis):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from . import launch
+from .errors import PlanError
 from .operands import (
     Argument,
     Inputs,
@@ -87,8 +88,12 @@ def upstream_plan(plan: BatchSumPlan | None, inputs: Inputs) -> BatchSumPlan:
         If it was made for other sizes, or is no plan of a sum.
     """
     usual = plan_upstream(inputs.samples, inputs.out_features, inputs.dtype, inputs.dz.layout)
-    sizes = {name: getattr(usual, name) for name in ("samples", "outputs", "dtype", "layout", "compensated")}
-    return check_plan(plan, BatchSumPlan, sizes) or usual
+    sizes = {name: getattr(usual, name) for name in ("samples", "outputs", "dtype", "layout", "vectors", "compensated")}
+    plan = check_plan(plan, BatchSumPlan, sizes) or usual
+    if plan.layout == "features_first" and (plan.folders, plan.runs_per_block) != (plan.threads_x, plan.lanes):
+        raise PlanError(f"plan: to form dz with samples side by side, folders must be threads_x, {plan.threads_x}, and "
+                        f"runs_per_block the {plan.lanes} lanes; got {plan.folders} and {plan.runs_per_block}")
+    return plan
 
 
 def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sample_weight: Any = None,

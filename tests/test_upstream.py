@@ -1,0 +1,303 @@
+"""dL/dZ below activations and cross-entropy against float64, and dL/db, which is the sum of what was stored to the last bit."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import densegrad as dg
+from densegrad import reference
+from densegrad.device import dtype_of
+from densegrad.errors import DTypeError, OutError, PlanError, ShapeError
+from densegrad.plans import BatchSumPlan, accumulator_of, plan_upstream
+from densegrad.testing import LAYOUTS, ROUNDOFF, SENTINEL, UNDERFLOW, Placed, bits, check_within, host, normal, poisoned
+from densegrad.upstream import ACTIVATIONS
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+#: Roundings on the way to f', each of a number that is at most 2: an operation is one, exp and erfc are 2 and 6 units in the
+#: last place off by NVIDIA's tables, and their argument's rounding moves them by less than 2 more.
+ROUNDINGS = {"identity": 0, "relu": 0, "leaky_relu": 1, "sigmoid": 8, "tanh": 10, "silu": 14, "gelu": 20, "gelu_tanh": 24}
+
+
+def data(shape, dtype, seed=0):
+    """Normal numbers times 3, so that activations bend."""
+    return (3 * normal(shape, "float64", seed)).astype(dtype_of(dtype))
+
+
+def small_plan(samples, outputs, dtype, features_first, parts=1):
+    """A plan of few threads with several lanes and parts."""
+    if features_first:
+        line = 4 * 16 // np.dtype(dtype_of(dtype)).itemsize
+        return BatchSumPlan(samples, outputs, dtype, "features_first", 4, 4, 2, -(-samples // (line * parts)) * line,
+                            runs_per_block=4, folders=4)
+    return BatchSumPlan(samples, outputs, dtype, "rows", 4, 16, 2, -(-samples // parts))
+
+
+def dz_bound(exact, largest, roundings, dtype):
+    """The error of an element that is `largest` times a factor found with so many roundings, and two products more."""
+    u, kept = ROUNDOFF[accumulator_of(dtype)], ROUNDOFF[dtype]
+    error = (2 * roundings + 3) * u * largest + UNDERFLOW[accumulator_of(dtype)] * (1 + largest)
+    return error + kept * (np.abs(exact) + error) + UNDERFLOW[dtype]
+
+
+def on(xp, *arrays):
+    return [None if array is None else xp.asarray(array) for array in arrays]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_float64_derivatives_by_central_differences(activation):
+    functions = {
+        "relu": lambda z: np.maximum(z, 0), "leaky_relu": lambda z: np.where(z > 0, z, 0.01 * z),
+        "sigmoid": lambda z: 1 / (1 + np.exp(-z)), "tanh": np.tanh, "silu": lambda z: z / (1 + np.exp(-z)),
+        "gelu": lambda z: z * reference.normal_tail(-z),
+        "gelu_tanh": lambda z: z / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z ** 3)))}
+    z, step = np.linspace(-6, 6, 96), 2.0 ** -17
+    function = functions[activation]
+    difference = (function(z + step) - function(z - step)) / (2 * step)
+    # No third derivative is over 3, and a value is rounded in about 20 operations of numbers up to 8.
+    bound = 3 * step ** 2 / 6 + 20 * 8 * 2.0 ** -53 / step
+    assert (np.abs(difference - reference.derivative(activation, z)) <= bound).all()
+
+
+def test_float64_cross_entropy_by_central_differences():
+    z, labels, weights = normal((6, 5), "float64"), np.array([0, 4, -100, 2, 2, 1]), np.arange(1.0, 7.0)
+
+    def loss():
+        logarithm = np.log(np.exp(z).sum(axis=1, keepdims=True))
+        target = np.full(z.shape, 0.2 / 5)
+        target[np.arange(6), np.maximum(labels, 0)] += 0.8
+        return (((logarithm - z) * target).sum(axis=1) * weights * (labels >= 0)).sum()
+
+    dz, db = reference.cross_entropy_grad(z, labels, label_smoothing=0.2, sample_weight=weights)
+    step = 2.0 ** -17
+    for index in np.ndindex(z.shape):
+        kept = z[index]
+        z[index] = kept + step
+        above = loss()
+        z[index] = kept - step
+        difference = (above - loss()) / (2 * step)
+        z[index] = kept
+        # The third derivative is at most 1 times the weight, and each loss, below 100, is rounded in about 100 operations.
+        assert abs(difference - dz[index]) <= 6 * step ** 2 / 6 + 100 * 100 * 2.0 ** -53 / step
+    np.testing.assert_allclose(db, dz.sum(axis=0), rtol=1e-14)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "batch_axis"), [("float32", 0), ("float32", 1), ("float64", 0), ("bfloat16", 1), ("float16", 0)])
+def test_every_activation(activation, dtype, batch_axis, xp):
+    shape = (9, 37) if batch_axis else (37, 9)
+    da, z = data(shape, dtype, 1), data(shape, dtype, 2)
+    z.flat[:5] = 0, 30, -30, 200, -200
+    given = None if activation == "identity" else z
+    plan = small_plan(37, 9, dtype, batch_axis, parts=2)
+    out = poisoned(shape, dtype, module=xp)
+    options = {"batch_axis": batch_axis, "alpha": 0.75, "negative_slope": 0.3}
+    _, db = dg.activation_grad(*on(xp, da, given), activation, out=dg.OutputGrads(dz=out.array), plan=plan, **options)
+    exact, _ = reference.activation_grad(da, given, activation, **options)
+    check_within(out.read(), exact, dz_bound(exact, np.abs(0.75 * da.astype(float)), ROUNDINGS[activation], dtype))
+    assert (bits(db) == bits(dg.bias_grad(out.array, batch_axis=batch_axis, plan=plan))).all()
+
+
+@pytest.mark.parametrize("batch_axis", [0, 1])
+@pytest.mark.parametrize("weights", ["float32", "float16", "bfloat16", "bool"])
+@pytest.mark.parametrize("shape", [(37, 9), (130, 16), (5, 1)])
+def test_samples_are_weighted_or_chosen(shape, weights, batch_axis, xp):
+    samples, outputs = shape
+    da = data(shape, "float32", 3)
+    weight = normal((samples,), "float32", 4)
+    weight = weight > 0 if weights == "bool" else weight.astype(dtype_of(weights))
+    given = np.ascontiguousarray(da.T) if batch_axis else da
+    exact, _ = reference.activation_grad(given, sample_weight=weight, batch_axis=batch_axis)
+    found = dg.activation_grad(xp.asarray(given), sample_weight=xp.asarray(weight), batch_axis=batch_axis)
+    check_within(found.dz, exact, dz_bound(exact, np.abs(exact), 0, "float32"))
+    plan = plan_upstream(samples, outputs, "float32", "features_first" if batch_axis else "flat")
+    if plan.layout == "rows" or batch_axis:
+        assert (bits(found.db) == bits(dg.bias_grad(found.dz, batch_axis=batch_axis, plan=plan))).all()
+
+
+@pytest.mark.parametrize("batch_axis", [0, 1])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_padding_contributes_exactly_nothing(activation, batch_axis, xp):
+    da, z = data((29, 6), "float32", 5), data((29, 6), "float32", 6)
+    mask = np.arange(29) % 3 > 0
+    da[~mask], z[~mask] = np.nan, np.inf
+    weighted = dg.activation_grad(*(None if array is None else xp.asarray(array.T.copy() if batch_axis else array) for array in (
+        da, None if activation is None else z)), activation, sample_weight=xp.asarray(mask), batch_axis=batch_axis)
+    dz = host(weighted.dz).T if batch_axis else host(weighted.dz)
+    assert (dz[~mask] == 0).all()
+    assert np.isfinite(host(weighted.db)).all()
+    # Zeros in place of the padding give the same bits: adding them changes none.
+    kept, kept_z = np.where(mask[:, None], da, 0).astype("float32"), np.where(mask[:, None], z, 0).astype("float32")
+    plain = dg.activation_grad(*(None if array is None else xp.asarray(array.T.copy() if batch_axis else array) for array in (
+        kept, None if activation is None else kept_z)), activation, batch_axis=batch_axis)
+    np.testing.assert_array_equal(host(weighted.db), host(plain.db))
+
+
+@pytest.mark.parametrize(("dtype", "labels", "batch_axis"), [
+    ("float32", "int64", 0), ("float32", "int32", 1), ("float64", "int64", 1), ("float16", "int32", 0), ("bfloat16", "int64", 1)])
+def test_cross_entropy(dtype, labels, batch_axis, xp):
+    z, label = data((21, 40), dtype, 7), np.random.default_rng(8).integers(0, 40, 21).astype(labels)
+    label[[3, 20]], z[3] = -1, np.nan
+    weights = np.abs(normal((21,), "float32", 9))
+    options = {"batch_axis": batch_axis, "ignore_index": -1, "label_smoothing": 0.1, "alpha": 0.5}
+    given = np.ascontiguousarray(z.T) if batch_axis else z
+    plan = small_plan(21, 40, dtype, batch_axis, parts=2)
+    out = poisoned(given.shape, dtype, module=xp)
+    _, db = dg.cross_entropy_grad(*on(xp, given, label), sample_weight=xp.asarray(weights),
+                                  out=dg.OutputGrads(dz=out.array), plan=plan, **options)
+    exact, _ = reference.cross_entropy_grad(given, label, sample_weight=weights, **options)
+    # The logarithm is off by u for each of the additions and exponentials of a chain, and by its own rounding; times the
+    # probability, which is at most 1, that is what the exponential is off by, besides its own roundings.
+    wide = np.abs(z[np.arange(21) != 3].astype(float)).max() + np.log(40)
+    roundings = 4 * (40 // 8 + 32) + 2 * wide + 8
+    largest = 0.5 * weights[None, :] if batch_axis else 0.5 * weights[:, None]
+    check_within(out.read(), exact, dz_bound(exact, largest, roundings, dtype))
+    dz = host(out.array).T if batch_axis else host(out.array)
+    assert (dz[[3, 20]] == 0).all()
+    assert (bits(db) == bits(dg.bias_grad(out.array, batch_axis=batch_axis, plan=plan))).all()
+
+
+def test_large_logits_neither_overflow_nor_lose_their_softmax(xp):
+    z = np.array([[1000, 999, -1000], [-3e38, 0, 0], [-np.inf, 1, 1]], "float32")
+    dz, _ = dg.cross_entropy_grad(*on(xp, z, np.array([0, 1, 2])))
+    exact, _ = reference.cross_entropy_grad(z, np.array([0, 1, 2]))
+    check_within(dz, exact, dz_bound(exact, 1, 2 * 1001, "float32"))
+
+
+def test_a_label_that_is_no_class(lane, xp):
+    z, labels = xp.asarray(data((4, 3), "float32")), xp.asarray(np.array([0, 3, -7, 2]))
+    if lane == "simulator":
+        with pytest.raises(ValueError, match="labels must be classes from 0 to 2, or ignore_index -100; got 3 for sample 1"):
+            dg.cross_entropy_grad(z, labels)
+    else:
+        dz, db = dg.cross_entropy_grad(z, labels)
+        np.testing.assert_array_equal(np.isnan(host(dz)).all(axis=1), [False, True, True, False])
+        assert np.isnan(host(db)).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("features_first", [False, True])
+def test_memory_layouts_leave_the_bits_alone(layout, features_first, xp):
+    """Each of the matrices lies otherwise once; with samples side by side all of them are handed over transposed."""
+    shape = (16, 24)
+    da, z = data(shape, "float32", 11), data(shape, "float32", 12)
+    plan = small_plan(24, 16, "float32", True, 2) if features_first else small_plan(16, 24, "float32", False, 2)
+    options = {"batch_axis": int(features_first), "sample_weight": xp.arange(24 if features_first else 16, dtype="float32")}
+    if layout in ("F", "padded F"):
+        options["sample_weight"] = xp.asarray(np.repeat(host(options["sample_weight"]), 2))[::2]
+    plain = dg.activation_grad(*on(xp, da, z), "silu", plan=plan, **options)
+    for where in range(3):
+        kinds = [layout if where == place else "C" for place in range(3)]
+        if where == 0 and layout in ("F", "padded F"):
+            continue  # another order of memory, hence another plan
+        out = poisoned(shape, "float32", kinds[2], xp)
+        sources = (Placed(array, kind, xp).array for array, kind in zip((da, z), kinds, strict=False))
+        dz, db = dg.activation_grad(*sources, "silu", out=dg.OutputGrads(dz=out.array), plan=plan, **options)
+        assert dz is out.array
+        assert (bits(out.read()) == bits(plain.dz)).all()
+        assert (bits(db) == bits(plain.db)).all()
+
+
+@pytest.mark.parametrize("replaced", ["da", "z"])
+def test_dz_may_take_the_place_of_an_input(replaced, xp):
+    da, z = data((21, 10), "float16", 13), data((21, 10), "float16", 14)
+    apart = dg.activation_grad(*on(xp, da, z), "tanh")
+    arrays = {"da": xp.asarray(da.copy()), "z": xp.asarray(z.copy())}
+    together = dg.activation_grad(arrays["da"], arrays["z"], "tanh", out=dg.OutputGrads(dz=arrays[replaced]))
+    assert together.dz is arrays[replaced]
+    assert (bits(together.dz) == bits(apart.dz)).all()
+    assert (bits(together.db) == bits(apart.db)).all()
+
+
+@pytest.mark.parametrize("samples", [0, 1, 9])
+@pytest.mark.parametrize(("outputs", "batch_axis"), [(0, 0), (1, 0), (3, 0), (10, 0), (33, 0), (130, 0), (0, 1), (1, 1), (5, 1)])
+def test_planned_sums_of_every_width(samples, outputs, batch_axis, xp):
+    shape = (outputs, samples) if batch_axis else (samples, outputs)
+    da, z = data(shape, "float32", 15), data(shape, "float32", 16)
+    old = np.full(outputs, 2, "float32")
+    db = Placed(old, "C", xp, SENTINEL)
+    dz, _ = dg.activation_grad(*on(xp, da, z), "relu", batch_axis=batch_axis, out=dg.OutputGrads(db=db.array), accumulate=True)
+    exact, total = reference.activation_grad(da, z, "relu", batch_axis=batch_axis)
+    np.testing.assert_array_equal(host(dz), exact.astype("float32"))
+    magnitude = np.abs(exact).sum(axis=int(batch_axis)) + 2
+    check_within(db.read(), total + 2, (samples + 3) * ROUNDOFF["float32"] * magnitude)
+
+
+def test_a_long_batch_is_cut_into_parts(xp):
+    z = np.ones((2500, 7), "float32")
+    z[::2, 3] = -1
+    dz, db = dg.activation_grad(*on(xp, 2 * np.ones_like(z), z), "relu")
+    np.testing.assert_array_equal(host(db), [5000, 5000, 5000, 2500, 5000, 5000, 5000])
+    assert host(dz)[:2, 3].tolist() == [0, 2]
+    assert plan_upstream(2500, 7, "float32", "flat").parts > 1
+
+
+@pytest.mark.parametrize("batch_axis", [0, 1])
+def test_dense_grads_goes_below_the_activation(batch_axis, xp):
+    x, w = data((23, 7), "float32", 17), data((7, 12), "float32", 18)
+    da, z = (data((12, 23) if batch_axis else (23, 12), "float32", seed) for seed in (19, 20))
+    weight = np.arange(23) % 4 != 0
+    x, w, da, z, weight = on(xp, x, w, da, z, weight)
+    options = {"batch_axis": batch_axis, "alpha": 0.5}
+    together = dg.dense_grads(x, w, da, activation="gelu", z=z, sample_weight=weight, **options)
+    dz, db = dg.activation_grad(da, z, "gelu", sample_weight=weight, **options)
+    assert (bits(together.db) == bits(db)).all()
+    assert (bits(together.dx) == bits(dg.input_grad(dz, w, batch_axis=batch_axis))).all()
+    assert (bits(together.dw) == bits(dg.weight_grad(x, dz, batch_axis=batch_axis))).all()
+    weighted = dg.dense_grads(None, w, da, need="dx", sample_weight=weight, **options)
+    dz, _ = dg.activation_grad(da, sample_weight=weight, **options)
+    assert (bits(weighted.dx) == bits(dg.input_grad(dz, w, batch_axis=batch_axis))).all()
+
+
+def test_leading_batch_axes(xp):
+    da, z, weight = data((2, 5, 6), "float32", 21), data((2, 5, 6), "float32", 22), normal((2, 5), "float32", 23)
+    found = dg.activation_grad(*on(xp, da, z), "sigmoid", sample_weight=xp.asarray(weight), keepdims=True)
+    flat = dg.activation_grad(*on(xp, da.reshape(10, 6), z.reshape(10, 6)), "sigmoid", sample_weight=xp.asarray(weight.ravel()))
+    assert found.dz.shape == (2, 5, 6)
+    assert found.db.shape == (1, 6)
+    assert (bits(found.dz).ravel() == bits(flat.dz).ravel()).all()
+    assert (bits(found.db).ravel() == bits(flat.db)).all()
+
+
+WRONG = {
+    "rellu": (ValueError, "activation must be one of identity, relu,", lambda a: dg.activation_grad(a, a, "rellu")),
+    "no z": (TypeError, "activation='relu' needs z", lambda a: dg.activation_grad(a, None, "relu")),
+    "z alone": (TypeError, "z is of no use without an activation", lambda a: dg.activation_grad(a, a)),
+    "shape of z": (ShapeError, r"z must have the shape of da, \(6, 4\); got \(5, 4\)",
+                   lambda a: dg.activation_grad(a, a[:5], "relu")),
+    "dtype of z": (DTypeError, "z and da must have the same dtype", lambda a: dg.activation_grad(a, a.astype("float64"), "relu")),
+    "one axis": (ShapeError, "da must have at least 2 dimensions", lambda a: dg.activation_grad(a[0], a[0], "relu")),
+    "weights of outputs": (ShapeError, r"sample_weight must have one value for each sample, shape \(6,\); got \(4,\)",
+                           lambda a: dg.activation_grad(a, sample_weight=a[0])),
+    "float64 weights": (DTypeError, "sample_weight must be float32, bool,",
+                        lambda a: dg.activation_grad(a, sample_weight=a[:, 0].astype("float64"))),
+    "float labels": (DTypeError, "labels must be int64 or int32", lambda a: dg.cross_entropy_grad(a, a[:, 0])),
+    "smoothing": (ValueError, "label_smoothing must be between 0 and 1; got 2",
+                  lambda a: dg.cross_entropy_grad(a, a[:, 0].astype("int32"), label_smoothing=2)),
+    "dtype of dz": (DTypeError, "out.dz must be float32, as the inputs are; got float64",
+                    lambda a: dg.activation_grad(a, a, "relu", out=dg.OutputGrads(dz=a.astype("float64")))),
+    "shifted dz": (OutError, "out.dz overlaps da in memory", lambda a: dg.activation_grad(
+        a[:5], sample_weight=a[:5, 0], out=dg.OutputGrads(dz=a[1:]))),
+    "db in the weights": (OutError, "out.db overlaps sample_weight in memory", lambda a: dg.activation_grad(
+        a[:4].copy(), sample_weight=a[0], out=dg.OutputGrads(db=a[0]))),
+    "nothing to add to": (OutError, "accumulate=True adds into out.db", lambda a: dg.activation_grad(a, a, "relu", accumulate=True)),
+    "not a tuple": (TypeError, "out must be a OutputGrads", lambda a: dg.activation_grad(a, a, "relu", out=a)),
+    "other plan": (PlanError, "plan was made for samples 7", lambda a: dg.activation_grad(
+        a, a, "relu", plan=replace(plan_upstream(6, 4, "float32", "flat"), samples=7))),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_mistakes_are_answered_before_anything_runs(mistake, xp):
+    error, message, call = WRONG[mistake]
+    array = xp.asarray(data((6, 4), "float32"))
+    before = host(array).copy()
+    with pytest.raises(error, match=message):
+        call(array)
+    np.testing.assert_array_equal(host(array), before)
+
+
+def test_a_plan_whose_lines_are_folded_otherwise_is_refused(xp):
+    plan = plan_upstream(64, 4, "float32", "features_first")
+    with pytest.raises(PlanError, match="folders must be threads_x, 32, and runs_per_block the 2 lanes"):
+        dg.activation_grad(xp.asarray(data((4, 64), "float32")), sample_weight=xp.asarray(np.ones(64, "float32")), batch_axis=1,
+                           plan=replace(plan, folders=16))
