@@ -17,9 +17,9 @@ Alignment
     Accesses are as wide as every matrix allows, up to 16 bytes. Where that is less, a thread's elements lie apart, so that
     neighbouring threads still touch neighbouring memory; the order of additions stays the same.
 Threads
-    threads_x side by side in memory, each with some elements, times lanes. With outputs side by side, lane y takes the samples y, y + lanes, ... and
-    the lanes are added in ascending order. With samples side by side a lane is an output: threads_x threads fold its line
-    of sums, one thread adds the folds.
+    threads_x side by side in memory, each with some elements, times lanes. With outputs side by side, lane y takes the
+    samples y, y + lanes, ... and the lanes are added in ascending order. With samples side by side a lane is an output:
+    threads_x threads fold its line of sums, one thread adds the folds.
 Grid
     (tiles of outputs, parts).
 Shared memory

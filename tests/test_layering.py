@@ -13,7 +13,7 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 
 #: module -> those of the package that it may import; kernels are one more of them
 ARROWS = {
-    "__init__": {"errors", "gradients"},
+    "__init__": {"errors", "gradients", "upstream"},
     "__main__": {"cli"},
     "errors": set(),
     "reference": set(),
@@ -21,7 +21,8 @@ ARROWS = {
     "device": {"errors"},
     "operands": {"device", "errors"},
     "launch": {"kernels", "operands", "plans"},
-    "gradients": {"errors", "launch", "operands", "plans"},
+    "gradients": {"errors", "launch", "operands", "plans", "upstream"},
+    "upstream": {"errors", "launch", "operands", "plans"},
     "testing": {"device", "plans", "reference"},
 }
 #: what is not the standard library -> the modules that may import it
@@ -36,7 +37,7 @@ OUTSIDE = {
 COMMANDS = {"cli", "checks", "demo", "explain", "picture"}
 #: what kernels may import from outside, and which of their files more than that
 OF_KERNELS = {"functools", "math", "numba"}
-OF_PRIMITIVES = {"layout": {"typing"}, "ptx": {"llvmlite"}, "simulator": {"numpy", "threading"}, "warp_ptx": {"llvmlite"},
+OF_PRIMITIVES = {"layout": {"typing"}, "ptx": {"llvmlite"}, "simulator": {"ml_dtypes", "numpy", "threading"}, "warp_ptx": {"llvmlite"},
                  "warp_simulator": {"numpy", "threading"}}
 
 
