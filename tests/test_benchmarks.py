@@ -47,7 +47,7 @@ class StubClock:
 def bench(monkeypatch, tmp_path):
     """Run benchmarks.run with a stub clock on one small shape; its status and its rows."""
     monkeypatch.setattr(run, "ROOF_SIZE", 32)
-    monkeypatch.setattr(timing, "QUICK", timing.Effort(warm_up=1e-5, sample=2e-6, samples=3, calls=2))
+    monkeypatch.setattr(timing, "QUICK", timing.Effort(warm_up=5e-6, sample=2e-6, samples=2, calls=2))
     (tmp_path / "shapes.csv").write_text("S,D,M\n70,33,20\n")
 
     def measured(*options):
