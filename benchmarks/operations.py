@@ -143,7 +143,7 @@ class Truth:
         self.case, self.data = case, data
         self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def worst(self, result: str, got: np.ndarray, chain: int | None) -> float:
+    def worst(self, result: str, got: np.ndarray, chain: int | None, product_error: float = 0.0) -> float:
         """The worst error as a share of its bound. NaN and a wrong shape are infinitely wrong.
 
         Parameters
@@ -154,6 +154,8 @@ class Truth:
             What came out.
         chain : int or None
             The longest chain of additions; None if it is not known: then any order of additions is allowed.
+        product_error : float
+            What each product may be off by, of its magnitude.
         """
         depth = RESULTS[result].depth(*self.case.sizes)
         if got.shape != RESULTS[result].array.shape(*self.case.sizes):
@@ -163,7 +165,8 @@ class Truth:
         exact, magnitude = self._known[result]
         if exact.shape != got.shape:
             got = got[checked_rows(len(got))]
-        bound = testing.error_bound(magnitude, exact, depth if chain is None else chain, depth, self.case.dtype)
+        bound = testing.error_bound(magnitude, exact, depth if chain is None else chain, depth, self.case.dtype,
+                                    product_error=product_error)
         return checks.compare(got, exact, bound)[2]
 
     def _exactly(self, result: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 `prepare(case, arrays)` gives a function that does the case's operation once on CuPy's current stream, and returns its
 results in the order of the operation; `arrays` holds the inputs and room for the results by their names. What can be
-done beforehand is done in `prepare`. float32 is float32 everywhere: TF32 is off.
+done beforehand is done in `prepare`. float32 is float32: TF32 is off but where an implementation's precision says so.
 """
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ class Implementation:
     operations: tuple[str, ...]
     requires: tuple[str, ...]
     prepare: Prepare
+    precision: str = ""  # "tf32" if that is what float32 factors are rounded to
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is densegrad, which says by its plans how far it may be off."""
+        return self.name.partition(" ")[0] == OURS
 
     def offers(self, operation: str) -> bool:
         """Whether it does this operation, for some cases at least."""
@@ -53,34 +59,47 @@ IMPLEMENTATIONS: list[Implementation] = []
 OURS = "densegrad"
 
 
-def implementation(name: str, *operations: str, requires: tuple[str, ...] = ()) -> Callable[[Prepare], Prepare]:
+def implementation(name: str, *operations: str, requires: tuple[str, ...] = (),
+                   precision: str = "") -> Callable[[Prepare], Prepare]:
     """Register a prepare function."""
     def register(prepare: Prepare) -> Prepare:
-        IMPLEMENTATIONS.append(Implementation(name, operations, requires, prepare))
+        IMPLEMENTATIONS.append(Implementation(name, operations, requires, prepare, precision))
         return prepare
     return register
 
 
-@implementation(OURS)
-def _densegrad(case: Case, arrays: Mapping[str, Any]) -> Call:
-    function, does = getattr(densegrad, case.operation), case.does
-    inputs = [arrays[name] for name in does.inputs]
-    given = {name: arrays[name] for name in does.results}
-    out: Any = given["db"] if does.results == ("db",) else next(iter(given.values()))
-    if case.operation == "weight_bias_grad":
-        out = densegrad.WeightBiasGrads(**given)
-    elif case.operation == "dense_grads":
-        out = densegrad.DenseGrads(**given)
-    options = {"batch_axis": case.batch_axis, "out": out}
-
-    def call() -> tuple:
-        results = function(*inputs, **options)
-        return results if isinstance(results, tuple) else (results,)
-
-    return call
+PRODUCTS = ("weight_grad", "input_grad", "weight_bias_grad", "dense_grads")
 
 
-@implementation("CuPy", "bias_grad", "weight_grad", "input_grad", "weight_bias_grad", "dense_grads", requires=("cupy",))
+def _densegrad(precision: str | None) -> Prepare:
+    """Our own functions; a precision is a choice that products of float32 have."""
+    def prepare(case: Case, arrays: Mapping[str, Any]) -> Call:
+        if precision and case.dtype != "float32":
+            raise NotApplicable("precision is a choice for float32")
+        function, does = getattr(densegrad, case.operation), case.does
+        inputs = [arrays[name] for name in does.inputs]
+        given = {name: arrays[name] for name in does.results}
+        out: Any = next(iter(given.values()))
+        if case.operation == "weight_bias_grad":
+            out = densegrad.WeightBiasGrads(**given)
+        elif case.operation == "dense_grads":
+            out = densegrad.DenseGrads(**given)
+        options = {"batch_axis": case.batch_axis, "out": out} | ({"precision": precision} if precision else {})
+
+        def call() -> tuple:
+            results = function(*inputs, **options)
+            return results if isinstance(results, tuple) else (results,)
+
+        return call
+    return prepare
+
+
+implementation(OURS)(_densegrad(None))
+implementation(f"{OURS} tf32", *PRODUCTS, precision="tf32")(_densegrad("tf32"))
+implementation(f"{OURS} tf32x3", *PRODUCTS)(_densegrad("tf32x3"))
+
+
+@implementation("CuPy", "bias_grad", *PRODUCTS, requires=("cupy",))
 def _cupy(case: Case, arrays: Mapping[str, Any]) -> Call:
     import cupy
 
@@ -110,6 +129,30 @@ def _torch(case: Case, arrays: Mapping[str, Any]) -> Call:
     tensors = {name: _as_tensor(array) for name, array in arrays.items()}
     if case.operation == "bias_grad":
         return lambda: (torch.sum(tensors["dz"], case.batch_axis, out=tensors["db"]),)
+    return _linear_backward(case, tensors)
+
+
+@implementation("PyTorch tf32", "weight_bias_grad", "dense_grads", requires=("torch",), precision="tf32")
+def _torch_tf32(case: Case, arrays: Mapping[str, Any]) -> Call:
+    import torch
+
+    if case.dtype != "float32":
+        raise NotApplicable("TF32 is what float32 is rounded to")
+    matmul, backward = torch.backends.cuda.matmul, _torch(case, arrays)
+
+    def call() -> tuple:
+        matmul.allow_tf32 = True
+        try:
+            return backward()
+        finally:
+            matmul.allow_tf32 = False
+
+    return call
+
+
+def _linear_backward(case: Case, tensors: Mapping[str, Any]) -> Call:
+    import torch
+
     needed = {"dw": "w", "db": "b"} | ({"dx": "x"} if "dx" in case.does.results else {})
     leaves = {"x": tensors["x"], "b": torch.zeros_like(tensors["db"]),
               "w": tensors["w"].T.contiguous() if "w" in tensors else torch.empty_like(tensors["dw"].T.contiguous())}

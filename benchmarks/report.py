@@ -114,7 +114,8 @@ def measured_part(gpu: str, rows: Sequence[Row]) -> list[str]:
     first = rows[0]
     roofs = [row for row in rows if row["operation"] == run.ROOF and row["median_us"]]
     said = [f"{float(row['gb_per_s']):.0f} GB/s copied" if row["implementation"] == "device copy"
-            else f"{float(row['tflop_per_s']):.1f} TFLOP/s by cuBLAS in {row['dtype']}" for row in roofs]
+            else f"{float(row['tflop_per_s']):.1f} TFLOP/s by {row['implementation']} in {row['dtype']}"
+            for row in roofs]
     quick = "; some rows are from --quick runs" if any(row["effort"] == "quick" for row in rows) else ""
     lines = ["", f"**Measured on {gpu}** ({first['date']}, CUDA {first['cuda']}, numba-cuda {first['numba_cuda']}, "
              f"commit {first['commit']}{quick}). Roofs, measured in the same run: {'; '.join(said)}. L2 is cold.", ""]
@@ -122,15 +123,14 @@ def measured_part(gpu: str, rows: Sequence[Row]) -> list[str]:
     for found in cases(rows).values():
         failed += [f"- {shape(row)} {row['operation']} {row['dtype']}, {name}: {row['remark']}"
                    for name, row in found.items() if not row["median_us"]]
-        ours = found.get(OURS)
-        if ours is None or not ours["median_us"]:
-            continue
-        others = {name: float(row["median_us"]) for name, row in found.items() if name != OURS and row["median_us"]}
+        own = {name: row for name, row in found.items() if name.partition(" ")[0] == OURS and row["median_us"]}
+        others = {name: float(row["median_us"]) for name, row in found.items() if name not in own and row["median_us"]}
         best = min(others, key=others.__getitem__, default=None)
-        peer = f"{best} {others[best]:.1f} ({others[best] / float(ours['median_us']):.2f} x)" if best else "none"
-        body.append([ours["operation"], shape(ours), ours["dtype"],
-                     f"{float(ours['median_us']):.1f} ({float(ours['p20_us']):.1f} to {float(ours['p80_us']):.1f})",
-                     f"{float(ours['roof']):.0%}" if ours["roof"] else "-", ours["host_us"], peer])
+        for name, ours in own.items():
+            peer = f"{best} {others[best]:.1f} ({others[best] / float(ours['median_us']):.2f} x)" if best else "none"
+            body.append([ours["operation"], shape(ours), f"{ours['dtype']}{name.removeprefix(OURS)}",
+                         f"{float(ours['median_us']):.1f} ({float(ours['p20_us']):.1f} to {float(ours['p80_us']):.1f})",
+                         f"{float(ours['roof']):.0%}" if ours["roof"] else "-", ours["host_us"], peer])
     lines += table(["operation", "S x D x M", "dtype", "us (20 to 80 %)", "of the roof", "Python, us",
                     "fastest peer, us"], body)
     return [*lines, *(["", "Not timed:", "", *failed] if failed else [])]

@@ -17,7 +17,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from densegrad import device
 from densegrad.device import dtype_of
 from densegrad.errors import DeviceError
-from densegrad.launch import Launch, recorded
+from densegrad.launch import recorded
 from densegrad.plans import ITEM_BYTES
 from densegrad.testing import host
 
@@ -44,6 +45,8 @@ TF32 = "{name}={value} lets cuBLAS round float32 to TF32, which is no fair peer 
 KEY = ("operation", "implementation", "dtype", "S", "D", "M", "orientation")
 #: rows of this operation are roofs
 ROOF = "roof"
+#: of a product of two factors that are rounded to TF32's 11 significant bits, over its magnitude
+TF32_ERROR = 2.0 ** -10 + 2.0 ** -22
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,12 @@ class Roofs:
     bytes: float
     flops: Mapping[str, float]
 
-    def seconds(self, case: Case) -> float | None:
-        """The least time that a case takes by them."""
-        moving = case.bytes / self.bytes
+    def seconds(self, case: Case, precision: str) -> float | None:
+        """The least time that a case takes by them, if its products are rounded to this precision or not ("")."""
+        moving, kind = case.bytes / self.bytes, precision or case.dtype
         if not case.product_flops:
             return moving
-        return max(moving, case.product_flops / self.flops[case.dtype]) if case.dtype in self.flops else None
+        return max(moving, case.product_flops / self.flops[kind]) if kind in self.flops else None
 
 
 class Bench:
@@ -83,20 +86,33 @@ class Bench:
         timed = self._alone(lambda: self.cupy.copyto(*pair))
         self._add({"operation": ROOF, "implementation": "device copy", "S": nbytes},
                   timed, bytes=2 * nbytes, flops=0, fraction=1.0)
-        rates = {}
-        for dtype in dtypes:
+        rates: dict[str, float] = {}
+        for kind in dict.fromkeys(kind for dtype in dtypes for kind in (dtype, *["tf32"] * (dtype == "float32"))):
+            dtype = "float32" if kind == "tf32" else kind
             values = np.random.default_rng(0).standard_normal((size, size), np.float32).astype(dtype_of(dtype))
             factors = [self.cupy.asarray(values) for _ in range(2)]
             product = self.cupy.empty((size, size), factors[0].dtype)
-            row = {"operation": ROOF, "implementation": "cuBLAS", "dtype": dtype, "S": size, "D": size, "M": size}
+            row = {"operation": ROOF, "implementation": "cuBLAS tf32" if kind == "tf32" else "cuBLAS", "dtype": dtype,
+                   "S": size, "D": size, "M": size}
             try:
-                timed = self._alone(lambda f=factors, p=product: self.cupy.matmul(*f, out=p))  # type: ignore[misc]
+                with self._tf32() if kind == "tf32" else nullcontext():
+                    timed = self._alone(lambda f=factors, p=product: self.cupy.matmul(*f, out=p))  # type: ignore[misc]
             except Exception as error:  # the roof is missing, and says why; what needs none is measured all the same
                 self._failed(row, error)
                 continue
-            rates[dtype] = 2 * size ** 3 / timed.quantile(0.5)
+            rates[kind] = 2 * size ** 3 / timed.quantile(0.5)
             self._add(row, timed, bytes=3 * size * size * ITEM_BYTES[dtype], flops=2 * size ** 3, fraction=1.0)
         self.roofs = Roofs(2 * nbytes / self._seconds("device copy"), rates)
+
+    @contextmanager
+    def _tf32(self) -> Iterator[None]:
+        """CuPy's products of float32 in TF32."""
+        linalg = self.cupy._core._routines_linalg
+        linalg.set_compute_type(np.float32, linalg.COMPUTE_TYPE_TF32)
+        try:
+            yield
+        finally:
+            linalg.set_compute_type(np.float32, linalg.COMPUTE_TYPE_DEFAULT)
 
     def _seconds(self, implementation: str) -> float:
         return next(row["median_us"] for row in self.rows if row["implementation"] == implementation) / 1e6
@@ -128,7 +144,7 @@ class Bench:
         for one in implementations:
             try:
                 call = one.prepare(case, arrays)
-                share[one.name], plans[one.name] = self._gate(call, truth, one.name == OURS)
+                share[one.name], plans[one.name] = self._gate(call, truth, one)
             except NotApplicable:
                 continue
             except Exception as error:  # a peer that fails is a row too
@@ -141,8 +157,9 @@ class Bench:
                 self._failed(_named(case, one.name) | row,
                              f"wrong: an error of {share[one.name]:.3g} times its bound; not timed")
         if right:
+            precisions = {one.name: one.precision for one in right}
             for name, timed, cold, clocks in self._race(case, right, arrays):
-                least = self.roofs.seconds(case)
+                least = self.roofs.seconds(case, precisions[name])
                 self._add(_named(case, name) | {
                     "plan": plans[name], "cold_l2": "yes" if cold else "no", "worst_error_over_bound": share[name],
                     "sm_mhz": clocks.multiprocessor, "memory_mhz": clocks.memory,
@@ -156,16 +173,19 @@ class Bench:
             arrays[name] = self.cupy.asarray(np.full(shape, np.nan, dtype_of(case.dtype)))
         return arrays
 
-    def _gate(self, call: Call, truth: Truth, ours: bool) -> tuple[float, str]:
+    def _gate(self, call: Call, truth: Truth, one: Implementation) -> tuple[float, str]:
         """The worst error of all results as a share of its bound, and the plans of what was launched."""
         with recorded() as launches:
             results = call()
         plans = list(dict.fromkeys(launch.plan for launch in launches))
-        chain = _chain(launches) if ours else None
+        chain, product_error = None, TF32_ERROR if one.precision == "tf32" else 0.0
+        if one.ours:
+            chain = max(plan.chain for plan in plans)
+            product_error = max(getattr(plan, "product_error", 0.0) for plan in plans)
         got = [result.double().cpu().numpy() if hasattr(result, "cpu") else host(result) for result in results]
-        worst = max(truth.worst(name, values, chain)
+        worst = max(truth.worst(name, values, chain, product_error)
                     for name, values in zip(truth.case.does.results, got, strict=True))
-        return worst, "; ".join(map(repr, plans)) if ours else ""
+        return worst, "; ".join(map(repr, plans)) if one.ours else ""
 
     def _race(self, case: Case, racers: Sequence[Implementation],
               arrays: dict[str, Any]) -> Iterable[tuple[str, timing.Timed, bool, timing.Clocks]]:
@@ -210,10 +230,6 @@ class Bench:
         remark = error if isinstance(error, str) else f"failed: {type(error).__name__}: {error}"
         self.rows.append(self.machine | row | {"remark": " ".join(remark.split())[:300]})
         self.console.print(f"{_shown(row)}: {remark}", style="red", markup=False)
-
-
-def _chain(launches: Sequence[Launch]) -> int:
-    return max(launch.plan.chain for launch in launches)
 
 
 def _named(case: Case, implementation: str) -> dict[str, Any]:
@@ -271,7 +287,7 @@ def parser() -> argparse.ArgumentParser:
                       help=f"{', '.join(SHAPES)}, or a CSV file with columns S, D and M (default: layers)")
     made.add_argument("--dtype", nargs="+", choices=list(ITEM_BYTES), default=["float32"], metavar="DTYPE",
                       help=f"{', '.join(ITEM_BYTES)} (default: float32)")
-    names = list(dict.fromkeys(one.name for one in IMPLEMENTATIONS if one.name != OURS))
+    names = list(dict.fromkeys(one.name for one in IMPLEMENTATIONS if not one.ours))
     quoted = ", ".join(f'"{name}"' if " " in name else name for name in names)
     made.add_argument("--peers", nargs="*", choices=names, default=names, metavar="PEER",
                       help=f"peers to compare with, none if no name follows: {quoted} (default: those installed)")
@@ -295,7 +311,7 @@ def main(arguments: Sequence[str] | None = None, clock: timing.Clock | None = No
         return 2
     console = Console()
     bench = Bench(clock or timing.GpuClock(), options.quick, console)
-    chosen = [one for one in IMPLEMENTATIONS if one.name in (OURS, *options.peers)]
+    chosen = [one for one in IMPLEMENTATIONS if one.ours or one.name in options.peers]
     for name in dict.fromkeys(one.name for one in chosen if one.missing):
         missing = next(one.missing for one in chosen if one.name == name)
         console.print(f"{name} is left out: {missing} is not installed")
