@@ -41,6 +41,7 @@ class Result:
     depth: Callable[[int, int, int], int]
     flops: Callable[[int, int, int], int]
     rows: tuple[str, int] | None = None  # of a product: which axis of which argument its rows follow
+    signed: tuple[str, ...] = ()  # arguments that are taken as they are for the sum of magnitudes
 
 
 #: Inputs of a trained layer are about normal, weights are smaller the more inputs there are, gradients are small.
@@ -48,13 +49,21 @@ INPUTS = {
     "x": Array(lambda s, d, m: (s, d)),
     "w": Array(lambda s, d, m: (d, m), lambda s, d, m: d ** -0.5),
     "dz": Array(lambda s, d, m: (s, m), lambda s, d, m: 0.02),
+    "da": Array(lambda s, d, m: (s, m), lambda s, d, m: 0.02),
+    "z": Array(lambda s, d, m: (s, m)),
 }
+#: of activation_grad: the one whose derivative takes no time, so that memory is what is measured
+ACTIVATION = "relu"
 RESULTS = {
     "dx": Result(Array(lambda s, d, m: (s, d)), reference.input_grad, ("dz", "w"), lambda s, d, m: m,
                  lambda s, d, m: 2 * s * d * m, ("dz", 0)),
     "dw": Result(Array(lambda s, d, m: (d, m)), reference.weight_grad, ("x", "dz"), lambda s, d, m: s,
                  lambda s, d, m: 2 * s * d * m, ("x", 1)),
     "db": Result(Array(lambda s, d, m: (m,)), reference.bias_grad, ("dz",), lambda s, d, m: s, lambda s, d, m: s * m),
+    "dz below relu": Result(INPUTS["dz"], lambda da, z: reference.activation_grad(da, z, ACTIVATION)[0], ("da", "z"),
+                            lambda s, d, m: 1, lambda s, d, m: s * m, signed=("z",)),
+    "db below relu": Result(Array(lambda s, d, m: (m,)), lambda da, z: reference.activation_grad(da, z, ACTIVATION)[1],
+                            ("da", "z"), lambda s, d, m: s, lambda s, d, m: s * m, signed=("z",)),
 }
 ORIENTATIONS = ("samples first", "features first")
 
@@ -74,6 +83,7 @@ OPERATIONS = {
     "input_grad": Operation(("dz", "w"), ("dx",)),
     "weight_bias_grad": Operation(("x", "dz"), ("dw", "db")),
     "dense_grads": Operation(("x", "w", "dz"), ("dx", "dw", "db")),
+    "activation_grad": Operation(("da", "z"), ("dz below relu", "db below relu")),
 }
 
 
@@ -178,7 +188,9 @@ class Truth:
             name, axis = means.rows
             arrays[name] = arrays[name].take(checked_rows(arrays[name].shape[axis]), axis)
         wide = [arrays[name].astype(np.float64) for name in means.arguments]
-        return means.meaning(*wide), means.meaning(*map(np.abs, wide))
+        magnitudes = [array if name in means.signed else np.abs(array)
+                      for name, array in zip(means.arguments, wide, strict=True)]
+        return means.meaning(*wide), means.meaning(*magnitudes)
 
 
 def checked_rows(rows: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 import densegrad
 
 from . import baselines
-from .operations import Case
+from .operations import ACTIVATION, Case
 
 Call = Callable[[], tuple]
 Prepare = Callable[[Case, Mapping[str, Any]], Call]
@@ -84,6 +84,9 @@ def _densegrad(precision: str | None) -> Prepare:
             out = densegrad.WeightBiasGrads(**given)
         elif case.operation == "dense_grads":
             out = densegrad.DenseGrads(**given)
+        elif case.operation == "activation_grad":
+            out = densegrad.OutputGrads(*given.values())
+            inputs.append(ACTIVATION)
         options = {"batch_axis": case.batch_axis, "out": out} | ({"precision": precision} if precision else {})
 
         def call() -> tuple:
@@ -99,7 +102,7 @@ implementation(f"{OURS} tf32", *PRODUCTS, precision="tf32")(_densegrad("tf32"))
 implementation(f"{OURS} tf32x3", *PRODUCTS)(_densegrad("tf32x3"))
 
 
-@implementation("CuPy", "bias_grad", *PRODUCTS, requires=("cupy",))
+@implementation("CuPy", "bias_grad", *PRODUCTS, "activation_grad", requires=("cupy",))
 def _cupy(case: Case, arrays: Mapping[str, Any]) -> Call:
     import cupy
 
@@ -107,6 +110,8 @@ def _cupy(case: Case, arrays: Mapping[str, Any]) -> Call:
         "dx": lambda: cupy.matmul(arrays["dz"], arrays["w"].T, out=arrays["dx"]),
         "dw": lambda: cupy.matmul(arrays["x"].T, arrays["dz"], out=arrays["dw"]),
         "db": lambda: cupy.sum(arrays["dz"], axis=case.batch_axis, out=arrays["db"]),
+        "dz below relu": lambda: cupy.multiply(arrays["da"], arrays["z"] > 0, out=arrays["dz below relu"]),
+        "db below relu": lambda: cupy.sum(arrays["dz below relu"], axis=0, out=arrays["db below relu"]),
     }
     chosen = [(steps[name], arrays[name]) for name in case.does.results]
 
@@ -118,9 +123,9 @@ def _cupy(case: Case, arrays: Mapping[str, Any]) -> Call:
     return call
 
 
-@implementation("PyTorch", "bias_grad", "weight_bias_grad", "dense_grads", requires=("torch",))
+@implementation("PyTorch", "bias_grad", "weight_bias_grad", "dense_grads", "activation_grad", requires=("torch",))
 def _torch(case: Case, arrays: Mapping[str, Any]) -> Call:
-    """torch.sum, and the backward pass of torch.nn.functional.linear, whose weight is (M, D)."""
+    """torch.sum, and the backward passes of torch.relu and torch.nn.functional.linear, whose weight is (M, D)."""
     import torch
 
     matmul = torch.backends.cuda.matmul
@@ -129,6 +134,15 @@ def _torch(case: Case, arrays: Mapping[str, Any]) -> Call:
     tensors = {name: _as_tensor(array) for name, array in arrays.items()}
     if case.operation == "bias_grad":
         return lambda: (torch.sum(tensors["dz"], case.batch_axis, out=tensors["db"]),)
+    if case.operation == "activation_grad":
+        below = tensors["z"].detach().requires_grad_()
+        above = torch.relu(below)
+
+        def backward() -> tuple:
+            dz, = torch.autograd.grad(above, below, tensors["da"], retain_graph=True)
+            return dz, torch.sum(dz, 0)
+
+        return backward
     return _linear_backward(case, tensors)
 
 
