@@ -77,6 +77,7 @@ def calls(module: Any) -> dict[str, Callable[[], Any]]:
         "input_grad(dz, w)": lambda: densegrad.input_grad(dz, w),
         "weight_bias_grad(x, dz)": lambda: densegrad.weight_bias_grad(x, dz),
         "dense_grads(x, w, dz)": lambda: densegrad.dense_grads(x, w, dz),
+        'activation_grad(dz, z, "relu")': lambda: densegrad.activation_grad(dz, dz, "relu"),
     }
 
 

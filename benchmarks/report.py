@@ -79,6 +79,15 @@ def sectors_plot(rows: Mapping[str, Row]) -> str:
                       "timed. The marks are limits that must hold.", bars, 30, " %")
 
 
+def ideas_plot(rows: Mapping[str, Row]) -> str:
+    """What the machine code of the learner's kernels and of ours could reach at most, one idea more in every row."""
+    shares = {name.removeprefix("idea: "): 100 * float(row["bound_modelled"])
+              for name, row in rows.items() if name.startswith("idea: ")}
+    bars = [plots.Bar(idea, "bound", share, f"{share:.0f} %") for idea, share in shares.items()]
+    return plots.bars("What each idea of dL/dW buys", "Share of an H100's FP32 peak that the linked machine code allows "
+                      "at most: modelled, not timed.", bars, 100, " %")
+
+
 # Measured
 
 
@@ -244,6 +253,9 @@ def section(folder: Path, pictures: str) -> tuple[str, dict[str, str]]:
     if by_table.get("batch_sum"):
         made["sectors.svg"] = sectors_plot(by_table["batch_sum"])
         lines += ["", f"![What dL/db reads beyond dZ, counted]({pictures}/sectors.svg)"]
+    if any(name.startswith("idea: ") for name in by_table.get("matmul", ())):
+        made["ideas.svg"] = ideas_plot(by_table["matmul"])
+        lines += ["", f"![What each idea of dL/dW buys, modelled]({pictures}/ideas.svg)"]
     for name in by_table:
         for shown in tables.shown(name):
             lines += counted_part(shown, by_table[name])
