@@ -84,8 +84,8 @@ def ideas_plot(rows: Mapping[str, Row]) -> str:
     shares = {name.removeprefix("idea: "): 100 * float(row["bound_modelled"])
               for name, row in rows.items() if name.startswith("idea: ")}
     bars = [plots.Bar(idea, "bound", share, f"{share:.0f} %") for idea, share in shares.items()]
-    return plots.bars("What each idea of dL/dW buys", "Share of an H100's FP32 peak that the linked machine code allows "
-                      "at most: modelled, not timed.", bars, 100, " %")
+    return plots.bars("What each idea of dL/dW buys", "Share of an H100's FP32 peak that the linked machine code "
+                      "allows at most: modelled, not timed.", bars, 100, " %")
 
 
 # Measured

@@ -833,6 +833,7 @@ def _blocks(elements: int) -> int:
     return min(WAVE, max(min(280, _ceil(elements, 3584)), elements // 16384))
 
 
+@lru_cache(maxsize=4096)
 def plan_upstream(samples: int, outputs: int, dtype: str, layout: str) -> BatchSumPlan:
     """The plan for forming dZ of these sizes in one of LAYOUTS, and summing it on the way.
 
