@@ -1,0 +1,95 @@
+"""dL/dZ formed below activations and cross-entropy while dL/db is summed: what is read and written over what must be.
+
+Large shapes are cut to one tile of outputs, of which all are alike, with the plan of the whole shape; narrow ones to a few
+parts of the batch.
+"""
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+import densegrad as dg
+from benchmarks.counting import Limit, Rehearsed, Shown, total
+from densegrad.device import dtype_of
+from densegrad.plans import ITEM_BYTES, plan_upstream
+
+README = [Shown(
+    "dL/dZ and dL/db in one pass: sectors read and written over those of one matrix",
+    (("shape", "dZ (S, M)", ""), ("dtype", "dtype", ""), ("above", "below", ""), ("read", "read", ".3f"),
+     ("written", "written", ".3f"), ("active_lanes", "lanes of 32", ".1f"), ("blocks", "blocks", "")),
+    ("(8192, 3072) float32 relu", "(8192, 3072) bfloat16 gelu", "(8192, 3072) float32 weights",
+     "(8192, 3072) float32 cross_entropy", "(1000003, 10) float32 relu"),
+    "Below an activation two matrices must be read and one written: 2 and 1. Cross-entropy reads its logits twice.",
+)]
+
+
+@dataclass(frozen=True)
+class Formed:
+    """activation_grad or cross_entropy_grad of one shape."""
+
+    samples: int
+    outputs: int
+    dtype: str
+    above: str  # an activation, "weights" alone, or "cross_entropy"
+    batch_axis: int = 0
+    must: tuple[Limit, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        return f"({self.samples}, {self.outputs}) {self.dtype} {self.above}{' features_first' * self.batch_axis}"
+
+    @property
+    def limits(self) -> Iterable[Limit]:
+        """What must hold."""
+        return (*self.must, Limit("shared_load_degree", most=1.05), Limit("shared_store_degree", most=1.05))
+
+    def measure(self, machine: Rehearsed) -> dict[str, Any]:
+        """Execute it, and check that db is the sum of dz."""
+        import cupy
+
+        plan = plan_upstream(self.samples, self.outputs, self.dtype, "features_first" if self.batch_axis else "flat")
+        if plan.layout == "features_first":
+            part = replace(plan, outputs=min(self.outputs, plan.runs_per_block))
+        elif self.outputs > plan.tile:
+            part = replace(plan, outputs=plan.tile)
+        else:
+            part = replace(plan, samples=min(self.samples, 8 * plan.samples_per_part))
+        shape = (part.outputs, part.samples) if self.batch_axis else (part.samples, part.outputs)
+        draw = np.random.default_rng(0)
+        above, z = (cupy.asarray(draw.integers(-2, 3, shape).astype(dtype_of(self.dtype))) for _ in range(2))
+        weights = cupy.asarray(np.ones(part.samples, "float32")) if self.above == "weights" else None
+        labels = cupy.asarray(draw.integers(0, part.outputs, part.samples))
+        results = []
+
+        def call() -> None:
+            if self.above == "cross_entropy":
+                results.append(dg.cross_entropy_grad(z, labels, batch_axis=self.batch_axis, plan=part))
+            else:
+                activation = None if self.above == "weights" else self.above
+                results.append(dg.activation_grad(above, z if activation else None, activation, sample_weight=weights,
+                                                  batch_axis=self.batch_axis, plan=part))
+
+        counts = total(machine.count(call))
+        dz, db = (np.asarray(result.get(), float) for result in results[0])
+        if np.abs(dz.sum(axis=self.batch_axis) - db).max() > 2.0 ** -8 * np.abs(dz).sum(axis=self.batch_axis).max():
+            raise SystemExit(f"{self.name}: db is not the sum of dz")
+        matrix = part.samples * part.outputs * ITEM_BYTES[self.dtype] / 32
+        return {
+            "shape": f"{self.samples}x{self.outputs}", "dtype": self.dtype, "above": self.above, "layout": plan.layout,
+            "cut": "" if part == plan else f"{part.samples}x{part.outputs}", "kernels": counts.kernel,
+            "blocks": plan.grid[0] * plan.grid[1], "threads": plan.threads,
+            "wide_loads": counts.wide_loads, "read": counts.load_sectors / matrix, "written": counts.store_sectors / matrix,
+            "moved": (counts.load_sectors + counts.store_sectors) / matrix, "active_lanes": counts.active_lanes,
+            "shared_load_degree": counts.shared_load_degree, "shared_store_degree": counts.shared_store_degree,
+        }
+
+
+def rows() -> list[Formed]:
+    """The table of what must hold: below an activation, two matrices read and one written, within 2 %."""
+    table = [Formed(8192, 3072, dtype, above, axis, (Limit("moved", most=3.06),))
+             for dtype, above, axis in (("float32", "relu", 0), ("float32", "gelu", 0), ("bfloat16", "gelu", 0),
+                                        ("float16", "relu", 0), ("float64", "tanh", 0), ("float32", "relu", 1))]
+    table += [Formed(8192, 3072, "float32", above, axis) for axis in (0, 1) for above in ("weights", "cross_entropy")]
+    return table + [Formed(1_000_003, outputs, "float32", "relu", axis) for outputs in (1, 3, 10, 33) for axis in (0, 1)]
