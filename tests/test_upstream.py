@@ -8,15 +8,24 @@ import densegrad as dg
 from densegrad import reference
 from densegrad.device import dtype_of
 from densegrad.errors import DTypeError, OutError, PlanError, ShapeError
-from densegrad.plans import BatchSumPlan, accumulator_of, plan_upstream
-from densegrad.testing import LAYOUTS, ROUNDOFF, SENTINEL, UNDERFLOW, Placed, bits, check_within, host, normal, poisoned
+from densegrad.plans import BatchSumPlan, plan_upstream
+from densegrad.testing import (
+    LAYOUTS,
+    ROUNDINGS,
+    ROUNDOFF,
+    SENTINEL,
+    Placed,
+    bits,
+    check_within,
+    cross_entropy_roundings,
+    dz_bound,
+    host,
+    normal,
+    poisoned,
+)
 from densegrad.upstream import ACTIVATIONS
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-#: Roundings on the way to f', each of a number that is at most 2: an operation is one, exp and erfc are 2 and 6 units in the
-#: last place off by NVIDIA's tables, and their argument's rounding moves them by less than 2 more.
-ROUNDINGS = {"identity": 0, "relu": 0, "leaky_relu": 1, "sigmoid": 8, "tanh": 10, "silu": 14, "gelu": 20, "gelu_tanh": 24}
-
 
 def data(shape, dtype, seed=0):
     """Normal numbers times 3, so that activations bend."""
@@ -30,13 +39,6 @@ def small_plan(samples, outputs, dtype, features_first, parts=1):
         return BatchSumPlan(samples, outputs, dtype, "features_first", 4, 4, 2, -(-samples // (line * parts)) * line,
                             runs_per_block=4, folders=4)
     return BatchSumPlan(samples, outputs, dtype, "rows", 4, 16, 2, -(-samples // parts))
-
-
-def dz_bound(exact, largest, roundings, dtype):
-    """The error of an element that is `largest` times a factor found with so many roundings, and two products more."""
-    u, kept = ROUNDOFF[accumulator_of(dtype)], ROUNDOFF[dtype]
-    error = (2 * roundings + 3) * u * largest + UNDERFLOW[accumulator_of(dtype)] * (1 + largest)
-    return error + kept * (np.abs(exact) + error) + UNDERFLOW[dtype]
 
 
 def on(xp, *arrays):
@@ -145,10 +147,7 @@ def test_cross_entropy(dtype, labels, batch_axis, xp):
     _, db = dg.cross_entropy_grad(*on(xp, given, label), sample_weight=xp.asarray(weights),
                                   out=dg.OutputGrads(dz=out.array), plan=plan, **options)
     exact, _ = reference.cross_entropy_grad(given, label, sample_weight=weights, **options)
-    # The logarithm is off by u for each of the additions and exponentials of a chain, and by its own rounding; times the
-    # probability, which is at most 1, that is what the exponential is off by, besides its own roundings.
-    wide = np.abs(z[np.arange(21) != 3].astype(float)).max() + np.log(40)
-    roundings = 4 * (40 // 8 + 32) + 2 * wide + 8
+    roundings = cross_entropy_roundings(40, np.abs(z[np.arange(21) != 3].astype(float)).max())
     largest = 0.5 * weights[None, :] if batch_axis else 0.5 * weights[:, None]
     check_within(out.read(), exact, dz_bound(exact, largest, roundings, dtype))
     dz = host(out.array).T if batch_axis else host(out.array)

@@ -10,7 +10,7 @@ import numpy as np
 from . import reference
 from .device import dtype_of
 from .launch import recorded
-from .testing import ROUNDOFF, error_bound
+from .testing import ROUNDINGS, ROUNDOFF, cross_entropy_roundings, dz_bound, error_bound
 
 #: (samples, in_features, out_features): less than a tile, in every dtype
 SMALL = (19, 5, 10)
@@ -25,6 +25,7 @@ _ORIENTATIONS: tuple[tuple[str, int, str, bool], ...] = (
     *(("bias_grad", axis, "in_out", compensated) for compensated in (False, True) for axis in (0, 1)),
     *((function, axis, layout, False) for function in ("weight_grad", "input_grad", "dense_grads")
       for axis in (0, 1) for layout in ("in_out", "out_in")),
+    *((function, axis, "in_out", False) for function in ("activation_grad", "cross_entropy_grad") for axis in (0, 1)),
 )
 
 _ARGUMENTS = {"bias_grad": ("dz",), "weight_grad": ("x", "dz"), "input_grad": ("dz", "w")}
@@ -100,6 +101,8 @@ def run(case: Case) -> Outcome:
 def _run(case: Case) -> Outcome:
     import densegrad
 
+    if case.function in ("activation_grad", "cross_entropy_grad"):
+        return _run_upstream(case)
     arrays, options = _problem(case)
     names = _GRADIENTS.get(case.function, (case.function,))
     exact, magnitude, bounds = {}, {}, []
@@ -125,6 +128,35 @@ def _run(case: Case) -> Outcome:
         bounds.append(error_bound(magnitude[name], exact[name], chain, terms, case.dtype,
                                   compensated=case.compensated))
     worst = max((compare(*three) for three in zip(results[0], exact.values(), bounds, strict=True)),
+                key=lambda compared: compared[2])
+    repeats = all(first.tobytes() == second.tobytes() for first, second in zip(*results, strict=True))
+    return Outcome(case, *worst, repeats)
+
+
+def _run_upstream(case: Case) -> Outcome:
+    """dz against float64, and db against the sum of the dz that came out."""
+    import densegrad
+
+    draw = np.random.default_rng([case.samples, case.out_features, case.batch_axis])
+    shape = (case.out_features, case.samples) if case.batch_axis else (case.samples, case.out_features)
+    da, z = (draw.standard_normal(shape).astype(dtype_of(case.dtype)) for _ in range(2))
+    mask, labels = draw.random(case.samples) < 0.8, draw.integers(0, case.out_features, case.samples)
+    options: dict[str, Any] = {"batch_axis": case.batch_axis, "sample_weight": mask}
+    given, scale, roundings = (da, z, "gelu"), np.abs(da.astype(float)), float(ROUNDINGS["gelu"])
+    if case.function == "cross_entropy_grad":
+        given = (z, labels)  # type: ignore[assignment]
+        scale, roundings = np.ones(shape), cross_entropy_roundings(case.out_features, float(np.abs(z.astype(float)).max()))
+    results = []
+    with recorded() as launches:
+        for _ in range(2):
+            out = densegrad.OutputGrads(np.full(shape, np.nan, da.dtype), np.full(case.out_features, np.nan, da.dtype))
+            results.append(getattr(densegrad, case.function)(*given, out=out, **options))
+    exact, _ = getattr(reference, case.function)(*given, **options)
+    dz, db = results[0]
+    total, magnitude = (reference.bias_grad(part, batch_axis=case.batch_axis) for part in (dz, np.abs(dz)))
+    chain = max(launch.plan.chain for launch in launches)
+    worst = max(compare(dz, exact, dz_bound(exact, scale, roundings, case.dtype)),
+                compare(db, total, error_bound(magnitude, total, chain, case.samples, case.dtype)),
                 key=lambda compared: compared[2])
     repeats = all(first.tobytes() == second.tobytes() for first, second in zip(*results, strict=True))
     return Outcome(case, *worst, repeats)

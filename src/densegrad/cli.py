@@ -178,7 +178,7 @@ def _table(title: str | None, left: tuple[str, ...], right: tuple[str, ...], las
     """A table whose columns are words, then numbers, then words."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in left:
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in right:
         table.add_column(heading, justify="right")
     for heading in last:
@@ -417,7 +417,7 @@ def _check_table(outcomes: list[Any]) -> Table:
         restless = outcome.share <= 1 and not outcome.repeats
         table.add_row(case.function + " compensated" * case.compensated,
                       f"{case.samples}, {case.in_features}, {case.out_features}", case.dtype, str(case.batch_axis),
-                      "" if case.function == "bias_grad" else case.weight_layout,
+                      case.weight_layout if case.function.startswith(("weight", "input", "dense")) else "",
                       f"{outcome.error:.1e}", f"{outcome.bound:.1e}",
                       "[bold red]bits differ[/bold red]" if restless else _verdict(outcome.passed))
     return table

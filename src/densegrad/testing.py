@@ -149,6 +149,27 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
             + (terms + 1) * ROUNDOFF["float64"] * magnitude)
 
 
+#: Roundings on the way to an activation's derivative, each of a number of at most 2: an operation is one; exp and erfc are 2
+#: and 6 units in the last place off by NVIDIA's tables, and the rounding of their argument moves them by less than 2 more.
+ROUNDINGS = {"identity": 0, "relu": 0, "leaky_relu": 1, "sigmoid": 8, "tanh": 10, "silu": 14, "gelu": 20, "gelu_tanh": 24}
+
+
+def cross_entropy_roundings(outputs: int, largest: float) -> float:
+    """The same for softmax minus target, of logits of at most this magnitude.
+
+    The logarithm of the sum is off by u for every addition and exponential of a chain and by its own rounding; times the
+    probability, which is at most 1, the exponential is off by as much, besides its own roundings.
+    """
+    return 4 * (outputs // 8 + 32) + 2 * (largest + np.log(max(outputs, 1))) + 8
+
+
+def dz_bound(exact: np.ndarray, scale: np.ndarray | float, roundings: float, dtype: str) -> np.ndarray:
+    """What the error of dz may be, entry by entry: scale times a factor found with so many roundings, and three products."""
+    u, underflow = ROUNDOFF[accumulator_of(dtype)], UNDERFLOW[accumulator_of(dtype)]
+    error = (2 * roundings + 3) * u * scale + underflow * (1 + scale)
+    return error + ROUNDOFF[dtype] * (np.abs(exact) + error) + UNDERFLOW[dtype]
+
+
 def expected(function: str, arrays: tuple[np.ndarray, ...], options: dict[str, Any], chain: int,
              result_dtype: str | None = None, old: np.ndarray | None = None,
              product_error: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
