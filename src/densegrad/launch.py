@@ -22,6 +22,7 @@ from .plans import (
     Tiling,
     accumulator_of,
     plan_batch_sum,
+    plan_upstream,
     transposed_tile,
 )
 
@@ -405,6 +406,18 @@ class _Catalogue(Session):
                       Operand("db", None, 0, result, 1, outputs, outputs, 1), accumulate)
 
 
+    def add_upstream(self, above: str, samples: int, outputs: int, dtype: str, layout: str, weights: str = "") -> None:
+        """Keep the kernels that form dZ of this shape."""
+        self.title = "-".join([dtype, above, f"{samples}x{outputs}", layout] + [f"weights-{weights}"] * bool(weights))
+        turned = layout == "features_first"
+        matrix = Operand("dz", None, 0, dtype, samples, outputs, *((1, samples) if turned else (outputs, 1)))
+        column = Operand("weights", None, 0, weights or "int64", samples, 1, 1, 1)
+        labels = above == "cross_entropy"
+        run_upstream(self, plan_upstream(samples, outputs, dtype, layout), above, 0.0, None if labels else matrix,
+                     None if above == "identity" else matrix, matrix, Operand("db", None, 0, dtype, 1, outputs, outputs, 1),
+                     weights=column if weights else None, labels=replace(column, dtype="int64") if labels else None)
+
+
 def kernel_variants() -> dict[str, Variant]:
     """The kernels for all dtypes, tiles, layouts and options, by name. Needs a compiler, but no device."""
     catalogue = _Catalogue()
@@ -423,6 +436,10 @@ def kernel_variants() -> dict[str, Variant]:
             catalogue.add_batch_sum(samples, outputs, dtype, layout)
         for layout in ("rows", "flat", "features_first"):
             catalogue.add_batch_sum(65536, 10, dtype, layout, result=accumulator, accumulate=True, compensated=True)
+        for layout in ("flat", "features_first"):
+            for above, weights in (("relu", ""), ("gelu", ""), ("gelu_tanh", "float32"), ("cross_entropy", ""), ("identity", "bool")):
+                catalogue.add_upstream(above, 8192, 3072, dtype, layout, weights)
+        catalogue.add_upstream("silu", 65536, 10, dtype, "flat")
     for tile in MATMUL_TILES:
         catalogue.add_matmul("float32", tile)
         catalogue.add_matmul("float32", transposed_tile(tile))
