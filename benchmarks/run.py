@@ -137,11 +137,15 @@ class Bench:
     def _measure(self, case: Case, implementations: Sequence[Implementation]) -> None:
         data = case.data()
         truth = Truth(case, data)
-        arrays = self._arrays(case, data)
+        arrays = {name: self.cupy.asarray(values) for name, values in data.items()}
+        nothing = self._nothing(case)
+        arrays |= {name: self.cupy.array(array) for name, array in nothing.items()}
         plans: dict[str, str] = {}
         share: dict[str, float] = {}
         right: list[Implementation] = []
         for one in implementations:
+            for name, array in nothing.items():
+                self.cupy.copyto(arrays[name], array)
             try:
                 call = one.prepare(case, arrays)
                 share[one.name], plans[one.name] = self._gate(call, truth, one)
@@ -165,13 +169,11 @@ class Bench:
                     "sm_mhz": clocks.multiprocessor, "memory_mhz": clocks.memory,
                 }, timed, case.bytes, case.flops, least and least / timed.quantile(0.5))
 
-    def _arrays(self, case: Case, data: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """The inputs on the device, and results full of NaN."""
-        arrays = {name: self.cupy.asarray(values) for name, values in data.items()}
-        for name in case.does.results:
-            shape = RESULTS[name].array.shape(*case.sizes)
-            arrays[name] = self.cupy.asarray(np.full(shape, np.nan, dtype_of(case.dtype)))
-        return arrays
+    def _nothing(self, case: Case) -> dict[str, Any]:
+        """Results full of NaN, which an implementation has to replace."""
+        blank = {name: np.full(RESULTS[name].array.shape(*case.sizes), np.nan, dtype_of(case.dtype))
+                 for name in case.does.results}
+        return {name: self.cupy.asarray(array) for name, array in blank.items()}
 
     def _gate(self, call: Call, truth: Truth, one: Implementation) -> tuple[float, str]:
         """The worst error of all results as a share of its bound, and the plans of what was launched."""

@@ -112,6 +112,14 @@ def test_what_is_wrong_or_fails_is_a_row_without_a_time(bench, peer):
 
 
 @pytest.mark.only("gpu")
+def test_results_that_another_implementation_left_behind_do_not_count(bench, peer):
+    peer("idle", lambda arrays: (arrays["db"],))
+    _, rows = bench("--op", "bias_grad", "--peers", "idle")
+    assert {row["remark"] for row in rows if row["implementation"] == "idle"} == {
+        "wrong: an error of inf times its bound; not timed"}
+
+
+@pytest.mark.only("gpu")
 def test_a_peer_is_added_in_one_place_and_may_fail(bench, peer):
     def out_of_order(arrays):
         raise RuntimeError("no such\nepilogue")
