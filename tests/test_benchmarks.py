@@ -426,15 +426,27 @@ def test_a_changed_row_or_a_lost_marker_is_noticed(measured):
         report.placed("# densegrad", before)
 
 
+def test_rows_that_were_not_counted_are_said_to_be_missing(tmp_path):
+    names = [row.name for row in tables.rows("batch_sum")]
+    records.write(tmp_path / "counted" / "batch_sum.csv", [
+        {"name": names[0], "source": "executed PTX, 9.0", "broken": ""},
+        {"name": names[1], "source": "executed PTX, 9.0", "broken": "read blocks"}])
+    line = next(line for line in report.holding(tmp_path) if "batch_sum" in line[0])
+    assert line[1] == f"1 of {len(names)}"
+    assert line[2].startswith(f"{names[1]}: read, blocks; {names[2]}: not counted; ")
+
+
 def test_a_figure_that_misses_its_limit_says_so():
     shown = counting.Shown("Table", (("name", "shape", ""), ("read", "read", ".2f")), ("a", "b", "not counted"))
     rows = {name: {"name": name, "read": "1.234", "broken": broken} for name, broken in (("a", ""), ("b", "read"))}
     assert report.counted_part(shown, rows)[-2:] == ["| a | 1.23 |", "| b | 1.23 (missed) |"]
 
 
-def test_what_the_readme_shows_has_been_counted():
+def test_what_the_readme_shows_has_been_counted_and_the_rows_are_those_of_the_tables():
     for name in tables.names():
-        rows = report.counted_rows(records.RESULTS, name)
+        rows, names = report.counted_rows(records.RESULTS, name), [row.name for row in tables.rows(name)]
+        assert len(set(names)) == len(names)
+        assert rows.keys() <= set(names)
         for shown in tables.shown(name):
             assert set(shown.rows) <= rows.keys()
             assert all(column in rows[row] for row in shown.rows for column, _, _ in shown.columns)
