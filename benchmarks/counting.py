@@ -174,12 +174,13 @@ class Rehearsed:
         self.source = f"executed PTX, {self.capability}"
 
     def count(self, call: Callable[[], Any]) -> list[Counts]:
-        """Run a call and count what each of its launches does."""
+        """Run a call and count what each of its launches does. Kernels that densegrad does not know go by their symbols."""
         before = len(self._machine.launches)
         with recorded() as launches:
             call()
-        return [self._counts(launch.kernel, executed)
-                for launch, executed in zip(launches, self._machine.launches[before:], strict=True)]
+        executed = self._machine.launches[before:]
+        names = [launch.kernel for launch in launches] or [one.name for one in executed]
+        return [self._counts(name, one) for name, one in zip(names, executed, strict=True)]
 
     def _counts(self, kernel: str, executed: Any) -> Counts:
         counters = executed.counters

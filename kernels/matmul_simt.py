@@ -33,64 +33,100 @@ Source: Boehm, "How to optimize a CUDA matmul kernel for cuBLAS-like performance
 "Efficient GEMM in CUDA".
 """
 from functools import cache
+from typing import NamedTuple
 
 from numba import cuda, int32
 
 from . import primitives
-from .primitives.layout import tile_copy, tile_share
+from .primitives.layout import ITEM_BYTES, WIDEST, Line, lanes_of, tile_copy, tile_share
 
 ENDLESS = 2**31 - 1
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Tiles(NamedTuple):
+    """What a block multiplies at a time and what a thread of it owns, of operands of dtype summed in accumulator."""
+
+    dtype: str
+    accumulator: str
+    rows: int
+    cols: int
+    depth: int
+    thread_rows: int
+    thread_cols: int
+    blocks_per_multiprocessor: int
+    offset_bits: int  # that count the bytes from a tile's first element to any other
+
+
+class Side(NamedTuple):
+    """How an operand lies in memory: contiguous along the depth or not, and how many elements may be read at a time."""
+
+    along_depth: bool
+    access: int
+
+
+class Epilogue(NamedTuple):
+    """What becomes of alpha times a sum: computed in `wide`, plus the result if accumulate, then rounded once to dtype.
+
+    access elements of the result's columns may be written at a time.
+    """
+
+    dtype: str
+    access: int
+    wide: str
+    accumulate: bool
 
 
 @cache
-def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_rows, thread_cols, blocks_per_multiprocessor,
-                left_access, left_along_depth, right_access, right_along_depth, offset_bits, result_dtype, result_access,
-                epilogue, accumulate, sums_of):
-    """The kernel for these tiles, types and orientations.
+def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
+    """The kernel for these tiles, orientations and results.
 
-    epilogue is the type that alpha * sum (+ result, if accumulate) is computed in before it is rounded to result_dtype.
-    sums_of is "right" or "left" for the kernel that also adds that operand up along the depth, else "".
+    sums_of is "right" or "left" for the kernel that also adds that operand up along the depth.
     """
+    accumulator, tile_rows, tile_cols, tile_depth = tiles.accumulator, tiles.rows, tiles.cols, tiles.depth
+    thread_rows, thread_cols, item_bytes = tiles.thread_rows, tiles.thread_cols, ITEM_BYTES[tiles.dtype]
     lanes_down, lanes_across = tile_rows // thread_rows, tile_cols // thread_cols
     threads = lanes_down * lanes_across
-    warp_across = min(8, lanes_across)
-    warp_down = min(max(32 // warp_across, 1), lanes_down)
-    warp = warp_down * warp_across
-    warps_across = lanes_across // warp_across
-    vector = 2 if accumulator == "float64" else 4
-    row_spacing, col_spacing = tile_rows * vector // thread_rows, tile_cols * vector // thread_cols
-    col_groups = thread_cols // vector
-    stores = vector // result_access
-    item_bytes = ITEM_BYTES[dtype]
-    sums_count, left_stage, right_stage = thread_rows * thread_cols, tile_depth * tile_rows, tile_depth * tile_cols
+    vector = WIDEST // ITEM_BYTES[accumulator]
+    sums_count, stage_size = thread_rows * thread_cols, tile_depth * (tile_rows + tile_cols)
 
-    left_copy = tile_copy(dtype, accumulator, tile_rows, tile_depth, left_access, left_along_depth, threads, thread_rows,
-                          offset_bits)
-    right_copy = tile_copy(dtype, accumulator, tile_cols, tile_depth, right_access, right_along_depth, threads, thread_cols,
-                           offset_bits)
-    left_place = right_place = primitives.place(dtype)
-    left_places, right_places = primitives.tile_offsets(left_copy), primitives.tile_offsets(right_copy)
-    left_shared = primitives.shared_array("left", accumulator, 2 * left_stage)
-    right_shared = primitives.shared_array("right", accumulator, 2 * right_stage)
-    load_left, store_left = primitives.load_tile(left_copy), primitives.store_tile(left_copy)
-    load_right, store_right = primitives.load_tile(right_copy), primitives.store_tile(right_copy)
+    # Copies of tiles, and what multiplies them.
+    left_along_depth, right_along_depth = left_side.along_depth, right_side.along_depth
+    left_copy = tile_copy(tiles.dtype, accumulator, tile_rows, tile_depth, left_side.access, left_along_depth, threads,
+                          thread_rows, tiles.offset_bits)
+    right_copy = tile_copy(tiles.dtype, accumulator, tile_cols, tile_depth, right_side.access, right_along_depth, threads,
+                           thread_cols, tiles.offset_bits, start=tile_depth * tile_rows)
+    row_spacing, col_spacing = left_copy.layout.spacing, right_copy.layout.spacing
+    lanes_of_thread = primitives.thread_lanes(lanes_of(lanes_down, lanes_across, col_spacing // vector))
+    row_of, col_of = primitives.fragment_start(left_copy.layout), primitives.fragment_start(right_copy.layout)
+    left_turn_of, right_turn_of = primitives.tile_turn(left_copy), primitives.tile_turn(right_copy)
+    left_offset_of, right_offset_of = primitives.tile_offset(left_copy), primitives.tile_offset(right_copy)
+    left_offset_type, right_offset_type = primitives.offset_type(left_copy), primitives.offset_type(right_copy)
+    place_of = primitives.place(tiles.dtype)
+    load_left, load_right = primitives.load_tile(left_copy), primitives.load_tile(right_copy)
     load_whole_left, load_whole_right = primitives.load_whole_tile(left_copy), primitives.load_whole_tile(right_copy)
+    store_left, store_right = primitives.store_tile(left_copy), primitives.store_tile(right_copy)
+    both_stages = primitives.shared_array("stages", accumulator, 2 * stage_size)
     multiply = primitives.multiply_tile(accumulator, tile_depth, left_copy.layout, right_copy.layout)
     zeros = primitives.zeros(accumulator, sums_count)
-    staged = result_access == 1 and lanes_down <= 2 * tile_depth
-    liners, sector, result_bytes = min(32, threads), 32 // ITEM_BYTES[result_dtype], ITEM_BYTES[result_dtype]
+
+    # The way of the results from registers to memory.
+    access, accumulate = epilogue.access, epilogue.accumulate
+    row_groups, col_groups, stores = thread_rows // vector, thread_cols // vector, vector // access
+    through_shared = access == 1 and lanes_down * tile_cols <= 2 * stage_size
+    line = Line(accumulator, tile_cols, min(32, threads, tile_cols), accumulate)
+    line_of, lines, line_flip = primitives.split(line.lanes), threads // line.lanes, line.flip
+    store_line, place_of_result = primitives.store_line(line, epilogue.dtype, epilogue.wide), primitives.place(epilogue.dtype)
     first_vector = primitives.head(accumulator, sums_count, vector)
     turn_vector = primitives.rotate(accumulator, sums_count, vector)
-    stage_vector, load_staged = primitives.store_shared(accumulator, vector), primitives.load_shared(accumulator, 1)
-    first = primitives.head(accumulator, sums_count, result_access)
-    turn = primitives.rotate(accumulator, sums_count, result_access)
-    convert = primitives.convert(accumulator, epilogue, result_access)
-    scale = primitives.scale(epilogue, result_access)
-    add = primitives.add(epilogue, result_access)
-    load_result = primitives.load_vector(result_dtype, result_access, epilogue)
-    store_result = primitives.store_vector(result_dtype, result_access, epilogue)
+    store_vector, load_one = primitives.store_shared(accumulator, vector), primitives.load_shared(accumulator, 1)
+    first = primitives.head(accumulator, sums_count, access)
+    turn = primitives.rotate(accumulator, sums_count, access)
+    convert = primitives.convert(accumulator, epilogue.wide, access)
+    scale, add = primitives.scale(epilogue.wide, access), primitives.add(epilogue.wide, access)
+    load_result = primitives.load_vector(epilogue.dtype, access, epilogue.wide)
+    store_result = primitives.store_vector(epilogue.dtype, access, epilogue.wide)
 
+    # The sums along the depth that ride along.
     has_sums, of_left = bool(sums_of), sums_of == "left"
     summed = left_copy if of_left else right_copy
     share = tile_share(summed)
@@ -101,7 +137,7 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
     store_sum = primitives.store_vector(accumulator, 1, accumulator)
     sums_outer = summed.outer_size
 
-    @primitives.jit(threads, blocks_per_multiprocessor)
+    @primitives.jit(threads, tiles.blocks_per_multiprocessor)
     def matmul_simt(left, left_stride, right, right_stride, result, row_stride, col_stride, part_stride, rows, cols, depth,
                     depth_per_part, group_bits, alpha,
                     depth_sums, sums_stride):
@@ -113,24 +149,26 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
         part = cuda.blockIdx.z
         start = part * depth_per_part
         depth_left = int32(min(depth_per_part, depth - start) if row < rows else 0)
+        rows_left, cols_left = int32(min(rows - row, tile_rows)), int32(min(cols - col, tile_cols))
 
-        # 2. This thread's place in the tile: warps across, then down; lanes likewise within a warp.
-        lane, its_warp = thread % warp, thread // warp
-        down = its_warp // warps_across * warp_down + lane // warp_across
-        across = its_warp % warps_across * warp_across + lane % warp_across
+        # 2. This thread's place in the tile, and that of its warp.
+        down, across, warp_down, warp_across = lanes_of_thread(thread)
+        first_row, first_col = row_of(down), col_of(across)
 
         # 3. The first tiles are in stage 0 of shared memory.
-        left_tiles, right_tiles = left_shared(), right_shared()
-        left_at = left_place(left, row * left_stride + start if left_along_depth else row + start * left_stride)
-        right_at = right_place(right, col * right_stride + start if right_along_depth else col + start * right_stride)
+        left_turn = left_turn_of(left, row, start, left_stride, thread)
+        right_turn = right_turn_of(right, col, start, right_stride, thread)
+        left_at = place_of(left, row * left_stride + start if left_along_depth else row + start * left_stride)
+        left_offset = left_offset_of(left_stride, left_turn, thread)
+        right_at = place_of(right, col * right_stride + start if right_along_depth else col + start * right_stride)
+        right_offset = right_offset_of(right_stride, right_turn, thread)
         left_step = tile_depth * item_bytes * (1 if left_along_depth else left_stride)
         right_step = tile_depth * item_bytes * (1 if right_along_depth else right_stride)
-        left_offsets, right_offsets = left_places(left_stride, thread), right_places(right_stride, thread)
-        rows_left, cols_left = int32(min(rows - row, tile_rows)), int32(min(cols - col, tile_cols))
-        left_next = load_left(left_at, left_offsets, rows_left, depth_left, thread)
-        right_next = load_right(right_at, right_offsets, cols_left, depth_left, thread)
-        store_left(left_tiles, 0, left_next, thread)
-        store_right(right_tiles, 0, right_next, thread)
+        stages = both_stages()
+        left_next = load_left(left_at, left_offset, left_stride, left_turn, rows_left, depth_left, thread)
+        right_next = load_right(right_at, right_offset, right_stride, right_turn, cols_left, depth_left, thread)
+        store_left(stages, 0, left_next, left_stride, left_turn, thread)
+        store_right(stages, 0, right_next, right_stride, right_turn, thread)
         cuda.syncthreads()
 
         # dL/db rides along: dZ's tile is in shared memory, and the blocks of the first tile row (or column) add it up.
@@ -139,41 +177,38 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
 
         # 4. While one stage is multiplied, the next tiles travel to registers and from there to the other stage.
         sums = zeros()
-        left_now, right_now = int32(0), int32(0)
+        now = int32(0)
         inside = rows_left == tile_rows and cols_left == tile_cols
         least = int32(2 * tile_depth if inside else ENDLESS)
         while depth_left >= least:
             depth_left = int32(depth_left - tile_depth)
-            left_at += left_step
-            right_at += right_step
-            left_next = load_whole_left(left_at, left_offsets, thread)
-            right_next = load_whole_right(right_at, right_offsets, thread)
+            left_offset = left_offset_type(left_offset + left_step)
+            right_offset = right_offset_type(right_offset + right_step)
+            left_next = load_whole_left(left_at, left_offset, left_stride, left_turn, thread)
+            right_next = load_whole_right(right_at, right_offset, right_stride, right_turn, thread)
             if has_sums and sums_here:
-                depth_total = add_tile(left_tiles if of_left else right_tiles,
-                                       left_now if of_left else right_now, depth_total, thread)
-            sums = multiply(left_tiles, left_now + down * vector, right_tiles, right_now + across * vector, sums)
-            left_now, right_now = int32(left_stage - left_now), int32(right_stage - right_now)
-            store_left(left_tiles, left_now, left_next, thread)
-            store_right(right_tiles, right_now, right_next, thread)
+                depth_total = add_tile(stages, now, depth_total, thread)
+            sums = multiply(stages, now, first_row, first_col, sums)
+            now = int32(stage_size - now)
+            store_left(stages, now, left_next, left_stride, left_turn, thread)
+            store_right(stages, now, right_next, right_stride, right_turn, thread)
             cuda.syncthreads()
 
         # 5. The same where tiles are cut off by an edge; warps beyond it rest, and after the last there is nothing to load.
-        works = its_warp // warps_across * warp_down * vector < rows_left
-        works = works and its_warp % warps_across * warp_across * vector < cols_left
+        works = row_of(warp_down) < rows_left and col_of(warp_across) < cols_left
         while depth_left > 0:
             depth_left = int32(depth_left - tile_depth)
-            left_at += left_step
-            right_at += right_step
-            left_next = load_left(left_at, left_offsets, rows_left, depth_left, thread)
-            right_next = load_right(right_at, right_offsets, cols_left, depth_left, thread)
+            left_offset = left_offset_type(left_offset + left_step)
+            right_offset = right_offset_type(right_offset + right_step)
+            left_next = load_left(left_at, left_offset, left_stride, left_turn, rows_left, depth_left, thread)
+            right_next = load_right(right_at, right_offset, right_stride, right_turn, cols_left, depth_left, thread)
             if has_sums and sums_here:
-                depth_total = add_tile(left_tiles if of_left else right_tiles,
-                                       left_now if of_left else right_now, depth_total, thread)
+                depth_total = add_tile(stages, now, depth_total, thread)
             if works:
-                sums = multiply(left_tiles, left_now + down * vector, right_tiles, right_now + across * vector, sums)
-            left_now, right_now = int32(left_stage - left_now), int32(right_stage - right_now)
-            store_left(left_tiles, left_now, left_next, thread)
-            store_right(right_tiles, right_now, right_next, thread)
+                sums = multiply(stages, now, first_row, first_col, sums)
+            now = int32(stage_size - now)
+            store_left(stages, now, left_next, left_stride, left_turn, thread)
+            store_right(stages, now, right_next, right_stride, right_turn, thread)
             cuda.syncthreads()
 
         # 6. Shared memory is free again: threads that took the same columns at other depths meet there.
@@ -181,7 +216,7 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
             for group in range(share.groups):
                 if thread < share.across * share.depths:
                     place = thread // share.across * sums_outer + (thread % share.across * share.groups + group) * vector
-                    stage_vector(left_tiles if of_left else right_tiles, place, first_sums(depth_total))
+                    store_vector(stages, place, first_sums(depth_total))
                 depth_total = turn_sums(depth_total)
             cuda.syncthreads()
             begin, end = (row, rows) if of_left else (col, cols)
@@ -189,36 +224,31 @@ def make_matmul(dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_row
                 if begin + outer < end:
                     total = no_sum()
                     for place in range(outer, share.depths * sums_outer, sums_outer):
-                        total = add_sum(total, load_staged(left_tiles if of_left else right_tiles, place))
+                        total = add_sum(total, load_one(stages, place))
                     store_sum(depth_sums, part * sums_stride + begin + outer, total)
             cuda.syncthreads()
 
         # 7. The results at the front of `sums` are stored and turned to its end, a row of each thread after the other.
-        for i in range(thread_rows):
-            first_row = row + i // vector * row_spacing + i % vector
-            if staged:
+        for i in range(row_groups * vector):
+            below = i // vector * row_spacing + i % vector
+            if through_shared:
                 # Where the result takes no vectors, its rows pass through shared memory, so that neighbouring threads
                 # write neighbouring elements, from whole sectors on.
                 for j in range(col_groups):
-                    place = down * tile_cols + across * vector + j * col_spacing
-                    stage_vector(right_tiles, place, first_vector(sums))
+                    place = down * tile_cols + (first_col + j * col_spacing ^ down % 2 * line_flip)
+                    store_vector(stages, place, first_vector(sums))
                     sums = turn_vector(sums)
                 cuda.syncthreads()
-                for line in range(thread // liners, lanes_down, threads // liners):
-                    index = (first_row + line * vector) * row_stride + col * col_stride
-                    shift = (int(result) // result_bytes + index) % sector
-                    for start_c in range(-shift, cols_left, liners):
-                        c = start_c + thread % liners
-                        if 0 <= c < cols_left and first_row + line * vector < rows:
-                            value = scale(convert(load_staged(right_tiles, line * tile_cols + c)), alpha)
-                            if accumulate:
-                                value = add(value, load_result(result, index + c * col_stride))
-                            store_result(result, index + c * col_stride, value)
+                first_line, line_lane = line_of(thread)
+                for number in range(first_line, lanes_down, lines):
+                    r = row + row_of(number) + below
+                    place = place_of_result(result, r * row_stride + col * col_stride)
+                    store_line(stages, number, place, col_stride, line_lane, cols_left if r < rows else 0, alpha)
                 cuda.syncthreads()
             else:
-                r = first_row + down * vector
+                r = row + first_row + below
                 for j in range(col_groups * stores):
-                    c = col + j // stores * col_spacing + across * vector + j % stores * result_access
+                    c = col + first_col + j // stores * col_spacing + j % stores * access
                     if r < rows and c < cols:
                         index = part * part_stride + r * row_stride + c * col_stride
                         value = scale(convert(first(sums)), alpha)

@@ -18,6 +18,7 @@ ARROWS = {
     "errors": set(),
     "reference": set(),
     "plans": {"errors"},
+    "layers": set(),
     "device": {"errors"},
     "operands": {"device", "errors"},
     "launch": {"kernels", "operands", "plans"},
@@ -36,8 +37,8 @@ OUTSIDE = {
 #: the command line may use the whole package, but no other module may use the command line
 COMMANDS = {"cli", "checks", "demo", "explain", "picture"}
 #: what kernels may import from outside, and which of their files more than that
-OF_KERNELS = {"functools", "math", "numba"}
-OF_PRIMITIVES = {"layout": {"typing"}, "ptx": {"llvmlite"}, "simulator": {"ml_dtypes", "numpy", "threading"},
+OF_KERNELS = {"functools", "math", "numba", "typing"}
+OF_PRIMITIVES = {"ptx": {"llvmlite"}, "simulator": {"ml_dtypes", "numpy", "threading"},
                  "warp_ptx": {"llvmlite"},
                  "warp_simulator": {"numpy", "threading"}}
 

@@ -5,7 +5,7 @@ from numba import cuda
 
 from densegrad import device
 from densegrad.kernels import primitives
-from densegrad.kernels.primitives.layout import tile_copy
+from densegrad.kernels.primitives.layout import Line, lanes_of, tile_copy
 from densegrad.testing import bits, host, integers, normal
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -266,19 +266,24 @@ TILES = [
     ("float32", 8, 4, 4, False, 4, 4, 32), ("float32", 8, 4, 4, True, 4, 4, 32), ("float32", 8, 4, 1, True, 4, 4, 64),
     ("float32", 16, 8, 2, False, 32, 8, 64), ("float32", 64, 8, 1, True, 32, 8, 32), ("float32", 64, 8, 4, True, 32, 8, 32),
     ("float16", 64, 8, 4, True, 32, 8, 32), ("bfloat16", 8, 4, 4, False, 4, 4, 32), ("float64", 32, 4, 2, True, 16, 4, 32),
-    ("float64", 8, 4, 2, False, 32, 4, 64),
+    ("float64", 8, 4, 2, False, 32, 4, 64), ("float32", 64, 8, 1, False, 32, 8, 32), ("float32", 32, 16, 2, False, 32, 4, 32),
+    ("float16", 32, 16, 1, False, 64, 4, 32), ("float64", 16, 8, 1, False, 16, 4, 64), ("float32", 128, 16, 4, True, 64, 16, 32),
 ]
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(map(str, tile)))
-def test_tiles_come_into_shared_memory(xp, tile):
-    """Element (outer, depth) comes to depth * outer_size + (outer ^ flip), and zeros where the operand has ended."""
+@pytest.mark.parametrize("shift", [0, 3])
+def test_tiles_come_into_shared_memory(xp, tile, shift):
+    """Element (outer, depth) comes to its place in the layout, and zeros where the operand has ended.
+
+    shift accesses lie before the first element, so that rows begin anywhere in a sector.
+    """
     dtype, outer_size, depth_size, access, along_depth, threads, thread_outer, offset_bits = tile
     wide = WIDE[dtype]
     size = outer_size * depth_size
-    copy = tile_copy(dtype, wide, outer_size, depth_size, access, along_depth, threads, thread_outer, offset_bits)
-    array = primitives.shared_array("tile", wide, 2 * size)
-    offsets_of, start_of = primitives.tile_offsets(copy), primitives.place(dtype)
+    copy = tile_copy(dtype, wide, outer_size, depth_size, access, along_depth, threads, thread_outer, offset_bits, start=size)
+    array = primitives.shared_array("tile", wide, 3 * size)
+    turn_of, offset_of, place_of = primitives.tile_turn(copy), primitives.tile_offset(copy), primitives.place(dtype)
     load, load_whole, store = primitives.load_tile(copy), primitives.load_whole_tile(copy), primitives.store_tile(copy)
     get, keep, typed = primitives.load_shared(wide, 1), primitives.store_vector(wide, 1, wide), np.int32
 
@@ -286,15 +291,18 @@ def test_tiles_come_into_shared_memory(xp, tile):
     def kernel(values, first, stride, outer_left, depth_left, out):
         thread = cuda.threadIdx.x
         shared = array()
-        start, offsets = start_of(values, first), offsets_of(stride, thread)
-        store(shared, size, load_whole(start, offsets, thread), thread)
-        store(shared, 0, load(start, offsets, typed(outer_left), typed(depth_left), thread), thread)
+        turn = turn_of(values, first, 0, stride, thread)
+        place, offset = place_of(values, first), offset_of(stride, turn, thread)
+        whole = load_whole(place, offset, stride, turn, thread)
+        cut = load(place, offset, stride, turn, typed(outer_left), typed(depth_left), thread)
+        store(shared, size, whole, stride, turn, thread)
+        store(shared, 0, cut, stride, turn, thread)
         cuda.syncthreads()
         for index in range(thread, 2 * size, threads):
-            keep(out, index, get(shared, index))
+            keep(out, index, get(shared, size + index))
 
     near, far = (depth_size, outer_size) if along_depth else (outer_size, depth_size)
-    stride, first = near + 2 * access, 4 * access
+    stride, first = near + 3 * access, shift * access
     values = normal((far, stride), dtype, 4)
     memory = xp.asarray(np.concatenate([np.full(first, np.nan, values.dtype), values.reshape(-1)]))
     matrix = values[:, :near].astype(wide)
@@ -312,44 +320,109 @@ def test_tiles_come_into_shared_memory(xp, tile):
         same(out, wanted)
 
 
+@pytest.mark.parametrize(("down", "across", "beside"), [(1, 1, 1), (2, 2, 2), (8, 16, 4), (8, 16, 16), (4, 8, 8), (64, 2, 2)])
+def test_threads_share_a_tile(xp, down, across, beside):
+    """Warps of 4 by 8 or 8 by 4 threads, across first; the fragments of the threads down make up the tile."""
+    lanes = lanes_of(down, across, beside)
+    layout = tile_copy("float32", "float32", 8 * down, 8, 4, True, lanes.threads, 8, 32).layout
+    place, start, spacing = primitives.thread_lanes(lanes), primitives.fragment_start(layout), layout.spacing
+    one, keep = primitives.load_vector("float32", 1, "float32"), primitives.store_vector("float32", 1, "float32")
+
+    @primitives.jit(lanes.threads)
+    def kernel(numbers, threads, warps, owners):
+        thread = cuda.threadIdx.x
+        mine_down, mine_across, warp_down, warp_across = place(thread)
+        keep(threads, mine_down * across + mine_across, one(numbers, thread))
+        keep(warps, mine_down * across + mine_across, one(numbers, warp_down * across + warp_across))
+        if mine_across == 0:
+            for n in range(8):
+                keep(owners, start(mine_down) + n // 4 * spacing + n % 4, one(numbers, mine_down))
+
+    threads, warps = xp.full((down, across), -1, "float32"), xp.full((down, across), -1, "float32")
+    owners = xp.full(8 * down, -1, "float32")
+    run(kernel, xp.arange(lanes.threads, dtype="float32"), threads, warps, owners, threads=lanes.threads)
+    wide = min(8, across, beside)
+    high = min(32 // wide, down)
+    wanted = np.empty((down, across), "float32")
+    for thread in range(lanes.threads):
+        warp, lane = divmod(thread, high * wide)
+        wanted[warp // (across // wide) * high + lane // wide, warp % (across // wide) * wide + lane % wide] = thread
+    same(threads, wanted)
+    same(warps, np.float32([[i // high * high * across + j // wide * wide for j in range(across)] for i in range(down)]))
+    assert (np.bincount(host(owners).astype(int), minlength=down) == 8).all()
+
+
 @pytest.mark.parametrize(("dtype", "left", "right", "along_depth"), [
     ("float32", (16, 8), (8, 4), (False, True)), ("float32", (64, 8), (64, 8), (True, True)),
-    ("float64", (8, 4), (4, 2), (True, False))])
-def test_tiles_are_multiplied(xp, dtype, left, right, along_depth):
+    ("float32", (64, 8), (128, 16), (True, True)), ("float64", (8, 4), (4, 2), (True, False))])
+@pytest.mark.parametrize("access", [1, "widest"])
+def test_tiles_are_multiplied(xp, dtype, left, right, along_depth, access):
     """Small integers, for which the device's fused multiply-add and the simulator's two roundings are both exact."""
-    depth, vector = 4, 16 // np.dtype(dtype).itemsize
+    depth, vector = 8, 16 // np.dtype(dtype).itemsize
     (rows, thread_rows), (cols, thread_cols) = left, right
-    copies = [tile_copy(dtype, dtype, outer, depth, 1, along, 4, thread, 32)
-              for (outer, thread), along in zip((left, right), along_depth, strict=True)]
-    layouts = [copy.layout for copy in copies]
-    arrays = [primitives.shared_array(name, dtype, outer * depth) for name, outer in (("left", rows), ("right", cols))]
-    left_array, right_array = arrays
+    access = vector if access == "widest" else access
+    layouts = [tile_copy(dtype, dtype, outer, depth, access, along, 4, thread, 32, start).layout
+               for (outer, thread), along, start in zip((left, right), along_depth, (0, rows * depth), strict=True)]
+    stages = primitives.shared_array("stages", dtype, 2 * (rows + cols) * depth)
     count = thread_rows * thread_cols
     multiply = primitives.multiply_tile(dtype, depth, *layouts)
     put, one = primitives.store_shared(dtype, 1), primitives.load_vector(dtype, 1, dtype)
     load, keep = primitives.load_each(dtype, count, dtype), primitives.store_each(dtype, count, dtype)
-    left_size, right_size, int32 = rows * depth, cols * depth, np.int32
+    stage, int32 = (rows + cols) * depth, np.int32
 
     @primitives.jit(1)
-    def kernel(left, right, left_index, right_index, sums, out):
-        left_tile, right_tile = left_array(), right_array()
-        for index in range(left_size):
-            put(left_tile, index, one(left, index))
-        for index in range(right_size):
-            put(right_tile, index, one(right, index))
-        found = multiply(left_tile, int32(left_index), right_tile, int32(right_index), load(sums, 0, 1, count))
+    def kernel(images, left_outer, right_outer, sums, out):
+        shared = stages()
+        for index in range(stage):
+            put(shared, stage + index, one(images, index))
+        found = multiply(shared, int32(stage), int32(left_outer), int32(right_outer), load(sums, 0, 1, count))
         keep(out, 0, 1, count, found)
 
-    matrices, images = [integers((rows, depth), dtype, 1), integers((cols, depth), dtype, 2)], []
+    matrices, images = [integers((rows, depth), dtype, 1), integers((cols, depth), dtype, 2)], np.zeros(stage, dtype)
     for matrix, layout in zip(matrices, layouts, strict=True):
-        image = np.zeros(matrix.size, dtype)
         for outer, k in np.ndindex(matrix.shape):
-            image[k * layout.outer_size + (outer ^ layout.flip(k))] = matrix[outer, k]
-        images.append(xp.asarray(image))
+            images[layout.start + k * layout.outer_size + (outer ^ layout.flip(k))] = matrix[outer, k]
     sums = integers((count,), dtype, 3)
-    for left_index, right_index in ((0, 0), (layouts[0].spacing - vector, layouts[1].spacing - vector)):
-        mine = [[index + group * layout.spacing + n for group in range(layout.groups) for n in range(vector)]
-                for index, layout in zip((left_index, right_index), layouts, strict=True)]
+    starts = [[lane * vector // layout.spacing * layout.stretch + lane * vector % layout.spacing
+               for lane in range(layout.lanes)] for layout in layouts]
+    for left_outer, right_outer in ((starts[0][0], starts[1][0]), (starts[0][-1], starts[1][-1])):
+        mine = [[outer + group * layout.spacing + n for group in range(layout.groups) for n in range(vector)]
+                for outer, layout in zip((left_outer, right_outer), layouts, strict=True)]
         out = xp.zeros(count, dtype)
-        run(kernel, *images, left_index, right_index, xp.asarray(sums), out)
+        run(kernel, xp.asarray(images), left_outer, right_outer, xp.asarray(sums), out, threads=1)
         same(out, sums + (matrices[0][mine[0]] @ matrices[1][mine[1]].T).reshape(-1))
+
+
+@pytest.mark.parametrize(("dtype", "length", "lanes", "accumulate"), [
+    ("float32", 128, 32, False), ("float16", 32, 8, False), ("bfloat16", 4, 4, False), ("float32", 64, 8, True),
+    ("float64", 16, 16, True)])
+def test_lines_are_stored_from_any_place_in_a_sector(xp, dtype, length, lanes, accumulate):
+    """Odd lines are flipped in shared memory; each element comes to its place, whatever sector the first lies in."""
+    wide = WIDE[dtype]
+    line = Line(wide, length, lanes, accumulate)
+    array, line_of = primitives.shared_array("lines", wide, 2 * length), primitives.split(lanes)
+    place_of, store = primitives.place(dtype), primitives.store_line(line, dtype, wide)
+    put, one, typed = primitives.store_shared(wide, 1), primitives.load_vector(wide, 1, wide), primitives.typed(wide)
+
+    @primitives.jit(2 * lanes)
+    def kernel(image, out, first, step, pitch, left):
+        thread = cuda.threadIdx.x
+        shared = array()
+        for index in range(thread, 2 * length, 2 * lanes):
+            put(shared, index, one(image, index))
+        cuda.syncthreads()
+        number, lane = line_of(thread)
+        store(shared, number, place_of(out, first + number * pitch), step, lane, left, typed(0.5))
+
+    values = integers((2, length), wide, 6)
+    image = np.stack([values[0], values[1][np.arange(length) ^ line.flip]])
+    for first, step, left in ((0, 1, length), (3, 1, length - 1), (7, 2, length), (5, 1, 1)):
+        pitch = step * length + 3
+        out = integers((first + 2 * pitch,), dtype, 7)
+        wanted = out.copy()
+        for number in range(2):
+            row = slice(first + number * pitch, first + number * pitch + step * left, step)
+            wanted[row] = (values[number, :left] / 2 + (wanted[row] if accumulate else 0)).astype(out.dtype)
+        result = xp.asarray(out)
+        run(kernel, xp.asarray(image), result, first, step, pitch, left, threads=2 * lanes)
+        same(result, wanted)

@@ -1,72 +1,139 @@
 """How tiles lie in shared memory, and which thread copies what. Pure values, shared by both kinds of primitives."""
 from typing import NamedTuple
 
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+#: what global memory is moved in, what all banks of shared memory serve at once, and the widest access, in bytes
+SECTOR, LINE, WIDEST = 32, 128, 16
+
 
 class TileLayout(NamedTuple):
-    """A tile in shared memory: element (outer, depth) at depth * outer_size + (outer ^ flip of that depth).
+    """A tile in shared memory: element (outer, depth) at start + depth * outer_size + (outer ^ flip of that depth).
 
-    A thread's fragment is `groups` vectors of 16 bytes, `spacing` elements apart. The flip moves neighbouring depths to
-    other banks, so that a copy which transposes stores without conflicts; it never splits a vector.
+    A thread's fragment is `groups` vectors of 16 bytes, `vector` elements each, `spacing` elements apart; as many threads
+    as fit into the spacing share such a stretch of memory, then the next stretch begins. The flip moves neighbouring
+    depths to other banks, so that a copy which transposes stores without conflicts; it never splits a vector.
     """
 
+    start: int
     outer_size: int
+    vector: int
     groups: int
     spacing: int
     flip_every: int  # depths
     flip_count: int
     flip_unit: int  # elements
 
+    @property
+    def lanes(self) -> int:
+        """Threads whose fragments make up the tile."""
+        return self.outer_size // (self.groups * self.vector)
+
+    @property
+    def stretch(self) -> int:
+        """Elements that the fragments of threads beside one another make up."""
+        return self.groups * self.spacing
+
     def flip(self, depth: int) -> int:
         """What the outer index is combined with at this depth, by exclusive or."""
         return depth // self.flip_every % self.flip_count * self.flip_unit
 
 
+class Lanes(NamedTuple):
+    """How the threads of a block share its tile: so many down and across, in warps of warp_down by warp_across."""
+
+    down: int
+    across: int
+    warp_down: int
+    warp_across: int
+
+    @property
+    def threads(self) -> int:
+        """Of the block."""
+        return self.down * self.across
+
+
+def lanes_of(down: int, across: int, beside: int) -> Lanes:
+    """Warps of 4 by 8 threads, as far as there are so many; narrower where the fragments of only `beside` are neighbours."""
+    warp_across = min(8, across, beside)
+    return Lanes(down, across, min(32 // warp_across, down), warp_across)
+
+
 class TileCopy(NamedTuple):
-    """A copy of a tile of outer_size by depth_size elements by all threads of a block, access elements at a time."""
+    """A copy of a tile of outer_size by depth_size elements by all threads of a block, access elements at a time.
+
+    Where the operand is contiguous along the other axis than the depth, `side` neighbouring threads read accesses that
+    lie side by side in a row of memory, and on, as far as the tile goes; the next threads take the next depth. So all
+    accesses of a thread have constant distances, if the threads cover all depths.
+
+    Where it is contiguous along the depth, `side` neighbouring threads read a sector of 32 bytes, the next threads the
+    next outer indices.
+    """
 
     dtype: str
     wide: str
     outer_size: int
     depth_size: int
     access: int
-    along_depth: bool  # whether neighbours in global memory are neighbours in depth
-    neighbours: int  # accesses that lie side by side in global memory before the next outer index follows
+    along_depth: bool
+    side: int
     threads: int
-    offset_bits: int  # that count the elements from the tile's first to any other: 32, or 64 for huge strides
+    offset_bits: int  # that count the bytes from a tile's first element to any other: 32, or 64 for huge strides
     layout: TileLayout
 
     @property
-    def accesses(self) -> int:
-        """Of the whole tile."""
-        return self.outer_size * self.depth_size // self.access
+    def lanes(self) -> int:
+        """Threads that share the outer indices of one depth (or of one sector's depths)."""
+        return min(self.outer_size, self.threads // self.side) if self.along_depth else self.side
 
     @property
-    def rounds(self) -> int:
-        """Accesses of one thread."""
-        return -(-self.accesses // self.threads)
+    def rows(self) -> int:
+        """Depths, or accesses along the depth, that a round of all threads covers."""
+        return max(1, self.threads // (self.side * self.lanes)) * self.side if self.along_depth else (
+            self.threads // self.side)
 
     @property
     def partial(self) -> bool:
-        """Whether some threads have no access in the last round."""
-        return self.accesses % self.threads != 0
+        """Whether the threads cover more depths than there are, so that some have nothing to copy."""
+        return self.rows * (self.access if self.along_depth else 1) > self.depth_size
 
     @property
-    def outers(self) -> int:
-        """How many outer indices the accesses that lie side by side before the depth moves on cover."""
-        return self.outer_size if self.along_depth else self.outer_size // self.access
+    def turns(self) -> bool:
+        """Whether rows that do not begin with a sector are read from the sector on; see turn_of.
+
+        For any stride, the rows of the next tile must begin as far from a sector as the rows of this one.
+        """
+        item = ITEM_BYTES[self.dtype]
+        return (not self.along_depth and self.access * item < WIDEST and self.depth_size * item % SECTOR == 0
+                and self.side * self.access * item % SECTOR == 0 and self.outer_size * item > SECTOR)
 
     def steps(self) -> list[tuple[int, int]]:
-        """(outer, depth) of each round's access, counted from the thread's first.
+        """(outer, depth) of each of a thread's accesses, counted from its first."""
+        width = self.lanes if self.along_depth else self.side * self.access
+        depths = range(0, self.depth_size, self.rows * (self.access if self.along_depth else 1))
+        return [(outer, depth) for depth in depths for outer in range(0, self.outer_size, width)]
 
-        Exact, since a round of all threads covers whole rows of the tile, or a whole fraction of one.
-        """
-        steps = []
-        for number in range(self.rounds):
-            outers = number * self.threads // self.neighbours
-            outer, far = outers % self.outers, outers // self.outers
-            steps.append((outer, far * self.neighbours * self.access) if self.along_depth
-                         else (outer * self.access, far))
-        return steps
+    @property
+    def count(self) -> int:
+        """Elements of one thread."""
+        return len(self.steps()) * self.access
+
+
+class Line(NamedTuple):
+    """A row of a result in shared memory, which `lanes` threads store: `length` elements, and whether they are added.
+
+    Lines follow one another; in odd ones, element c lies at c ^ flip, so that two lines are written to all banks.
+    """
+
+    dtype: str
+    length: int
+    lanes: int
+    accumulate: bool
+
+    @property
+    def flip(self) -> int:
+        """Half of the banks, where a line is as long as all of them."""
+        banks = LINE // ITEM_BYTES[self.dtype]
+        return banks // 2 if self.length >= banks else 0
 
 
 class TileShare(NamedTuple):
@@ -86,30 +153,32 @@ class TileShare(NamedTuple):
 
 def tile_share(copy: TileCopy) -> TileShare:
     """The share of each thread of the block that fills the tile by this copy."""
-    vectors = copy.outer_size // (2 if copy.wide == "float64" else 4)
+    vectors = copy.outer_size // (WIDEST // ITEM_BYTES[copy.wide])
     across = min(vectors, copy.threads)
     return TileShare(copy.wide, copy.depth_size, across, min(copy.threads // across, copy.depth_size), vectors // across,
                      copy.layout)
 
 
 def tile_copy(dtype: str, wide: str, outer_size: int, depth_size: int, access: int, along_depth: bool, threads: int,
-              thread_outer: int, offset_bits: int) -> TileCopy:
+              thread_outer: int, offset_bits: int, start: int = 0) -> TileCopy:
     """The copy of one operand's tiles, and where they lie in shared memory.
 
-    thread_outer is the length of a thread's fragment. Along depth, a warp reads sectors of 32 bytes: as many neighbouring
-    accesses as a sector holds, then the next outer index.
+    thread_outer is the length of a thread's fragment, start where the tile begins in a stage of shared memory.
     """
-    item_bytes = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-    vector = 16 // item_bytes[wide]
+    vector, banks = WIDEST // ITEM_BYTES[wide], LINE // ITEM_BYTES[wide]
     groups = thread_outer // vector
-    spacing, banks = outer_size // groups, 128 // item_bytes[wide]
-    neighbours, flips = 1, 1
+    spacing, flips = outer_size // groups, 1
     if along_depth:
-        neighbours = min(max(32 // (access * item_bytes[dtype]), 1), depth_size // access, threads)
-        flips = min(neighbours, banks // vector) if spacing % banks == 0 else 1
-    layout = TileLayout(outer_size, groups, spacing, access if along_depth else 1, flips, banks // flips)
-    return TileCopy(dtype, wide, outer_size, depth_size, access, along_depth, neighbours, threads,
-                    offset_bits, layout)
+        side = min(max(SECTOR // (access * ITEM_BYTES[dtype]), 1), depth_size // access, threads)
+        if spacing % banks == 0:
+            flips = min(side, banks // vector)
+        if flips == 2 and groups > 1:
+            # A thread's vectors lie where the flip swaps them, so that it reads all of them at constant distances.
+            spacing = banks // 2
+    else:
+        side = min(max(threads // depth_size, banks // access), outer_size // access, threads)
+    layout = TileLayout(start, outer_size, vector, groups, spacing, access if along_depth else 1, flips, banks // flips)
+    return TileCopy(dtype, wide, outer_size, depth_size, access, along_depth, side, threads, offset_bits, layout)
 
 
 #: A tile of a tensor core's operand is this deep, in two steps of one instruction's depth; and its unit of copying.

@@ -164,19 +164,19 @@ def _workspace(session: Session, parts: int, rows: int, pitch: int, dtype: str) 
 
 def _launch_matmul(session: Session, plan: MatmulPlan, left: Operand, right: Operand, target: Operand, accumulate: bool,
                    alpha: float, sums_of: str, sums: Operand | None) -> None:
-    from .kernels.matmul_simt import make_matmul
+    from .kernels.matmul_simt import Epilogue, Side, Tiles, make_matmul
 
     vector = 16 // ITEM_BYTES[plan.accumulator]
-    epilogue = "float64" if target.dtype == "float64" else plan.accumulator
+    wide = "float64" if target.dtype == "float64" else plan.accumulator
     left_side, right_side = _side(left, vector), _side(right.T, vector)
-    kernel = make_matmul(plan.dtype, plan.accumulator, plan.tile_rows, plan.tile_cols, plan.tile_depth, plan.thread_rows,
-                         plan.thread_cols, plan.blocks_per_multiprocessor, left_side.access, left_side.along_depth,
-                         right_side.access, right_side.along_depth, _offset_bits(plan, left_side, right_side), target.dtype,
-                         target.access(vector), epilogue, accumulate, sums_of)
+    tiles = Tiles(plan.dtype, plan.accumulator, plan.tile_rows, plan.tile_cols, plan.tile_depth, plan.thread_rows,
+                  plan.thread_cols, plan.blocks_per_multiprocessor, _part_bits(plan, left, right.T))
+    kernel = make_matmul(tiles, Side(left_side.along_depth, left_side.access), Side(right_side.along_depth, right_side.access),
+                         Epilogue(target.dtype, target.access(vector), wide, accumulate), sums_of)
     session.launch(kernel, plan.grid, plan.threads, (
         left.address, left_side.stride, right.address, right_side.stride, target.address, target.row_stride,
         target.col_stride, target.rows * target.row_stride, plan.rows, plan.cols, plan.depth, plan.depth_per_part,
-        plan.group_bits, np.dtype(epilogue).type(alpha), sums.address if sums else 0, sums.row_stride if sums else 0), plan)
+        plan.group_bits, np.dtype(wide).type(alpha), sums.address if sums else 0, sums.row_stride if sums else 0), plan)
 
 
 def _launch_tensor_core(session: Session, plan: TensorCorePlan, left: Operand, right: Operand, target: Operand,
@@ -325,8 +325,16 @@ def _offset_bits(plan: Tiling, left: _Side, right: _Side) -> int:
     return 32 if small and left.stride >= 0 and right.stride >= 0 else 64
 
 
+def _part_bits(plan: Tiling, *sides: Operand) -> int:
+    """Whether 32 bits can count the bytes from any part's first element to its last, of operands as (outer, depth)."""
+    outer, depth = max(plan.tile_rows, plan.tile_cols), plan.depth_per_part + 2 * plan.tile_depth
+    reach = max(outer * side.row_stride + depth * side.col_stride for side in sides) * ITEM_BYTES[plan.dtype]
+    return 32 if reach < 2**32 and all(min(side.row_stride, side.col_stride) >= 0 for side in sides) else 64
+
+
 def _side(operand: Operand, vector: int) -> _Side:
-    if operand.row_stride == 1:
+    """Contiguous along the depth if it can be: a vector along it counts as that."""
+    if operand.row_stride == 1 and (operand.rows > 1 or operand.col_stride != 1):
         return _Side(False, operand.col_stride, operand.T.access(vector))
     return _Side(True, operand.row_stride, operand.access(vector))
 

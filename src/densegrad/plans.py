@@ -76,9 +76,13 @@ class Tiling:
 
     @property
     def group_bits(self) -> int:
-        """Binary logarithm of how many tile rows are walked together: 8, less for few, more where a grid's y has no room."""
+        """Binary logarithm of how many tile rows are walked together.
+
+        8 of them, less where that would leave blocks without a tile, more where a grid's y has no room.
+        """
         down = _ceil(self.rows, self.tile_rows)
-        return max(min(3, down.bit_length() - 1), (_ceil(down, GRID_Y) - 1).bit_length(), 0)
+        fits = [bits for bits in (3, 2, 1) if 16 * ((_ceil(down, 1 << bits) << bits) - down) <= down]
+        return max([*fits, (_ceil(down, GRID_Y) - 1).bit_length(), 0])
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -116,6 +120,9 @@ class Tiling:
             f"tiles of {self.tile_rows} x {self.tile_cols}, {self.tile_depth} deep: {tiles} tiles, {used:.0%} of them results; "
             + threads,
         ]
+        if 1 in (self.rows, self.cols, self.depth):
+            kind = "an outer product" if self.depth == 1 else "a product of matrix and vector"
+            lines.append(f"{kind}, bound by memory: no path of its own, since these tiles read each operand once or nearly so")
         if self.parts > 1:
             lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, since {tiles} tiles alone would "
                          f"leave multiprocessors idle; {self.workspace_bytes} bytes of workspace, added in ascending order")
@@ -363,6 +370,7 @@ class MatmulCost:
 MODEL_MULTIPROCESSORS = 132
 MODEL_DRAM_BYTES = 15.0  # per multiprocessor and cycle
 MODEL_L2_BYTES = 40.0
+MODEL_SHARED_ACCESS = 16  # cycles of an access of 16 bytes a thread, which takes the whole multiprocessor's 128 bytes four times
 MODEL_LATENCY = 700.0  # cycles from a load to its data, which the next tile's loads take at the least
 MODEL_BLOCK = 1500.0  # cycles to start a block, fill its first stage and store its results
 MODEL_LAUNCH = 5000.0  # cycles of a second kernel; it has four parts in flight
@@ -410,10 +418,12 @@ def _matmul_cost(plan: MatmulPlan) -> MatmulCost:
     sum_bytes = ITEM_BYTES[plan.accumulator]
     blocks = plan.tiles * plan.parts
     warps = _ceil(plan.threads, 32)
-    # Instructions of a warp for one step of tile_depth; a float64 multiply-add takes two issue slots.
+    # A warp's issue slots for one step of tile_depth, of which a float64 multiply-add takes two; or, if that is longer,
+    # the cycles in which shared memory, which the four schedulers share, serves its accesses of 16 bytes a thread.
     fragments = (plan.thread_rows + plan.thread_cols) * sum_bytes // 16
     copies = _ceil((plan.tile_rows + plan.tile_cols) * plan.tile_depth * sum_bytes // 16, plan.threads)
-    step = plan.tile_depth * (plan.thread_rows * plan.thread_cols * sum_bytes // 4 + fragments) + 4 * copies + 16
+    step = max(plan.tile_depth * (plan.thread_rows * plan.thread_cols * sum_bytes // 4 + fragments) + 4 * copies + 16,
+               MODEL_SHARED_ACCESS * (plan.tile_depth * fragments + copies))
     # Blocks that share a multiprocessor share its four schedulers, and hide one another's latency.
     each = _ceil(blocks, MODEL_MULTIPROCESSORS)
     registers = plan.thread_rows * plan.thread_cols * sum_bytes // 4 + 64
@@ -470,7 +480,6 @@ def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[Matm
             continue
         whole = MatmulPlan(rows, cols, depth, dtype, tile_rows, tile_cols, tile_depth, thread_rows, thread_cols,
                            _ceil(max(depth, 1), 2**30))
-        plans.append(whole)
         plans += _cut_into_parts(whole)
     return plans
 
@@ -489,13 +498,14 @@ def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precisi
 
 def _cut_into_parts(whole: Product) -> list[Product]:
     """The plan and those with more parts whose workspace is small beside the operands."""
-    plans, parts = [whole], 2
+    plans = [whole]
     input_bytes = (whole.rows + whole.cols) * whole.depth * ITEM_BYTES[whole.dtype]
-    while parts * MIN_TILES_OF_A_PART * whole.tile_depth <= whole.depth and parts <= 4096:
-        plan = replace(whole, parts=parts)
-        if parts > whole.parts and 2 * plan.workspace_bytes <= max(input_bytes // 50, SMALL_WORKSPACE):
-            plans.append(plan)
-        parts += max(parts // 2, 1)
+    waves = {_ceil(number * MODEL_MULTIPROCESSORS, whole.tiles) for number in range(1, 9)} if whole.tiles else set()
+    for parts in sorted(waves | {2, 3, 4, 6, 9}):
+        if whole.parts < parts <= min(whole.depth // (MIN_TILES_OF_A_PART * whole.tile_depth), GRID_Y):
+            plan = replace(whole, parts=parts)
+            if 2 * plan.workspace_bytes <= max(input_bytes // 50, SMALL_WORKSPACE):
+                plans.append(plan)
     return plans
 
 
@@ -520,7 +530,9 @@ SMALL_WORKSPACE = 2**23
 def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
     """The plan for these sizes and this dtype: the fewest warps among those within 5 % of the model's best.
 
-    Depends on nothing else, so that it is the same on every device. Fewer warps leave room for what runs beside them.
+    Depends on nothing else, so that it is the same on every device. Fewer warps leave room for what runs beside them. A
+    depth is cut only where that is cheaper than the best plan that leaves it whole, and then into enough parts for a GPU
+    if there are such plans.
     """
     return _cheapest(matmul_candidates(rows, cols, depth, dtype))
 
@@ -533,9 +545,16 @@ def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: st
 
 def _cheapest(candidates: list[Product]) -> Product:
     costs = {plan: plan.cost.total for plan in candidates}
-    least = min(costs.values())
-    good = [plan for plan, cost in costs.items() if cost <= 1.05 * least]
-    return min(good, key=lambda plan: (prod(plan.grid) * _ceil(plan.threads, 32), costs[plan]))
+    fewest = min(plan.parts for plan in costs)
+    whole = min(cost for plan, cost in costs.items() if plan.parts == fewest)
+    worthy = {plan: cost for plan, cost in costs.items() if plan.parts == fewest or cost < whole}
+    good = [plan for plan, cost in worthy.items() if cost <= 1.05 * min(worthy.values())]
+
+    def order(plan: Product) -> tuple[bool, int, int, float]:
+        idle = plan.parts > fewest and prod(plan.grid) < MODEL_MULTIPROCESSORS
+        return idle, prod(plan.grid) * _ceil(plan.threads, 32), plan.tile_rows * plan.tile_cols, costs[plan]
+
+    return min(good, key=order)
 
 
 def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
