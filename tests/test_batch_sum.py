@@ -227,7 +227,8 @@ def test_plans_fill_a_gpu_and_keep_what_they_write_small(dtype, layout, compensa
                              (5000, 256), (200, 20_000), (100_000, 12), (4096, 4096)]:
         plan = plan_batch_sum(samples, outputs, dtype, layout, compensated)
         blocks = plan.grid[0] * plan.grid[1]
-        assert 264 <= blocks <= 648, (plan, blocks)
+        # At once on 108 multiprocessors, where a second wave would have much to do.
+        assert 264 <= blocks <= (108 * plan.blocks_per_multiprocessor if samples * outputs > 9e6 else 648), (plan, blocks)
         assert 1 <= (plan.parts - 1) * plan.samples_per_part + 1 <= samples
         if samples * outputs * ITEM_BYTES[dtype] > 64e6 and not compensated:
             written = plan.workspace_bytes + outputs * ITEM_BYTES[dtype]

@@ -1,4 +1,4 @@
-"""The batch sum: what it reads and writes over what it must, and how its threads are used.
+"""The batch sum: what it reads and writes over what it must, how its threads are used, and what its machine code needs.
 
 Large shapes are cut to what can be executed in minutes, with the plan of the whole shape: fewer tiles of columns, or
 fewer parts of the batch, which are equal pieces of work. `cut` says to what. Cut shapes have relatively more seams and
@@ -28,7 +28,19 @@ README = [Shown(
      "(33, 50257) float32 rows"),
     "Large shapes are cut to what can be executed, where every figure is proportional; the column `cut` of the file "
     "says to what.",
+), Shown(
+    "dL/db: the linked machine code; DRAM is the share of its rate that the bytes in flight can reach, *modelled*",
+    (("shape", "dZ (S, M)", ""), ("dtype", "dtype", ""), ("layout", "memory", ""), ("sums", "sums", ""),
+     ("capability", "capability", ""), ("registers", "registers", ""), ("local_instructions", "spills", ""),
+     ("resident_threads", "threads a multiprocessor", ""), ("waves", "waves", ".2f"), ("percent_dram", "DRAM %", ".0f")),
+    tuple(f"code {shape} {kind}, {capability}" for shape, kind in (
+        ("(8192, 3072)", "float32 rows"), ("(8192, 3072)", "bfloat16 rows"), ("(8192, 3072)", "float32 rows compensated"),
+        ("(8192, 3072)", "float32 features_first"), ("(1000003, 10)", "float32 flat")) for capability in ("8.0", "9.0")),
+    "A wave is what 108 multiprocessors of an 8.0 or 132 of a 9.0 hold at once.",
 )]
+
+#: compute capabilities whose machine code is judged -> multiprocessors of the GPU that waves are told for
+CAPABILITIES = {"8.0": 108, "9.0": 132, "10.0": 148}
 
 
 @dataclass(frozen=True)
@@ -102,9 +114,80 @@ class Sum:
         return replace(plan, outputs=min(self.outputs, max(1, ELEMENTS // self.samples // unit) * unit))
 
 
-def rows() -> list[Sum]:
-    """The table of what must hold."""
+@dataclass(frozen=True)
+class MachineCode:
+    """The kernel that reads dZ by a plan, as linked for one capability."""
+
+    plan: BatchSumPlan
+    capability: str
+    large: bool = False  # of a shape that has to fill a GPU
+    title: str = "code"
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        plan = self.plan
+        return (f"{self.title} ({plan.samples}, {plan.outputs}) {plan.dtype} {plan.layout}"
+                f"{' compensated' * plan.compensated}, {self.capability}")
+
+    @property
+    def limits(self) -> Iterable[Limit]:
+        """What must hold."""
+        must = [Limit("local_instructions", most=0), Limit("stack_bytes", most=0), Limit("percent_dram", least=95)]
+        if self.large and self.capability in ("8.0", "9.0"):
+            must.append(Limit("waves", most=1))
+            if self.plan.dtype != "float64" and not self.plan.compensated:
+                must.append(Limit("resident_threads", least=1536))
+        return must
+
+    def measure(self, machine: Rehearsed) -> dict[str, Any]:
+        """Launch it on as little as has everything in it, for the linker to see it, and judge what was linked."""
+        import cupy
+
+        plan = self.plan
+        step = plan.lanes if plan.layout == "rows" else plan.tile // plan.period
+        parts = min(plan.parts, 2)
+        outputs = {"rows": min(plan.outputs, plan.tile), "flat": plan.outputs, "features_first": plan.runs_per_block}
+        part = replace(plan, samples=step * parts if parts > 1 else min(step, plan.samples), samples_per_part=step,
+                       outputs=outputs[plan.layout])
+        across = int(plan.layout == "features_first")
+        shape = (part.outputs, part.samples) if across else (part.samples, part.outputs)
+        dz = cupy.asarray(np.ones(shape, dtype_of(plan.dtype)))
+        counts = machine.count(lambda: dg.bias_grad(dz, batch_axis=across, plan=part))[0]
+        code = machine.code(counts, self.capability)
+        resident = code.blocks_per_multiprocessor * -(-plan.threads // 32) * 32
+        return {
+            "shape": f"{plan.samples}x{plan.outputs}", "dtype": plan.dtype, "layout": plan.layout,
+            "sums": "compensated" if plan.compensated else "plain", "capability": self.capability,
+            "kernels": counts.kernel, "blocks": plan.grid[0] * plan.grid[1], "threads": plan.threads,
+            "registers": code.registers, "local_instructions": code.local_instructions, "stack_bytes": code.stack_bytes,
+            "resident_threads": resident,
+            "waves": plan.grid[0] * plan.grid[1] / (code.blocks_per_multiprocessor * CAPABILITIES[self.capability]),
+            "percent_dram": code.percent_dram,
+        }
+
+
+def machine_code() -> list[MachineCode]:
+    """Every variant: layouts, types, plain and compensated, few rows, narrow, and what adds the parts."""
     table = []
+    for dtype in ITEM_BYTES:
+        large = [plan_batch_sum(samples, outputs, dtype, layout, compensated) for layout in ("rows", "features_first")
+                 for samples, outputs, compensated in ((8192, 3072, False), (65536, 1024, False), (8192, 3072, True))]
+        small = [plan_batch_sum(samples, outputs, dtype, layout, compensated)
+                 for samples, outputs, layout, compensated in (
+                     (1_000_003, 1, "flat", False), (1_000_003, 10, "flat", False), (1_000_003, 10, "flat", True),
+                     (1_000_003, 33, "flat", False), (33, 50257, "rows", False), (33, 50257, "rows", True))]
+        seconds = [plan.second for plan in (*large, *small) if plan.second and plan.dtype in ("float32", "float64")]
+        for capability in CAPABILITIES:
+            table += [MachineCode(plan, capability, large=True) for plan in large]
+            table += [MachineCode(plan, capability) for plan in small]
+            table += [MachineCode(plan, capability, title="parts") for plan in dict.fromkeys(seconds)]
+    return table
+
+
+def rows() -> list[Sum | MachineCode]:
+    """The table of what must hold."""
+    table: list[Sum | MachineCode] = []
     aligned = Limit("read", most=1.01), Limit("written", most=0.01), Limit("wide_loads", least=1)
     for samples, outputs in ((8192, 3072), (65536, 1024)):
         for dtype in ("float16", "bfloat16", "float32", "float64"):
@@ -115,4 +198,4 @@ def rows() -> list[Sum]:
     for outputs in (1, 2, 3, 5, 10, 17, 33, 100):
         table += [Sum(1_000_003, outputs, layout=layout, must=narrow) for layout in ("flat", "features_first")]
     table += [Sum(samples, outputs, layout="rows") for samples, outputs in ((1, 1_000_003), (7, 4096), (33, 50257))]
-    return table
+    return table + machine_code()

@@ -703,7 +703,7 @@ class BatchSumPlan:
     def blocks_per_multiprocessor(self) -> int:
         """How many blocks the registers have to leave room for: the fewer sums a thread keeps, the more threads."""
         sums = self.vectors * self.vector * (1 + self.compensated) * ITEM_BYTES[self.accumulator] // 4
-        light = sums <= 8 and self.accumulator == "float32" and not self.compensated
+        light = sums <= 8 and _light(self.dtype, self.compensated)
         resident = 1536 if light else 1024 if sums <= 16 else 768 if sums <= 24 else 512
         return min(16, _ceil(resident, 32 * _ceil(self.threads, 32)))
 
@@ -821,8 +821,8 @@ class BatchSumPlan:
         return "\n".join(lines)
 
 
-#: Blocks of 256 threads for large sums: at most one wave of six on each of 108 multiprocessors, and two thirds of one on 132.
-WAVE, MOST_BLOCKS = 576, 648
+#: Blocks of 256 threads for large sums: two at least for each of 132 multiprocessors, and six at most for each of 108.
+LEAST_BLOCKS, MOST_BLOCKS = 280, 648
 #: Loads of 16 bytes that a thread has under way: of 1,024 threads they fill the memory's pipe, 64 KiB on the largest GPUs.
 IN_FLIGHT = 4
 #: Up to so many elements, what counts is how few threads there are, not how much memory they have under way.
@@ -843,13 +843,26 @@ def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensa
     if samples * outputs <= SMALL or plan.vectors > 1:
         return plan
     tiles, shifted_tiles = _ceil(outputs, plan.tile), _ceil(outputs, plan.tile - plan.sector)
-    steps = _cut(_ceil(samples, plan.lanes), _ceil(_blocks(samples * outputs), tiles), MOST_BLOCKS // shifted_tiles)
+    most = _most_blocks(samples * outputs, dtype, compensated)
+    steps = _cut(_ceil(samples, plan.lanes), _ceil(_blocks(samples * outputs, most), tiles),
+                 max(most // shifted_tiles, LEAST_BLOCKS // tiles))
     return replace(plan, samples_per_part=min(samples, steps * plan.lanes), in_flight=min(plan.in_flight, steps))
 
 
-def _blocks(elements: int) -> int:
-    """How many blocks are worth their while: two for each of 132 multiprocessors from a million elements, a wave from nine."""
-    return min(WAVE, max(min(280, _ceil(elements, 3584)), elements // 16384))
+def _light(dtype: str, compensated: bool) -> bool:
+    """Whether a vector's sums take so few registers that 1,536 threads fit on a multiprocessor, and not only 1,024."""
+    return dtype != "float64" and not compensated
+
+
+def _most_blocks(elements: int, dtype: str, compensated: bool) -> int:
+    """As many blocks as 108 multiprocessors hold at once, where they have much to do: more were a small second wave."""
+    fewer = MOST_BLOCKS * 2 // 3
+    return MOST_BLOCKS if _light(dtype, compensated) or elements < 16384 * fewer else fewer
+
+
+def _blocks(elements: int, most: int = MOST_BLOCKS) -> int:
+    """How many blocks are worth their while: two for each of 132 multiprocessors from a million elements, most from nine."""
+    return min(most * 8 // 9, max(min(LEAST_BLOCKS, _ceil(elements, 3584)), elements // 16384))
 
 
 @lru_cache(maxsize=4096)
@@ -913,10 +926,11 @@ def _plan_runs(samples: int, outputs: int, dtype: str, compensated: bool) -> Bat
     lanes = min(threads // threads_x, _power_of_two(outputs))
     tile = threads_x * vector
     lines, groups = _ceil(samples, tile), _ceil(outputs, lanes)
+    most = _most_blocks(samples * outputs, dtype, compensated)
     if not small:
-        lines = _cut(lines, _ceil(_blocks(samples * outputs), groups), MOST_BLOCKS // groups)
+        lines = _cut(lines, _ceil(_blocks(samples * outputs, most), groups), most // groups)
     return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, min(lines, IN_FLIGHT),
-                        min(samples, lines * tile), runs_per_block=_ceil(groups, 32 if small else MOST_BLOCKS) * lanes,
+                        min(samples, lines * tile), runs_per_block=_ceil(groups, 32 if small else most) * lanes,
                         folders=_folders(tile), compensated=compensated)
 
 
@@ -925,7 +939,8 @@ def _plan_flat(samples: int, outputs: int, dtype: str, threads: int, compensated
     tile = threads * 16 // ITEM_BYTES[dtype]
     lines = _ceil(samples * outputs, tile)
     if samples * outputs > SMALL:
-        lines = _cut(lines, _blocks(samples * outputs), MOST_BLOCKS)
+        most = _most_blocks(samples * outputs, dtype, compensated)
+        lines = _cut(lines, _blocks(samples * outputs, most), most)
     return BatchSumPlan(samples, outputs, dtype, "flat", threads, 1, min(lines, IN_FLIGHT),
                         min(samples, lines * tile // outputs), folders=_folders(tile // outputs), compensated=compensated)
 
