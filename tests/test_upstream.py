@@ -3,12 +3,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import densegrad as dg
 from densegrad import reference
 from densegrad.device import dtype_of
 from densegrad.errors import DTypeError, OutError, PlanError, ShapeError
-from densegrad.plans import BatchSumPlan, plan_upstream
+from densegrad.plans import BatchSumPlan, accumulator_of, plan_upstream
 from densegrad.testing import (
     LAYOUTS,
     ROUNDINGS,
@@ -112,8 +114,7 @@ def test_samples_are_weighted_or_chosen(shape, weights, batch_axis, xp):
     found = dg.activation_grad(xp.asarray(given), sample_weight=xp.asarray(weight), batch_axis=batch_axis)
     check_within(found.dz, exact, dz_bound(exact, np.abs(exact), 0, "float32"))
     plan = plan_upstream(samples, outputs, "float32", "features_first" if batch_axis else "flat")
-    if plan.layout == "rows" or batch_axis:
-        assert (bits(found.db) == bits(dg.bias_grad(found.dz, batch_axis=batch_axis, plan=plan))).all()
+    assert (bits(found.db) == bits(dg.bias_grad(found.dz, batch_axis=batch_axis, plan=plan))).all()
 
 
 @pytest.mark.parametrize("batch_axis", [0, 1])
@@ -194,6 +195,44 @@ def test_memory_layouts_leave_the_bits_alone(layout, features_first, xp):
         assert dz is out.array
         assert (bits(out.read()) == bits(plain.dz)).all()
         assert (bits(db) == bits(plain.db)).all()
+
+
+#: (dtype, activation, dtype of weights or None, batch_axis): few, since each takes the compiler seconds
+DRAWN = (("float32", "relu", None, 0), ("float32", "leaky_relu", "bool", 1), ("float16", "identity", "float32", 0),
+         ("bfloat16", "relu", "bfloat16", 1), ("float64", "leaky_relu", "float64", 0))
+#: layouts in which neither axis of the matrix is reversed in memory or takes its place in another order of axes
+KEPT = sorted(set(LAYOUTS) - {"F", "padded F"})
+
+
+@pytest.mark.parametrize(("dtype", "activation", "weights", "batch_axis"), DRAWN)
+def test_drawn_shapes_and_memory(dtype, activation, weights, batch_axis, xp):
+    """Where there is no exponential, each element has the bits that its formula's roundings give it."""
+    wide = np.dtype(accumulator_of(dtype)).type
+
+    @settings(deadline=None, derandomize=True, max_examples=8)
+    @given(st.integers(1, 40), st.integers(2, 20), st.integers(1, 2), st.tuples(*[st.sampled_from(KEPT)] * 3),
+           st.sampled_from([1.0, -0.75, 1 / 3]), st.integers(1, 3))
+    def holds(samples, outputs, parts, kinds, alpha, step):
+        shape = (outputs, samples) if batch_axis else (samples, outputs)
+        da, z = data(shape, dtype, samples), data(shape, dtype, outputs)
+        spread = data((step * samples,), "float32", 5)
+        weight = None if weights is None else spread > 0 if weights == "bool" else spread.astype(dtype_of(weights))
+        plan = small_plan(samples, outputs, dtype, batch_axis, parts)
+        out = poisoned(shape, dtype, kinds[2], xp)
+        below = {"identity": da, "relu": np.where(z <= 0, 0, da),
+                 "leaky_relu": np.where(z > 0, da, da.astype(wide) * wide(0.01))}[activation].astype(wide)
+        if weight is not None:
+            row = weight[::step] if batch_axis else weight[::step, None]
+            below = np.where(row, below, 0) if weights == "bool" else below * row.astype(wide)
+        sources = [Placed(array, kind, xp).array for array, kind in zip((da, z), kinds, strict=False)]
+        _, db = dg.activation_grad(sources[0], None if activation == "identity" else sources[1], activation, alpha=alpha,
+                                   sample_weight=None if weight is None else xp.asarray(weight)[::step], plan=plan,
+                                   batch_axis=batch_axis, out=dg.OutputGrads(dz=out.array))
+        np.testing.assert_array_equal(bits(out.read()), bits((below * wide(alpha)).astype(da.dtype)))
+        dense = xp.asarray(np.ascontiguousarray(out.read()))
+        np.testing.assert_array_equal(bits(db), bits(dg.bias_grad(dense, batch_axis=batch_axis, plan=plan)))
+
+    holds()
 
 
 @pytest.mark.parametrize("replaced", ["da", "z"])

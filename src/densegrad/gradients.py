@@ -376,9 +376,9 @@ def _needed(need: Iterable[str], x: Any, w: Any) -> set[str]:
 def _bias_plan(plan: BatchSumPlan | None, inputs: Inputs, compensated: bool = False) -> BatchSumPlan:
     sizes: dict[str, Any] = {"samples": inputs.samples, "outputs": inputs.out_features, "dtype": inputs.dtype,
                              "layout": inputs.dz.layout}
-    if isinstance(plan, BatchSumPlan) and plan.layout == "rows" and inputs.dz.layout == "flat":
-        # Rows without gaps are rows all the same, and the plan for many outputs takes them so.
-        sizes["layout"] = "rows"
+    if isinstance(plan, BatchSumPlan) and inputs.dz.layout == "flat" and (plan.layout == "rows" or inputs.out_features == 1):
+        # Rows without gaps are rows all the same, and one output's samples lie side by side.
+        sizes["layout"] = plan.layout
     plan = check_plan(plan, BatchSumPlan, sizes) or plan_batch_sum(**sizes, compensated=compensated)
     if compensated and not plan.compensated:
         raise PlanError("plan is not compensated, but compensated=True asks for that (leave one of them out, or pass "
