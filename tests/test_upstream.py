@@ -101,6 +101,15 @@ def test_every_activation(activation, dtype, batch_axis, xp):
     assert (bits(db) == bits(dg.bias_grad(out.array, batch_axis=batch_axis, plan=plan))).all()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_derivatives_have_their_limits_at_infinity(activation, xp):
+    z = np.array([[np.inf, -np.inf, 1e30, -1e30]], "float32")
+    dz, _ = dg.activation_grad(xp.asarray(np.full((1, 4), 3, "float32")), xp.asarray(z), activation)
+    above = {"sigmoid": 0, "tanh": 0}.get(activation, 3)
+    below = np.float32(3) * np.float32(0.01) if activation == "leaky_relu" else 0
+    np.testing.assert_array_equal(host(dz), np.array([[above, below, above, below]], "float32"))
+
+
 @pytest.mark.parametrize("batch_axis", [0, 1])
 @pytest.mark.parametrize("weights", ["float32", "float16", "bfloat16", "bool"])
 @pytest.mark.parametrize("shape", [(37, 9), (130, 16), (5, 1)])
