@@ -27,10 +27,13 @@ KEY = ("name", "source")
 
 
 def count_table(table: str, only: str, where: Any, keep: bool = True) -> tuple[int, int]:
-    """Count the rows of a table whose names contain `only`, and keep them; how many hold, of how many."""
-    new: list[dict[str, str]] = []
-    held = 0
-    for row in tables.rows(table):
+    """Count the rows of a table whose names contain `only`, keeping each at once; how many hold, of how many."""
+    path, held, counted = RESULTS / f"{table}.csv", 0, 0
+    rows = list(tables.rows(table))
+    if keep:  # what the table no longer has goes
+        names = {row.name for row in rows}
+        records.write(path, [row for row in records.read(path) if row["name"] in names])
+    for row in rows:
         if only not in row.name:
             continue
         try:
@@ -39,17 +42,14 @@ def count_table(table: str, only: str, where: Any, keep: bool = True) -> tuple[i
             print(f"{row.name}: skipped: {reason}")
             continue
         failures = broken(row, values)
-        held += not failures
+        held, counted = held + (not failures), counted + 1
         texts = {column: records.text(value) for column, value in values.items()}
-        new.append({"name": row.name, "source": where.source} | texts | {"broken": " ".join(failures)})
+        if keep:
+            new = {"name": row.name, "source": where.source} | texts | {"broken": " ".join(failures)}
+            records.write(path, records.replaced(records.read(path), [new], KEY))
         shown = "  ".join(f"{column} {value}" for column, value in texts.items() if value)
         print(f"{row.name}: {shown}  {'BROKEN: ' + ' '.join(failures) if failures else 'holds'}", flush=True)
-    if keep:
-        path = RESULTS / f"{table}.csv"
-        # A whole table leaves nothing of the last one; what another source counted stays.
-        old = [row for row in records.read(path) if only or row["source"] != where.source]
-        records.write(path, records.replaced(old, new, KEY))
-    return held, len(new)
+    return held, counted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

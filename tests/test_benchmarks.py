@@ -461,3 +461,24 @@ def test_bars_are_as_long_as_their_values():
     assert widths[2] == pytest.approx(10 * widths[0], abs=0.6)
     assert plots.ticks(30) == [0, 5, 10, 15, 20, 25, 30]
     assert [plots.number(value) for value in (0.1, 1000, 2.5e6)] == ["0.1", "1k", "2.5M"]
+
+
+def test_rows_are_kept_as_they_are_counted_and_those_that_the_table_lost_go(tmp_path, monkeypatch):
+    class Row:
+        limits = (counting.Limit("read", most=1.5),)
+
+        def __init__(self, name, value):
+            self.name, self.value = name, value
+
+        def measure(self, machine):
+            if self.value is None:
+                raise KeyboardInterrupt
+            return {"read": self.value}
+
+    monkeypatch.setattr(counted, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "rows", lambda name: [Row("a", 1.0), Row("b", 2.0), Row("c", None)])
+    records.write(tmp_path / "some.csv", [{"name": name, "source": "PTX", "read": "9"} for name in ("lost", "c", "a")])
+    with pytest.raises(KeyboardInterrupt):
+        counted.count_table("some", "", SimpleNamespace(source="PTX"))
+    assert [(row["name"], row["read"], row["broken"]) for row in records.read(tmp_path / "some.csv")] == [
+        ("c", "9", ""), ("a", "1.0000", ""), ("b", "2.0000", "read")]
