@@ -11,7 +11,7 @@ import numpy as np
 
 import densegrad as dg
 from benchmarks import baselines
-from benchmarks.counting import Counts, Limit, Rehearsed, total
+from benchmarks.counting import Counts, Limit, Rehearsed, Shown, total
 from densegrad.device import dtype_of
 from densegrad.plans import ITEM_BYTES, MatmulPlan, plan_matmul
 
@@ -20,6 +20,30 @@ MEDIUM, LARGE = (128, 128, 8, 8, 8), (256, 128, 16, 8, 16)
 #: which of x and dz are contiguous along the batch, so that their tiles are transposed into shared memory
 ORIENTATIONS = {"x and dz by samples": (False, False), "x by features": (True, False), "dz by features": (False, True),
                 "both by features": (True, True)}
+
+README = [Shown(
+    "dL/dW, float32: the main loop of the linked machine code; what it allows at most of the FP32 peak is *modelled*",
+    (("tile", "tile and results a thread", ""), ("capability", "capability", ""), ("registers", "registers", ""),
+     ("local_instructions", "spills", ""), ("ffma_share", "multiply-adds", ".1%"), ("bound_modelled", "of the peak", ".0%"),
+     ("load_to_use", "instructions from load to use", "")),
+    tuple(f"code, float32 {tile}, x and dz by samples, {capability}" for tile in ("128x128x8 8x8", "256x128x16 8x16")
+          for capability in ("8.0", "8.6", "8.9", "9.0", "12.0")),
+), Shown(
+    "dL/dW, float32: one idea more in every row (256 samples, 256 x 256 results; machine code for 9.0)",
+    (("name", "kernel", ""), ("instructions_per_multiply_add", "instructions for a multiply-add", ".2f"),
+     ("sectors_over_floor", "sectors read over the fewest", ".1f"), ("registers", "registers", ""),
+     ("ffma_share", "multiply-adds", ".0%"), ("bound_modelled", "of the peak, modelled", ".0%")),
+    ("idea: one thread for each result", "idea: 16 x 16 tiles in shared memory",
+     "idea: 4 x 4 results in registers, 16-byte accesses", "idea: 8 x 8 results in registers",
+     "idea: 8 x 16 results in registers, twice as deep"),
+), Shown(
+    "dL/dW, float32: what dL/db, ragged sizes and a long batch cost",
+    (("name", "case", ""), ("instructions_over_reference", "instructions over the reference", ".3f"),
+     ("sectors_over_reference", "sectors over it", ".3f"), ("blocks", "blocks", ""),
+     ("workspace_traffic", "workspace over operands", ".2%")),
+    ("dW and db against dW, (4096, 1024, 1024)", "ragged against 1024 cubed, (1023, 1025, 1021)",
+     "parts, (1000003, 64, 10)", "parts, (1000003, 128, 128)"),
+)]
 
 
 def _draw(shape: tuple[int, int], dtype: str, seed: int, along_batch: bool) -> Any:
