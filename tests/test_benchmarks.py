@@ -339,6 +339,33 @@ def test_nsight_computes_report_is_read_launch_by_launch():
     assert counting.launches_of("") == []
 
 
+def test_ncu_is_asked_for_every_metric_and_its_errors_are_told(tmp_path, monkeypatch):
+    """With a stand-in for ncu that keeps what it was asked and writes a report."""
+    tool = tmp_path / "ncu"
+    tool.write_text(f"""#!{sys.executable}
+import pathlib, sys
+arguments = sys.argv[1:]
+pathlib.Path({str(tmp_path)!r}, "asked").write_text(" ".join(arguments))
+report = pathlib.Path({str(tmp_path)!r}, "report").read_text()
+pathlib.Path(arguments[arguments.index("--log-file") + 1]).write_text(report)
+""")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "report").write_text(NCU_REPORT)
+    profiled = counting.profile(["-m", "some.module", "--only", "a row"], "GPU 5000")
+    asked = (tmp_path / "asked").read_text()
+    assert asked.endswith(f"{sys.executable} -m some.module --only a row")
+    assert all(metric in asked for metrics in counting.METRICS.values() for metric in metrics)
+    assert profiled.source == "Nsight Compute, GPU 5000"
+    assert next(profiled._report)["load_sectors"] == 3584
+    (tmp_path / "report").write_text("==ERROR== ERR_NVGPUCTRPERM: no permission")
+    with pytest.raises(counting.Skipped, match="no permission"):
+        counting.profile([], "GPU")
+    tool.unlink()
+    with pytest.raises(counting.Skipped, match="not on PATH"):
+        counting.profile([], "GPU")
+
+
 @pytest.mark.only("gpu")
 def test_a_row_has_the_same_columns_whoever_counts():
     row = next(row for row in tables.rows("batch_sum") if row.name == "(7, 4096) float32 rows")
