@@ -38,7 +38,8 @@ OUTSIDE = {
 COMMANDS = {"cli", "checks", "demo", "explain", "picture"}
 #: what kernels may import from outside, and which of their files more than that
 OF_KERNELS = {"functools", "math", "numba", "typing"}
-OF_PRIMITIVES = {"ptx": {"llvmlite"}, "simulator": {"ml_dtypes", "numpy", "threading"},
+OF_PRIMITIVES = {"ptx": {"llvmlite"}, "simulator": {"numpy", "threading"},
+                 "number_ptx": {"llvmlite"}, "number_simulator": {"ml_dtypes", "numpy"},
                  "warp_ptx": {"llvmlite"},
                  "warp_simulator": {"numpy", "threading"}}
 

@@ -4,6 +4,7 @@ import pytest
 from numba import cuda
 
 from densegrad import device
+from densegrad.device import dtype_of
 from densegrad.kernels import primitives
 from densegrad.kernels.primitives.layout import Line, lanes_of, tile_copy
 from densegrad.testing import bits, host, integers, normal
@@ -39,6 +40,10 @@ FRAGMENTS = {
                           lambda a: np.concatenate([a[:4], np.where(np.isfinite(a[4:]), a[4:], np.float32(0))])),
     "settle": (lambda: primitives.settle("float32", 4, False), (4,), 4, lambda a: a),
     "settle, compensated": (lambda: primitives.settle("float32", 4, True), (8,), 4, lambda a: a[:4] + a[4:]),
+    "weigh, all": (lambda: primitives.weigh("float32", 4, 1), (4, 1), 4, lambda a, b: a * b),
+    "weigh, each": (lambda: primitives.weigh("float32", 4, 4), (4, 4), 4, lambda a, b: a * b),
+    "rounded": (lambda: primitives.rounded("float16", "float32", 4), (4,), 4,
+                lambda a: a.astype("float16").astype("float32")),
     "head": (lambda: primitives.head("float32", 6, 2), (6,), 2, lambda a: a[:2]),
     "rotate": (lambda: primitives.rotate("float32", 6, 2), (6,), 6, lambda a: np.roll(a, -2)),
 }
@@ -426,3 +431,72 @@ def test_lines_are_stored_from_any_place_in_a_sector(xp, dtype, length, lanes, a
         result = xp.asarray(out)
         run(kernel, xp.asarray(image), result, first, step, pitch, left, threads=2 * lanes)
         same(result, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "offsets", "stride"), [(4, (0, 12), 1), (2, (0, 8, 16), 1), (1, (0, 3, 5), 2), (1, (0, 3), -1)])
+def test_pieces_are_touched_where_they_are_left(xp, dtype, width, offsets, stride):
+    wide, count = WIDE[dtype], width * len(offsets)
+    if width * np.dtype(dtype_of(dtype)).itemsize > 16:
+        width, count = 2, 2 * len(offsets)
+    load, store = (make(dtype, width, offsets, wide) for make in (primitives.load_pieces, primitives.store_pieces))
+    keep_all = primitives.store_each(wide, count, wide)
+    start = 8 if stride < 0 else 0
+
+    @primitives.jit(1)
+    def kernel(source, target, whole, left):
+        values = load(source, start, stride, left)
+        keep_all(whole, 0, 1, count, values)
+        store(target, start, stride, left, values)
+
+    memory = normal((40,), dtype, 5)
+    for left in (0, 1, offsets[-1], offsets[-1] + 1):
+        wanted, copied = np.zeros(count, wide), np.full(40, -99, memory.dtype)
+        for piece, offset in enumerate(offsets):
+            if offset < left:
+                places = start + offset * stride + np.arange(width)
+                wanted[piece * width:(piece + 1) * width] = memory[places]
+                copied[places] = memory[places]
+        target, whole = xp.asarray(np.full(40, -99, memory.dtype)), xp.zeros(count, wide)
+        run(kernel, xp.asarray(memory), target, whole, left)
+        same(whole, wanted)
+        same(target, copied)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int32", "int64"])
+def test_integers_choose_elements(xp, dtype):
+    load = primitives.load_integers(dtype, (0, 2, 3))
+    choose, whole = primitives.keep("float32", 3, 3), primitives.load_each("float32", 3, "float32")
+    store = primitives.store_each("float32", 3, "float32")
+
+    @primitives.jit(1)
+    def kernel(source, values, out, left, absent):
+        store(out, 0, 1, 3, choose(whole(values, 0, 1, 3), load(source, 1, 2, left, absent)))
+
+    source = np.array([9, 0, 9, 9, 9, -5, 9, 0], "int64").astype(dtype)
+    values = np.array([np.nan, 2, 3], "float32")
+    for left, absent, wanted in ((4, 0, [0, 2, 0]), (3, 7, [0, 2, 3]), (0, 0, [0, 0, 0])):
+        out = xp.full(3, np.nan, "float32")
+        run(kernel, xp.asarray(source), xp.asarray(values), out, left, absent)
+        same(out, np.array(wanted, "float32"))
+
+
+def test_exponentials_are_merged_without_overflow(xp):
+    nothing, exponential = primitives.no_exponentials("float32"), primitives.exponential("float32")
+    merge, logarithm = primitives.merge_exponentials("float32"), primitives.log_of_exponentials("float32")
+    load, store = primitives.load_vector("float32", 1, "float32"), primitives.store_vector("float32", 1, "float32")
+
+    @primitives.jit(1)
+    def kernel(source, out, count):
+        state = nothing()
+        for index in range(count):
+            state = merge(exponential(load(source, index)), state)
+        store(out, 0, logarithm(state))
+
+    for values in ([3.0], [-1.0, 2.0, 0.5], [1000.0, 999.0], [-np.inf, 0.0], [-np.inf], []):
+        out = xp.zeros(1, "float32")
+        run(kernel, xp.asarray(np.array([*values, 0], "float32")), out, len(values))
+        with np.errstate(divide="ignore"):
+            exact = np.logaddexp.reduce(np.array(values, "float64"), initial=-np.inf)
+        # A merge rounds three times and its exponential is 2 units off; the logarithm and its sum round.
+        assert host(out)[0] == exact or abs(host(out)[0] - exact) <= 2.0 ** -24 * (abs(exact) + 8 * len(values))

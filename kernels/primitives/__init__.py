@@ -1,8 +1,8 @@
 """The instruction set the kernels are written in.
 
 Every name exists twice: in ``ptx`` as LLVM and PTX for the compiler, and in ``simulator`` as plain Python and NumPy for
-the Numba CUDA simulator; what the lanes of a warp do together in ``warp_ptx`` and ``warp_simulator``. A test holds the two
-to each other.
+the Numba CUDA simulator; what becomes of numbers between memory and sums in ``number_ptx`` and ``number_simulator``, what
+the lanes of a warp do together in ``warp_ptx`` and ``warp_simulator``. A test holds the two to each other.
 
 Names
 -----
@@ -15,20 +15,27 @@ fragment
 from numba import config
 
 if config.ENABLE_CUDASIM:
+    from .number_simulator import (
+        backward,
+        cross_entropy,
+        exponential,
+        keep,
+        log_of_exponentials,
+        merge_exponentials,
+        no_exponentials,
+        rounded,
+        weigh,
+    )
     from .simulator import (
         add,
         add_inside,
         add_shared,
         add_tile,
         add_vectors,
-        backward,
         convert,
-        cross_entropy,
-        exponential,
         fragment_start,
         head,
         jit,
-        keep,
         load_each,
         load_if,
         load_integers,
@@ -37,15 +44,11 @@ if config.ENABLE_CUDASIM:
         load_tile,
         load_vector,
         load_whole_tile,
-        log_of_exponentials,
-        merge_exponentials,
         multiply_tile,
-        no_exponentials,
         offset_type,
         place,
         plus,
         rotate,
-        rounded,
         scale,
         settle,
         shared_array,
@@ -62,7 +65,6 @@ if config.ENABLE_CUDASIM:
         tile_offset,
         tile_turn,
         typed,
-        weigh,
         zeros,
     )
     from .warp_simulator import (
@@ -79,20 +81,27 @@ if config.ENABLE_CUDASIM:
         wait_copies,
     )
 else:
+    from .number_ptx import (
+        backward,
+        cross_entropy,
+        exponential,
+        keep,
+        log_of_exponentials,
+        merge_exponentials,
+        no_exponentials,
+        rounded,
+        weigh,
+    )
     from .ptx import (
         add,
         add_inside,
         add_shared,
         add_tile,
         add_vectors,
-        backward,
         convert,
-        cross_entropy,
-        exponential,
         fragment_start,
         head,
         jit,
-        keep,
         load_each,
         load_if,
         load_integers,
@@ -101,15 +110,11 @@ else:
         load_tile,
         load_vector,
         load_whole_tile,
-        log_of_exponentials,
-        merge_exponentials,
         multiply_tile,
-        no_exponentials,
         offset_type,
         place,
         plus,
         rotate,
-        rounded,
         scale,
         settle,
         shared_array,
@@ -126,7 +131,6 @@ else:
         tile_offset,
         tile_turn,
         typed,
-        weigh,
         zeros,
     )
     from .warp_ptx import (

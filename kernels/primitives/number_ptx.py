@@ -1,0 +1,208 @@
+"""What happens to numbers between memory and sums, as LLVM: the formulas on the compiler's values, weights and exponentials."""
+from functools import cache
+
+from llvmlite import ir
+from numba import types
+
+from . import formulas
+from .ptx import _FLOAT, _INT64, _NUMBA, _expand, _fragment_type, _narrow, _pack, _unpack, _widened
+
+
+class _Number:
+    """A float of the compiler's, with Python's operators; a plain number beside it is a constant of its type."""
+
+    def __init__(self, builder, value):
+        self.builder, self.value = builder, value
+
+    def _with(self, operation, left, right):
+        left, right = ((side.value if isinstance(side, _Number) else ir.Constant(self.value.type, side))
+                       for side in (left, right))
+        return _Number(self.builder, operation(left, right))
+
+    def __add__(self, other):
+        return self._with(self.builder.fadd, self, other)
+
+    def __radd__(self, other):
+        return self._with(self.builder.fadd, other, self)
+
+    def __sub__(self, other):
+        return self._with(self.builder.fsub, self, other)
+
+    def __rsub__(self, other):
+        return self._with(self.builder.fsub, other, self)
+
+    def __mul__(self, other):
+        return self._with(self.builder.fmul, self, other)
+
+    def __rmul__(self, other):
+        return self._with(self.builder.fmul, other, self)
+
+    def __truediv__(self, other):
+        return self._with(self.builder.fdiv, self, other)
+
+    def __rtruediv__(self, other):
+        return self._with(self.builder.fdiv, other, self)
+
+    def __neg__(self):
+        # NVVM knows no fneg.
+        return -0.0 - self
+
+    def __abs__(self):
+        return _Functions(self.builder).where(self < 0, -self, self)
+
+    def _compared(self, operator, other):
+        return self._with(lambda left, right: self.builder.fcmp_ordered(operator, left, right), self, other).value
+
+    def __lt__(self, other):
+        return self._compared("<", other)
+
+    def __le__(self, other):
+        return self._compared("<=", other)
+
+    def __gt__(self, other):
+        return self._compared(">", other)
+
+    def __eq__(self, other):
+        return self._compared("==", other)
+
+    __hash__ = None
+
+
+class _Functions:
+    """The functions that formulas take of the compiler's values: libdevice's."""
+
+    inf = float("inf")
+
+    def __init__(self, builder):
+        self.builder = builder
+
+    def where(self, condition, left, right):
+        number = left if isinstance(left, _Number) else right
+        return number._with(lambda a, b: self.builder.select(condition, a, b), left, right)
+
+    def exp(self, number):
+        return self._call("exp", number)
+
+    def log(self, number):
+        return self._call("log", number)
+
+    def erfc(self, number):
+        return self._call("erfc", number)
+
+    def _call(self, name, number):
+        kind = number.value.type
+        name = f"__nv_{name}{'f' if kind == ir.FloatType() else ''}"
+        function = self.builder.module.globals.get(name) or ir.Function(
+            self.builder.module, ir.FunctionType(kind, [kind]), name)
+        return _Number(self.builder, self.builder.call(function, [number.value]))
+
+
+def _numbers(builder, fragment):
+    return [_Number(builder, value) for value in _unpack(builder, fragment)]
+
+
+def _pack_numbers(builder, numbers):
+    return _pack(builder, [number.value for number in numbers])
+
+
+def _spread(values, count):
+    """One value for each element: the values, or the only one of them for all."""
+    return values if len(values) == count else values * count
+
+
+@cache
+def rounded(dtype, wide, count):
+    """(fragment of wide) -> the same values as memory of dtype would give them back."""
+    fragment = _fragment_type(wide, count)
+    return _expand(fragment, (fragment,), lambda builder, values: _pack(builder, _widened(
+        builder, [_narrow(builder, value, wide, dtype) for value in _unpack(builder, values)], dtype, wide)))
+
+
+@cache
+def backward(activation, dtype, count):
+    """(gradient above an activation, its argument, slope) -> the gradient below it, element by element."""
+    fragment, formula = _fragment_type(dtype, count), formulas.ACTIVATIONS[activation]
+
+    def body(builder, above, z, slope):
+        slope, number = _Number(builder, slope), _Functions(builder)
+        pairs = zip(_numbers(builder, above), _numbers(builder, z), strict=True)
+        return _pack_numbers(builder, [formula(number, gradient, argument, slope) for gradient, argument in pairs])
+
+    return _expand(fragment, (fragment, fragment, _NUMBA[dtype]), body)
+
+
+@cache
+def weigh(dtype, count, samples):
+    """(fragment, weights) -> their product; one weight for all, or one for each element."""
+    fragment = _fragment_type(dtype, count)
+    return _expand(fragment, (fragment, _fragment_type(dtype, samples)), lambda builder, values, weights: _pack(builder, [
+        builder.fmul(value, weight)
+        for value, weight in zip(_unpack(builder, values), _spread(_unpack(builder, weights), count), strict=True)]))
+
+
+@cache
+def keep(dtype, count, samples):
+    """(fragment, integers) -> the fragment where the integers are not zero, zeros elsewhere, whatever it holds there."""
+    fragment, none = _fragment_type(dtype, count), ir.Constant(_FLOAT[dtype], 0)
+
+    def body(builder, values, wanted):
+        wanted = _spread([builder.icmp_signed("!=", one, ir.Constant(_INT64, 0)) for one in _unpack(builder, wanted)], count)
+        return _pack(builder, [builder.select(one, value, none)
+                               for value, one in zip(_unpack(builder, values), wanted, strict=True)])
+
+    return _expand(fragment, (fragment, types.UniTuple(types.int64, samples)), body)
+
+
+@cache
+def cross_entropy(dtype, columns, samples):
+    """(z, log-sum-exp, labels, first column, outputs, ignored label, smoothing) -> softmax minus target, element by element.
+
+    columns are the elements' distances from the first column. Zeros where the label is the ignored one, NaN where it is no
+    column.
+    """
+    fragment, count = _fragment_type(dtype, len(columns)), len(columns)
+    none, bad = ir.Constant(_FLOAT[dtype], 0), ir.Constant(_FLOAT[dtype], float("nan"))
+
+    def body(builder, z, log_sum_exp, labels, column, outputs, ignored, smoothing):
+        number = _Functions(builder)
+        smoothing, classes = _Number(builder, smoothing), _Number(builder, builder.sitofp(outputs, _FLOAT[dtype]))
+        values = []
+        for value, total, label, distance in zip(_numbers(builder, z), _spread(_numbers(builder, log_sum_exp), count),
+                                                 _spread(_unpack(builder, labels), count), columns, strict=True):
+            is_label = builder.icmp_signed("==", label, builder.add(column, ir.Constant(_INT64, distance)))
+            found = formulas.cross_entropy(number, value, total, is_label, smoothing, classes).value
+            found = builder.select(builder.icmp_unsigned("<", label, outputs), found, bad)
+            values.append(builder.select(builder.icmp_signed("==", label, ignored), none, found))
+        return _pack(builder, values)
+
+    return _expand(fragment, (fragment, _fragment_type(dtype, samples), types.UniTuple(types.int64, samples), types.int64,
+                              types.int64, types.int64, _NUMBA[dtype]), body)
+
+
+@cache
+def no_exponentials(dtype):
+    """() -> the state of a sum of exponentials to which nothing was added."""
+    return _expand(_fragment_type(dtype, 2), (), lambda builder: _pack(
+        builder, [ir.Constant(_FLOAT[dtype], -_Functions.inf), ir.Constant(_FLOAT[dtype], 0)]))
+
+
+@cache
+def exponential(dtype):
+    """(value) -> the state of a sum of the one exponential of this value."""
+    return _expand(_fragment_type(dtype, 2), (_fragment_type(dtype, 1),), lambda builder, value: _pack(
+        builder, [*_unpack(builder, value), ir.Constant(_FLOAT[dtype], 1)]))
+
+
+@cache
+def merge_exponentials(dtype):
+    """(state, state) -> the state of the sum of both."""
+    state = _fragment_type(dtype, 2)
+    return _expand(state, (state, state), lambda builder, left, right: _pack_numbers(builder, formulas.merge_exponentials(
+        _Functions(builder), _numbers(builder, left), _numbers(builder, right))))
+
+
+@cache
+def log_of_exponentials(dtype):
+    """(state) -> the logarithm of the sum."""
+    return _expand(_fragment_type(dtype, 1), (_fragment_type(dtype, 2),), lambda builder, state: _pack_numbers(
+        builder, [formulas.log_of_exponentials(_Functions(builder), _numbers(builder, state))]))

@@ -1,0 +1,90 @@
+"""What happens to numbers between memory and sums, in NumPy: the formulas on arrays, weights and exponentials."""
+import math
+from functools import cache
+
+import ml_dtypes
+import numpy as np
+
+from . import formulas
+from .simulator import _TYPE, _quiet
+
+
+class _Arrays:
+    """The functions that formulas take of NumPy arrays."""
+
+    inf = np.inf
+    exp, log, where = staticmethod(np.exp), staticmethod(np.log), staticmethod(np.where)
+
+    @staticmethod
+    def erfc(values):
+        return np.array([math.erfc(value) for value in values], values.dtype)
+
+
+@cache
+def rounded(dtype, wide, count):
+    """(fragment of wide) -> the same values as memory of dtype would give them back."""
+    return _quiet(lambda fragment: fragment.astype(_stored(dtype)).astype(_TYPE[wide]))
+
+
+def _stored(dtype):
+    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+@cache
+def backward(activation, dtype, count):
+    """(gradient above an activation, its argument, slope) -> the gradient below it, element by element."""
+    return _quiet(lambda above, z, slope: formulas.ACTIVATIONS[activation](_Arrays, above, z, slope))
+
+
+@cache
+def weigh(dtype, count, samples):
+    """(fragment, weights) -> their product; one weight for all, or one for each element."""
+    return _quiet(lambda fragment, weights: fragment * weights)
+
+
+@cache
+def keep(dtype, count, samples):
+    """(fragment, integers) -> the fragment where the integers are not zero, zeros elsewhere, whatever it holds there."""
+    return lambda fragment, wanted: np.where(np.array(wanted) != 0, fragment, _TYPE[dtype](0))
+
+
+@cache
+def cross_entropy(dtype, columns, samples):
+    """(z, log-sum-exp, labels, first column, outputs, ignored label, smoothing) -> softmax minus target, element by element.
+
+    columns are the elements' distances from the first column. Zeros where the label is the ignored one, NaN where it is no
+    column.
+    """
+
+    def run(z, log_sum_exp, labels, column, outputs, ignored, smoothing):
+        label = np.array(labels)
+        values = formulas.cross_entropy(_Arrays, z, log_sum_exp, label == column + np.array(columns), smoothing,
+                                        _TYPE[dtype](outputs))
+        values = np.where((label >= 0) & (label < outputs), values, _TYPE[dtype](np.nan))
+        return np.where(label == ignored, _TYPE[dtype](0), values)
+
+    return _quiet(run)
+
+
+@cache
+def no_exponentials(dtype):
+    """() -> the state of a sum of exponentials to which nothing was added."""
+    return lambda: np.array([-np.inf, 0], _TYPE[dtype])
+
+
+@cache
+def exponential(dtype):
+    """(value) -> the state of a sum of the one exponential of this value."""
+    return lambda value: np.array([value[0], 1], _TYPE[dtype])
+
+
+@cache
+def merge_exponentials(dtype):
+    """(state, state) -> the state of the sum of both."""
+    return _quiet(lambda left, right: np.array(formulas.merge_exponentials(_Arrays, left, right), _TYPE[dtype]))
+
+
+@cache
+def log_of_exponentials(dtype):
+    """(state) -> the logarithm of the sum."""
+    return _quiet(lambda state: np.array([formulas.log_of_exponentials(_Arrays, state)], _TYPE[dtype]))
