@@ -1,4 +1,4 @@
-"""The batch sum's order of additions in NumPy, to hold every kernel to bit for bit, and plans small enough for tests."""
+"""The batch sum's order of additions in NumPy, which kernels are held to bit for bit, and small plans."""
 from math import lcm
 
 import numpy as np
@@ -83,8 +83,8 @@ def small_plan(samples, outputs, dtype, layout, parts=1, compensated=False):
     """A plan of few threads that has everything in it: lanes, several vectors in flight, an edge, parts."""
     vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
     if layout == "rows":
-        return BatchSumPlan(samples, outputs, dtype, layout, threads_x=4, lanes=sector, in_flight=2, vectors=1 + parts % 2,
-                            samples_per_part=-(-samples // parts), compensated=compensated)
+        return BatchSumPlan(samples, outputs, dtype, layout, threads_x=4, lanes=sector, in_flight=2,
+                            samples_per_part=-(-samples // parts), vectors=1 + parts % 2, compensated=compensated)
     threads_x = 4 if layout == "features_first" else max(4, lcm(outputs, 2 * vector) // vector)
     line = threads_x * vector
     if layout == "flat":

@@ -32,10 +32,11 @@ README = [Shown(
     "dL/db: the linked machine code; DRAM is the share of its rate that the bytes in flight can reach, *modelled*",
     (("shape", "dZ (S, M)", ""), ("dtype", "dtype", ""), ("layout", "memory", ""), ("sums", "sums", ""),
      ("capability", "capability", ""), ("registers", "registers", ""), ("local_instructions", "spills", ""),
-     ("resident_threads", "threads a multiprocessor", ""), ("waves", "waves", ".2f"), ("percent_dram", "DRAM %", ".0f")),
-    tuple(f"code {shape} {kind}, {capability}" for shape, kind in (
-        ("(8192, 3072)", "float32 rows"), ("(8192, 3072)", "bfloat16 rows"), ("(8192, 3072)", "float32 rows compensated"),
-        ("(8192, 3072)", "float32 features_first"), ("(1000003, 10)", "float32 flat")) for capability in ("8.0", "9.0")),
+     ("resident_threads", "threads a multiprocessor", ""), ("waves", "waves", ".2f"),
+     ("percent_dram", "DRAM %", ".0f")),
+    tuple(f"code {kind}, {capability}" for kind in (
+        "(8192, 3072) float32 rows", "(8192, 3072) bfloat16 rows", "(8192, 3072) float32 rows compensated",
+        "(8192, 3072) float32 features_first", "(1000003, 10) float32 flat") for capability in ("8.0", "9.0")),
     "A wave is what 108 multiprocessors of an 8.0 or 132 of a 9.0 hold at once.",
 )]
 
