@@ -47,6 +47,16 @@ def test_bits_are_those_of_the_plans_order(layout, memory, batch_axis, parts, co
     np.testing.assert_array_equal(bits(result), bits(model(plan, values)))
 
 
+@pytest.mark.parametrize("memory", ["C", "offset"])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_lines_of_an_odd_number_of_vectors_keep_the_plans_order(memory, compensated, xp):
+    """Every other line begins inside of 32 bytes, and so does every other part of three lines."""
+    values = normal((53, 5), "float32", seed=4) * 10.0 ** np.arange(5, dtype="float32")
+    plan = BatchSumPlan(53, 5, "float32", "flat", threads_x=5, lanes=1, in_flight=2, samples_per_part=12, folders=2,
+                        compensated=compensated)
+    np.testing.assert_array_equal(bits(dg.bias_grad(placed(values, memory, 0, xp), plan=plan)), bits(model(plan, values)))
+
+
 @pytest.mark.parametrize("outputs", [1, 3, 4, 5, 17, 40])
 @pytest.mark.parametrize("samples", [1, 2, 7, 33])
 @pytest.mark.parametrize("batch_axis", [0, 1])
