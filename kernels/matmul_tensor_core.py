@@ -152,8 +152,8 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
         wait_for_next()
         cuda.syncthreads()
         now, free = int32(0), int32(last_stage)
-        left_now = load_left(shared, now, left_places)
-        right_now = load_right(shared, int32(now + left_bytes), right_places)
+        left_first = load_left(shared, now, left_places)
+        right_first = load_right(shared, int32(now + left_bytes), right_places)
         sums = zeros()
 
         # dL/db rides along: the first warps of the first tile row (or column) add up dZ's fragments, which they hold anyway.
@@ -164,17 +164,18 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
 
             # 5. While the first step is multiplied, the second comes into registers and a tile sets out to the free stage,
             #    which all warps have read.
-            left_next = load_left_second(shared, now, left_places)
-            right_next = load_right_second(shared, int32(now + left_bytes), right_places)
+            left_second = load_left_second(shared, now, left_places)
+            right_second = load_right_second(shared, int32(now + left_bytes), right_places)
+            if has_sums:
+                first, second = (left_first, left_second) if of_left else (right_first, right_second)
+                totals = add_depths(sums_here, first, second, totals)
             left_at += left_step
             right_at += right_step
             copy_left(shared, free, left_at, left_stride, rows_left, 0, to_come > 0, thread)
             copy_right(shared, int32(free + left_bytes), right_at, right_stride, cols_left, 0, to_come > 0, thread)
             commit()
             to_come = int32(to_come - 1)
-            if has_sums and sums_here:
-                totals = add_depths(left_now if of_left else right_now, totals)
-            sums = multiply(left_now, right_now, sums)
+            sums = multiply(left_first, right_first, sums)
 
             # 6. While the second step is multiplied, the first of the next tile comes into registers. After the last tile that
             #    is one of zeros.
@@ -182,11 +183,9 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
             cuda.syncthreads()
             free = now
             now = int32(now + stage_bytes if now < last_stage else 0)
-            left_now = load_left(shared, now, left_places)
-            right_now = load_right(shared, int32(now + left_bytes), right_places)
-            if has_sums and sums_here:
-                totals = add_depths(left_next if of_left else right_next, totals)
-            sums = multiply(left_next, right_next, sums)
+            left_first = load_left(shared, now, left_places)
+            right_first = load_right(shared, int32(now + left_bytes), right_places)
+            sums = multiply(left_second, right_second, sums)
         wait_for_all()
 
         # 7. Each warp stores its results from registers.

@@ -266,21 +266,30 @@ class FragmentLayout(NamedTuple):
             return [(pair + block, half) for pair in range(0, self.blocks, 2) for half in (0, 1) for block in (0, 1)]
         return [(block, half) for block in range(self.blocks) for half in (0, 1)]
 
-    def runs(self, access: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
-        """(first, spread, (block, parity) of each): neighbouring columns, from first + spread * q on, that lanes hold.
+    def runs(self, access: int) -> list[tuple[int, list[tuple[int, int]]]]:
+        """(first, (block, parity) of each): neighbouring columns that a lane holds, those of lane 0 from `first` on.
 
-        q is lane % 4. Where `paired` lanes swap results it is 2 (lane % 2) + lane // 2 % 2.
+        `paired` lanes hold half of such a run and half of the next one.
         """
         if self.wide:
-            return [(8 * first, 8, [(first + block, parity) for parity in (0, 1) for block in range(4)])
+            return [(8 * first, [(first + block, parity) for parity in (0, 1) for block in range(4)])
                     for first in range(0, self.blocks, 4)]
         if self.paired(access):
-            return [(8 * block, 4, [(block, 0), (block, 1), (block + 1, 0), (block + 1, 1)]) for block in range(0, self.blocks, 2)]
-        return [(8 * block, 2, [(block, 0), (block, 1)]) for block in range(self.blocks)]
+            return [(8 * block, [(block, 0), (block, 1), (block + 1, 0), (block + 1, 1)]) for block in range(0, self.blocks, 2)]
+        return [(8 * block, [(block, 0), (block, 1)]) for block in range(self.blocks)]
 
     def paired(self, access: int) -> bool:
-        """Whether a lane holds only two neighbouring columns, but is to store more at a time."""
-        return access > 2 and not self.wide
+        """Whether lanes swap results with their neighbours, so that what is stored at once makes whole sectors.
+
+        Even lanes keep the first half of a run and receive one, odd lanes the second half.
+        """
+        return access == 4 if self.wide else access > 2
+
+    def steps(self, access: int) -> tuple[int, int, int]:
+        """How many columns lie between odd and even lanes, from two lanes to the next two, and from half to half of a run."""
+        if self.paired(access):
+            return (4, 16, 8) if self.wide else (8, 4, 2)
+        return (8, 16, 4) if self.wide else (2, 4, 1)
 
 
 def chunk_tile(item_bytes: int, outer_size: int, along_depth: bool) -> ChunkTile:

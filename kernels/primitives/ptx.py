@@ -330,12 +330,15 @@ def scale(dtype, count):
     """(fragment, factor) -> their product, rounded: what is added to it is not fused with it."""
     fragment = _fragment_type(dtype, count)
 
-    def body(builder, values, factor):
-        name = {"float32": "llvm.nvvm.mul.rn.f", "float64": "llvm.nvvm.mul.rn.d"}[dtype]
-        times = builder.module.declare_intrinsic(name, fnty=ir.FunctionType(factor.type, [factor.type] * 2))
-        return _pack(builder, [builder.call(times, [value, factor]) for value in _unpack(builder, values)])
+    return _expand(fragment, (fragment, _NUMBA[dtype]), lambda builder, values, factor: _pack(
+        builder, [_times(builder, value, factor) for value in _unpack(builder, values)]))
 
-    return _expand(fragment, (fragment, _NUMBA[dtype]), body)
+
+def _times(builder, value, factor):
+    """The rounded product."""
+    name = "llvm.nvvm.mul.rn.d" if factor.type == ir.DoubleType() else "llvm.nvvm.mul.rn.f"
+    times = builder.module.declare_intrinsic(name, fnty=ir.FunctionType(factor.type, [factor.type] * 2))
+    return builder.call(times, [value, factor])
 
 
 @cache

@@ -19,6 +19,7 @@ from .ptx import (
     _narrow,
     _pack,
     _store_global,
+    _times,
     _unpack,
     _widen,
 )
@@ -271,26 +272,37 @@ _ONES = {"float16": 0x3C003C00, "bfloat16": 0x3F803F80}
 
 @cache
 def add_depths(kind, layout):
-    """(fragments, totals) -> totals plus the sum along a step's depth for each outer index of a FragmentLayout.
+    """(wanted, first, second, totals) -> totals, if wanted plus the sums along the depth of a tile's two steps.
 
-    Half precision is multiplied by ones: the registers of two blocks are a left operand, whichever they were loaded for, and
-    totals are mma's four sums, of which the second and fourth repeat the others. float32 is added as it is, not as
-    TF32: one total for each block and lane, of the depths that the lane holds.
+    There is a sum for each outer index of a FragmentLayout. Half precision is multiplied by ones: the registers of two blocks are a
+    left operand, whichever they were loaded for, and totals are mma's four sums, of which the second and fourth repeat the
+    others. float32 is added as it is, not as TF32: one total for each block and lane, of the depths that the lane holds.
     """
     half = kind in _ONES
+    count = layout.blocks * (1 + half)
 
-    def body(builder, fragments, totals):
-        held, sums = dict(zip(layout.order, _unpack(builder, fragments), strict=True)), _unpack(builder, totals)
-        if not half:
-            for step in (0, 1):
-                sums = [builder.fadd(total, builder.bitcast(held[block, step], ir.FloatType()))
-                        for block, total in enumerate(sums)]
-            return _pack(builder, sums)
-        left = [held[pair + block, step] for pair in range(0, layout.blocks, 2) for step in (0, 1) for block in (0, 1)]
-        return _pack(builder, _products(builder, kind, left, [_int32(_ONES[kind])] * 2, sums, layout.blocks // 2, 1))
+    def body(builder, wanted, first, second, totals):
+        registers = [*_unpack(builder, first), *_unpack(builder, second)]
+        sums = _unpack(builder, totals)
+        # One block of PTX with the branch in it: what is around it stays in one piece for the compiler.
+        code = [".reg .pred idle; .reg .b32 ones;", f"setp.eq.b32 idle, ${count + len(registers)}, 0;",
+                "@idle bra DONE;", *([f"mov.b32 ones, {_ONES[kind]};"] if half else [])]
+        for step in (0, 1):
+            place = {held: f"${count + step * len(layout.order) + n}" for n, held in enumerate(layout.order)}
+            for pair in range(0, layout.blocks, 2) if half else ():
+                total = ", ".join(f"${2 * pair + part}" for part in range(4))
+                left = ", ".join(place[pair + block, part] for part in (0, 1) for block in (0, 1))
+                code.append(f"{_mma(kind)} {{{total}}}, {{{left}}}, {{ones, ones}}, {{{total}}};")
+            code += [f"add.f32 ${block}, ${block}, {place[block, part]};"
+                     for block in range(layout.blocks) for part in (0, 1) if not half]
+        arguments = [*registers, builder.zext(wanted, _INT32), *sums]
+        constraints = ",".join(["=f"] * count + ["r"] * (len(registers) + 1) + [str(total) for total in range(count)])
+        added = _together(builder, ir.LiteralStructType([ir.FloatType()] * count), f"{{ {' '.join(code)} DONE: }}", constraints,
+                          arguments, side_effect=False)
+        return _pack(builder, [builder.extract_value(added, total) for total in range(count)])
 
-    fragment = _fragment_type("float32", layout.blocks * (1 + half))
-    return _expand(fragment, (_registers(2 * layout.blocks), fragment), body)
+    fragment = _fragment_type("float32", count)
+    return _expand(fragment, (types.boolean, _registers(2 * layout.blocks), _registers(2 * layout.blocks), fragment), body)
 
 
 @cache
@@ -324,10 +336,12 @@ def _of_lane(builder, value, distance):
     return _together(builder, ir.FloatType(), f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", "=f,f", [value])
 
 
+def _mma(kind):
+    return f"mma.sync.aligned.{_ONE_STEP[kind]}.row.col.f32.{_SHORT[kind]}.{_SHORT[kind]}.f32"
+
+
 def _products(builder, kind, left, right, sums, down, across):
-    short = _SHORT[kind]
-    code = (f"mma.sync.aligned.{_ONE_STEP[kind]}.row.col.f32.{short}.{short}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, "
-            "{$8, $9}, {$10, $11, $12, $13};")
+    code = f"{_mma(kind)} {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
     totals = []
     for i in range(down):
         for j in range(across):
@@ -360,8 +374,8 @@ def _split_tf32(builder, bits):
 
 
 def _paired(builder, odd, values):
-    """Two values of a block and two of the next, for four neighbours of one: even lanes keep those of the first block."""
-    first, second = values[:2], values[2:]
+    """Even lanes keep the first half and receive their neighbours' first half, odd lanes likewise the second."""
+    first, second = values[:len(values) // 2], values[len(values) // 2:]
     received = [_of_lane(builder, builder.select(odd, a, b), 1) for a, b in zip(first, second, strict=True)]
     return [*(builder.select(odd, other, own) for other, own in zip(received, first, strict=True)),
             *(builder.select(odd, own, other) for other, own in zip(received, second, strict=True))]
@@ -373,31 +387,32 @@ def store_products(rows, cols, dtype, access, wide, accumulate):
 
     rows and cols are the FragmentLayouts of the operands. The warp's first result belongs at index; those beyond what is left
     are not stored. Each is computed in the type `wide`, if accumulate added to what is there, and rounded once. Up to access
-    neighbours of a row are stored at a time; lanes that hold two swap with their neighbours for four.
+    neighbours of a row are stored at a time, for which lanes swap results with the lanes beside them.
     """
     across = cols.blocks
+
+    to_odd, to_next, to_second = cols.steps(access)
 
     def body(builder, address, index, row_stride, col_stride, rows_left, cols_left, alpha, lane, sums):
         values = _unpack(builder, sums)
         group, quarter = builder.udiv(lane, _int32(4)), builder.urem(lane, _int32(4))
-        odd = builder.trunc(lane, ir.IntType(1))
-        if cols.paired(access):
-            parity = builder.zext(odd, _INT32)
-            quarter = builder.add(builder.mul(parity, _int32(2)), builder.udiv(quarter, _int32(2)))
+        odd, pair = builder.urem(quarter, _int32(2)), builder.udiv(quarter, _int32(2))
+        lane_col = builder.add(builder.mul(odd, _int32(to_odd)), builder.mul(pair, _int32(to_next)))
         for block in range(rows.blocks):
             row = builder.add(builder.mul(group, _int32(rows.outer(0, 1))), _int32(rows.outer(block, 0)))
             row_inside = builder.icmp_signed("<", row, rows_left)
             start = builder.add(index, builder.mul(builder.sext(row, _INT64), row_stride))
             pieces = []
-            for first, spread, run in cols.runs(access):
+            for first, run in cols.runs(access):
                 held = [values[4 * (block // 2 * across + j) + 2 * (block % 2) + parity] for j, parity in run]
-                held = _paired(builder, odd, held) if cols.paired(access) else held
-                width = min(access, len(run))
+                held = _paired(builder, builder.trunc(odd, ir.IntType(1)), held) if cols.paired(access) else held
+                width, half = min(access, len(run)), len(run) // 2
                 for position in range(0, len(run), width):
-                    col = builder.add(builder.mul(quarter, _int32(spread)), _int32(first + position))
+                    after = position // half * to_second + position % half
+                    col = builder.add(lane_col, _int32(first + after))
                     inside = builder.and_(row_inside, builder.icmp_signed("<", col, cols_left))
                     place = builder.add(start, builder.mul(builder.sext(col, _INT64), col_stride))
-                    part = [builder.fmul(_widen(builder, value, "float32", wide), alpha)
+                    part = [_times(builder, _widen(builder, value, "float32", wide), alpha)
                             for value in held[position:position + width]]
                     old = _load_global(builder, address, place, dtype, width, inside) if accumulate else None
                     pieces.append((inside, place, part, old))

@@ -280,27 +280,32 @@ def _split_tf32(bits):
 
 @cache
 def add_depths(kind, layout):
-    """(fragments, totals) -> totals plus the sum along a step's depth for each outer index of a FragmentLayout.
+    """(wanted, first, second, totals) -> totals, if wanted plus the sums along the depth of a tile's two steps.
 
-    Half precision is multiplied by ones: totals are mma's four sums for each two blocks, of which the second and fourth
-    repeat the others. float32 is added as it is, not as TF32: one total for each block and lane, of the depths that
-    the lane holds.
+    There is a sum for each outer index of a FragmentLayout. Half precision is multiplied by ones: totals are mma's four sums for
+    each two blocks, of which the second and fourth repeat the others. float32 is added as it is, not as TF32: one total for
+    each block and lane, of the depths that the lane holds.
     """
     held = [[layout.order.index((block, half)) for half in (0, 1)] for block in range(layout.blocks)]
 
     def all_lanes(values):
-        fragments, totals = (np.array(part) for part in zip(*values, strict=True))
-        numbers = _numbers(fragments[:, held], kind).sum(axis=(2, 3)).reshape(8, 4, -1).sum(axis=1)
-        return (np.repeat(np.repeat(numbers, 4, axis=0), 2, axis=1) + totals).astype(np.float32)
+        *steps, totals = (np.array(part) for part in zip(*values, strict=True))
+        for fragments in steps:
+            numbers = _numbers(fragments[:, held], kind).sum(axis=(2, 3)).reshape(8, 4, -1).sum(axis=1)
+            totals = (np.repeat(np.repeat(numbers, 4, axis=0), 2, axis=1) + totals).astype(np.float32)
+        return totals
 
-    def alone(fragments, totals):
-        for half in (0, 1):
-            totals = totals + fragments[[places[half] for places in held]].view(np.float32)
+    def alone(values):
+        *steps, totals = values
+        for fragments in steps:
+            for half in (0, 1):
+                totals = totals + fragments[[places[half] for places in held]].view(np.float32)
         return totals
 
     all_lanes = _quiet(all_lanes)
     together = kind in ("float16", "bfloat16")
-    return (lambda fragments, totals: exchange(all_lanes, (fragments, totals))) if together else _quiet(alone)
+    add = (lambda values: exchange(all_lanes, values)) if together else _quiet(alone)
+    return lambda wanted, first, second, totals: add((first, second, totals)) if wanted else totals
 
 
 @cache
@@ -332,32 +337,38 @@ def store_products(rows, cols, dtype, access, wide, accumulate):
 
     rows and cols are the FragmentLayouts of the operands. The warp's first result belongs at index; those beyond what is left
     are not stored. Each is computed in the type `wide`, if accumulate added to what is there, and rounded once. Up to access
-    neighbours of a row are stored at a time; lanes that hold two swap with their neighbours for four.
+    neighbours of a row are stored at a time, for which lanes swap results with the lanes beside them.
     """
-    paired = cols.paired(access)
+    to_odd, to_next, to_second = cols.steps(access)
+    runs = cols.runs(access)
+    half = len(runs[0][1]) // 2
+
+    def in_runs(sums):
+        """Each block of rows' runs, a run's halves and their values."""
+        values = sums.reshape(rows.blocks // 2, cols.blocks, 2, 2)
+        return np.array([[[values[block // 2, j, block % 2, parity] for j, parity in run] for _, run in runs]
+                         for block in range(rows.blocks)]).reshape(rows.blocks, len(runs), 2, half)
 
     def swap(values):
-        """Even lanes keep the even blocks of columns and get their neighbours', odd lanes the odd ones."""
-        sums = np.array(values).reshape(LANES // 2, 2, rows.blocks // 2, cols.blocks // 2, 2, 2, 2)
-        # lanes (pair, odd), rows (i), blocks (pair, odd), half of rows, parity -> the lane's oddness picks the block's
-        return sums.transpose(0, 4, 2, 3, 1, 5, 6).reshape(LANES, rows.blocks // 2, cols.blocks, 2, 2)
+        """Even lanes get what they and odd ones hold of the first halves, odd lanes of the second."""
+        pairs = np.array(values).reshape(LANES // 2, 2, rows.blocks, len(runs), 2, half)
+        return pairs.transpose(0, 4, 2, 3, 1, 5).reshape(LANES, rows.blocks, len(runs), 2, half)
 
     def run(address, index, row_stride, col_stride, rows_left, cols_left, alpha, lane, sums):
-        values = exchange(swap, sums) if paired else sums.reshape(rows.blocks // 2, cols.blocks, 2, 2)
-        quarter = 2 * (lane % 2) + lane // 2 % 2 if paired else lane % 4
-        for block in range(rows.blocks):
-            row = rows.outer(block, lane // 4)
-            for first, spread, run in cols.runs(access):
-                width = min(access, len(run))
-                for position in range(0, len(run), width):
-                    col = first + spread * quarter + position
-                    if row >= rows_left or col >= cols_left:
-                        continue
-                    part = np.array([values[block // 2, j, block % 2, parity] for j, parity in run[position:position + width]])
-                    part = part.astype(_TYPE[wide]) * alpha
-                    place = index + row * row_stride + col * col_stride
-                    if accumulate:
-                        part = part + address.read(place, width).astype(_TYPE[wide])
-                    address.write(place, part)
+        values = in_runs(sums)
+        if cols.paired(access):
+            values = exchange(swap, values)
+        for block, number in np.ndindex(values.shape[:2]):
+            row, (first, run) = rows.outer(block, lane // 4), runs[number]
+            width = min(access, len(run))
+            for position in range(0, len(run), width):
+                col = first + lane % 2 * to_odd + lane // 2 % 2 * to_next + position // half * to_second + position % half
+                if row >= rows_left or col >= cols_left:
+                    continue
+                part = values[block, number].ravel()[position:position + width].astype(_TYPE[wide]) * alpha
+                place = index + row * row_stride + col * col_stride
+                if accumulate:
+                    part = part + address.read(place, width).astype(_TYPE[wide])
+                address.write(place, part)
 
     return _quiet(run)
