@@ -25,7 +25,7 @@ TILE = 16
 @cache
 def make_naive(dtype: str) -> Any:
     """The kernel with one thread for each output; neighbours along a warp own neighbouring outputs m."""
-    zero, times, add = primitives.zeros(dtype, 1), primitives.scale(dtype, 1), primitives.add(dtype, 1)
+    zero, multiply_add = primitives.zeros(dtype, 1), primitives.multiply_add(dtype, 1)
     load, store = primitives.load_vector(dtype, 1, dtype), primitives.store_vector(dtype, 1, dtype)
 
     @primitives.jit(TILE * TILE)
@@ -35,7 +35,7 @@ def make_naive(dtype: str) -> Any:
         if d < in_features and m < out_features:
             total = zero()
             for s in range(samples):
-                total = add(total, times(load(x, s * in_features + d), load(dz, s * out_features + m)[0]))
+                total = multiply_add(total, load(x, s * in_features + d), load(dz, s * out_features + m))
             store(dw, d * out_features + m, total)
 
     return matmul_naive
@@ -44,7 +44,7 @@ def make_naive(dtype: str) -> Any:
 @cache
 def make_shared_tiles(dtype: str) -> Any:
     """The kernel whose blocks share 16 samples of 16 features and 16 outputs; still one output for a thread."""
-    zero, times, add = primitives.zeros(dtype, 1), primitives.scale(dtype, 1), primitives.add(dtype, 1)
+    zero, multiply_add = primitives.zeros(dtype, 1), primitives.multiply_add(dtype, 1)
     load, store = primitives.load_vector(dtype, 1, dtype), primitives.store_vector(dtype, 1, dtype)
     load_shared, store_shared = primitives.load_shared(dtype, 1), primitives.store_shared(dtype, 1)
     x_shared = primitives.shared_array("x", dtype, TILE * TILE)
@@ -69,7 +69,7 @@ def make_shared_tiles(dtype: str) -> Any:
             store_shared(dz_tile, thread, dz_value)
             cuda.syncthreads()
             for step in range(0, TILE * TILE, TILE):
-                total = add(total, times(load_shared(x_tile, step + down), load_shared(dz_tile, step + across)[0]))
+                total = multiply_add(total, load_shared(x_tile, step + down), load_shared(dz_tile, step + across))
             cuda.syncthreads()
         if row < in_features and m < out_features:
             store(dw, row * out_features + m, total)

@@ -5,29 +5,37 @@
 For dL/dW the depth is the batch: rows = in_features, cols = out_features, depth = samples. For dL/dX it is the outputs.
 
 How the work is cut
-    A block computes one tile_rows x tile_cols tile of the result for one part of the depth. It walks along the depth in
-    steps of tile_depth: the two input tiles come from global memory into registers while the tiles before them, in shared
-    memory, are multiplied. A thread owns thread_rows x thread_cols results in registers: for each depth it reads
+    A block computes one tile_rows x tile_cols tile of the result for one part of the depth. It walks along the depth
+    in steps of tile_depth: the two input tiles come from global memory into registers while the tiles before them, in
+    shared memory, are multiplied. A thread owns thread_rows x thread_cols results in registers: for each depth it reads
     thread_rows + thread_cols numbers from shared memory and does thread_rows * thread_cols multiply-adds, which is what
     keeps the FMA units busy. Long depths (the batch of dL/dW) are cut into parts, which batch_sum.add_parts adds up.
 Order of additions
     Each result is one chain of fused multiply-adds in ascending order of the depth, whatever the tiles are; parts are
-    added in ascending order.
+    added in ascending order. A thread of dL/db adds every n-th depth of each tile, ascending; the n threads' sums are
+    added in ascending order, and the parts likewise.
 Threads
-    (tile_rows / thread_rows) * (tile_cols / thread_cols), a warp as 4 x 8 of them, so that its reads of shared memory
-    are broadcasts and whole lines. A thread's rows and columns come in vectors of 16 bytes, spread over the tile.
+    (tile_rows / thread_rows) * (tile_cols / thread_cols). Warps are 4 x 8 of them, so that what they read of shared
+    memory are broadcasts and whole lines; 8 x 4 where the right tile is transposed. A thread's rows and columns come in
+    vectors of 16 bytes, spread over the tile.
 Grid
-    (tile columns * group, groups of tile rows, parts), where a group is 1 << group_bits tile rows: tiles are walked down a
-    group, then across, so that the tiles in flight share operands in L2.
+    (tile columns * group, groups of tile rows, parts), where a group is 1 << group_bits tile rows: tiles are walked
+    down a group, then across, so that the tiles in flight share operands in L2.
 Shared memory
     2 stages * tile_depth * (tile_rows + tile_cols) accumulators: one stage is multiplied while the other is filled.
-    Operands contiguous along the depth are transposed on the way in; see primitives.layout for how that avoids conflicts.
+    Operands contiguous along the depth are transposed on the way in; see primitives.layout for how that avoids
+    conflicts. In the end the results of rows that take no vectors pass through it, too.
+The main loop
+    Besides 512 (or 2048) multiply-adds it should hold loads, stores and a barrier only. So all of a thread's accesses
+    lie at constant distances from one place in each operand, which moves on by one 32-bit addition, and from one place
+    in a stage for reading and one for writing; and only tiles that no edge cuts are in it.
 Bytes and flops
     Reads each operand once per tile of the other axis: rows * depth * (cols / tile_cols) + depth * cols *
     (rows / tile_rows) elements; writes rows * cols * parts. 2 * rows * cols * depth flops.
 Edges
     Copies beyond an edge are predicated off and count as zeros on both sides, so that no edge meets another's infinity:
-    such products only reach results which are not stored.
+    such products only reach results which are not stored. Rows of memory that do not begin with a sector of 32 bytes
+    are turned: they are read and written from a sector on, and what comes before that comes last.
 
 Source: Boehm, "How to optimize a CUDA matmul kernel for cuBLAS-like performance", 2022; the CUTLASS documentation,
 "Efficient GEMM in CUDA".
@@ -91,10 +99,10 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
 
     # Copies of tiles, and what multiplies them.
     left_along_depth, right_along_depth = left_side.along_depth, right_side.along_depth
-    left_copy = tile_copy(tiles.dtype, accumulator, tile_rows, tile_depth, left_side.access, left_along_depth, threads,
-                          thread_rows, tiles.offset_bits)
-    right_copy = tile_copy(tiles.dtype, accumulator, tile_cols, tile_depth, right_side.access, right_along_depth, threads,
-                           thread_cols, tiles.offset_bits, start=tile_depth * tile_rows)
+    left_copy = tile_copy(tiles.dtype, accumulator, tile_rows, tile_depth, left_side.access, left_along_depth,
+                          threads, thread_rows, tiles.offset_bits)
+    right_copy = tile_copy(tiles.dtype, accumulator, tile_cols, tile_depth, right_side.access, right_along_depth,
+                           threads, thread_cols, tiles.offset_bits, start=tile_depth * tile_rows)
     row_spacing, col_spacing = left_copy.layout.spacing, right_copy.layout.spacing
     lanes_of_thread = primitives.thread_lanes(lanes_of(lanes_down, lanes_across, col_spacing // vector))
     row_of, col_of = primitives.fragment_start(left_copy.layout), primitives.fragment_start(right_copy.layout)
@@ -111,11 +119,12 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
 
     # The way of the results from registers to memory.
     access, accumulate = epilogue.access, epilogue.accumulate
-    row_groups, col_groups, stores = thread_rows // vector, thread_cols // vector, vector // access
+    col_groups, stores = thread_cols // vector, vector // access
     through_shared = access == 1 and lanes_down * tile_cols <= 2 * stage_size
     line = Line(accumulator, tile_cols, min(32, threads, tile_cols), accumulate)
     line_of, lines, line_flip = primitives.split(line.lanes), threads // line.lanes, line.flip
-    store_line, place_of_result = primitives.store_line(line, epilogue.dtype, epilogue.wide), primitives.place(epilogue.dtype)
+    store_line = primitives.store_line(line, epilogue.dtype, epilogue.wide)
+    place_of_result = primitives.place(epilogue.dtype)
     first_vector = primitives.head(accumulator, sums_count, vector)
     turn_vector = primitives.rotate(accumulator, sums_count, vector)
     store_vector, load_one = primitives.store_shared(accumulator, vector), primitives.load_shared(accumulator, 1)
@@ -138,9 +147,8 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
     sums_outer = summed.outer_size
 
     @primitives.jit(threads, tiles.blocks_per_multiprocessor)
-    def matmul_simt(left, left_stride, right, right_stride, result, row_stride, col_stride, part_stride, rows, cols, depth,
-                    depth_per_part, group_bits, alpha,
-                    depth_sums, sums_stride):
+    def matmul_simt(left, left_stride, right, right_stride, result, row_stride, col_stride, part_stride,
+                    rows, cols, depth, depth_per_part, group_bits, alpha, depth_sums, sums_stride):
         thread = cuda.threadIdx.x
 
         # 1. This block's tile of the result, and its part of the depth. Blocks below the result have nothing to do.
@@ -171,7 +179,7 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
         store_right(stages, 0, right_next, right_stride, right_turn, thread)
         cuda.syncthreads()
 
-        # dL/db rides along: dZ's tile is in shared memory, and the blocks of the first tile row (or column) add it up.
+        # dL/db rides along: dZ's tile is in shared memory, and the blocks of the first tile row (or column) add it.
         depth_total = no_sums()
         sums_here = col == 0 if of_left else row == 0
 
@@ -194,7 +202,7 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
             store_right(stages, now, right_next, right_stride, right_turn, thread)
             cuda.syncthreads()
 
-        # 5. The same where tiles are cut off by an edge; warps beyond it rest, and after the last there is nothing to load.
+        # 5. The same where an edge cuts tiles off; warps beyond it rest, and after the last tile nothing is loaded.
         works = row_of(warp_down) < rows_left and col_of(warp_across) < cols_left
         while depth_left > 0:
             depth_left = int32(depth_left - tile_depth)
@@ -215,7 +223,8 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
         if has_sums:
             for group in range(share.groups):
                 if thread < share.across * share.depths:
-                    place = thread // share.across * sums_outer + (thread % share.across * share.groups + group) * vector
+                    place = thread // share.across * sums_outer
+                    place += (thread % share.across * share.groups + group) * vector
                     store_vector(stages, place, first_sums(depth_total))
                 depth_total = turn_sums(depth_total)
             cuda.syncthreads()
@@ -229,7 +238,7 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
             cuda.syncthreads()
 
         # 7. The results at the front of `sums` are stored and turned to its end, a row of each thread after the other.
-        for i in range(row_groups * vector):
+        for i in range(thread_rows):
             below = i // vector * row_spacing + i % vector
             if through_shared:
                 # Where the result takes no vectors, its rows pass through shared memory, so that neighbouring threads

@@ -398,6 +398,22 @@ def test_tiles_are_multiplied(xp, dtype, left, right, along_depth, access):
         same(out, sums + (matrices[0][mine[0]] @ matrices[1][mine[1]].T).reshape(-1))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_products_are_added(xp, dtype):
+    """Small integers, for which one rounding and two are both exact."""
+    multiply_add, load = primitives.multiply_add(dtype, 3), primitives.load_each(dtype, 3, dtype)
+    store = primitives.store_each(dtype, 3, dtype)
+
+    @primitives.jit(1)
+    def kernel(sums, left, right, out):
+        store(out, 0, 1, 3, multiply_add(load(sums, 0, 1, 3), load(left, 0, 1, 3), load(right, 0, 1, 3)))
+
+    sums, left, right = (integers((3,), dtype, seed) for seed in range(3))
+    out = xp.zeros(3, dtype)
+    run(kernel, *map(xp.asarray, (sums, left, right)), out)
+    same(out, sums + left * right)
+
+
 @pytest.mark.parametrize(("dtype", "length", "lanes", "accumulate"), [
     ("float32", 128, 32, False), ("float16", 32, 8, False), ("bfloat16", 4, 4, False), ("float32", 64, 8, True),
     ("float64", 16, 16, True)])

@@ -15,8 +15,9 @@ from benchmarks.counting import Counts, Limit, Rehearsed, Shown, total
 from densegrad.device import dtype_of
 from densegrad.plans import ITEM_BYTES, MatmulPlan, plan_matmul
 
-#: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols) of 8 x 8 results a thread, and the best large one
-MEDIUM, LARGE = (128, 128, 8, 8, 8), (256, 128, 16, 8, 16)
+#: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols) of 8 x 8 results a thread, and the best large one: the
+#: longer side is that of the operand which is not transposed, if one is
+MEDIUM, LARGE, LARGE_ACROSS = (128, 128, 8, 8, 8), (256, 128, 16, 8, 16), (128, 256, 16, 8, 16)
 #: which of x and dz are contiguous along the batch, so that their tiles are transposed into shared memory
 ORIENTATIONS = {"x and dz by samples": (False, False), "x by features": (True, False), "dz by features": (False, True),
                 "both by features": (True, True)}
@@ -317,7 +318,8 @@ def rows() -> list[Any]:
             table.append(MainLoop(MEDIUM, orientation, capability, (
                 Limit("ffma_share", least=medium), Limit("blocks_per_multiprocessor", least=2), ahead)))
             equal = () if capability == "8.0" else (Limit("bound_below_share", most=0.0005),)
-            table.append(MainLoop(LARGE, orientation, capability, (Limit("ffma_share", least=large), ahead, *equal)))
+            tile = LARGE_ACROSS if orientation == "x by features" else LARGE
+            table.append(MainLoop(tile, orientation, capability, (Limit("ffma_share", least=large), ahead, *equal)))
     for dtype, tile in (("float64", (64, 32, 8, 8, 4)), ("float16", (128, 128, 8, 8, 8)), ("bfloat16", (64, 64, 8, 8, 8))):
         table += [MainLoop(tile, "x and dz by samples", capability, (), dtype) for capability in ("8.0", "9.0")]
     table += [Traffic(tile, orientation) for tile in (MEDIUM, LARGE) for orientation in ORIENTATIONS]

@@ -9,9 +9,10 @@ SECTOR, LINE, WIDEST = 32, 128, 16
 class TileLayout(NamedTuple):
     """A tile in shared memory: element (outer, depth) at start + depth * outer_size + (outer ^ flip of that depth).
 
-    A thread's fragment is `groups` vectors of 16 bytes, `vector` elements each, `spacing` elements apart; as many threads
-    as fit into the spacing share such a stretch of memory, then the next stretch begins. The flip moves neighbouring
-    depths to other banks, so that a copy which transposes stores without conflicts; it never splits a vector.
+    A thread's fragment is `groups` vectors of 16 bytes, `vector` elements each, `spacing` elements apart; as many
+    threads as fit into the spacing share such a stretch of memory, then the next stretch begins. The flip moves
+    neighbouring depths to other banks, so that a copy which transposes stores without conflicts; it never splits a
+    vector.
     """
 
     start: int
@@ -53,7 +54,7 @@ class Lanes(NamedTuple):
 
 
 def lanes_of(down: int, across: int, beside: int) -> Lanes:
-    """Warps of 4 by 8 threads, as far as there are so many; narrower where the fragments of only `beside` are neighbours."""
+    """Warps of 4 by 8 threads, as far as there are so many; narrower where fragments of only `beside` are neighbours."""
     warp_across = min(8, across, beside)
     return Lanes(down, across, min(32 // warp_across, down), warp_across)
 
@@ -155,8 +156,8 @@ def tile_share(copy: TileCopy) -> TileShare:
     """The share of each thread of the block that fills the tile by this copy."""
     vectors = copy.outer_size // (WIDEST // ITEM_BYTES[copy.wide])
     across = min(vectors, copy.threads)
-    return TileShare(copy.wide, copy.depth_size, across, min(copy.threads // across, copy.depth_size), vectors // across,
-                     copy.layout)
+    depths = min(copy.threads // across, copy.depth_size)
+    return TileShare(copy.wide, copy.depth_size, across, depths, vectors // across, copy.layout)
 
 
 def tile_copy(dtype: str, wide: str, outer_size: int, depth_size: int, access: int, along_depth: bool, threads: int,

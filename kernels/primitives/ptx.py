@@ -289,6 +289,14 @@ def add(dtype, count):
 
 
 @cache
+def multiply_add(dtype, count):
+    """(sums, left, right) -> sums + left * right, element by element, rounded once."""
+    fragment = _fragment_type(dtype, count)
+    return _expand(fragment, (fragment, fragment, fragment), lambda builder, sums, left, right: _pack(builder, [
+        builder.fma(a, b, c) for a, b, c in zip(*(_unpack(builder, values) for values in (left, right, sums)), strict=True)]))
+
+
+@cache
 def plus(dtype, count, compensated):
     """(sums, values) -> sums plus values.
 

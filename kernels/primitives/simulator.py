@@ -40,6 +40,12 @@ def add(dtype, count):
 
 
 @cache
+def multiply_add(dtype, count):
+    """(sums, left, right) -> sums + left * right, element by element, rounded twice."""
+    return _quiet(lambda sums, left, right: sums + left * right)
+
+
+@cache
 def plus(dtype, count, compensated):
     """(sums, values) -> sums plus values.
 
