@@ -26,15 +26,19 @@ RESULTS = records.RESULTS / "counted"
 KEY = ("name", "source")
 
 
-def count_table(table: str, only: str, where: Any, keep: bool = True) -> tuple[int, int]:
-    """Count the rows of a table whose names contain `only`, keeping each at once; how many hold, of how many."""
+def count_table(table: str, only: str, where: Any, keep: bool = True, missing: bool = False) -> tuple[int, int]:
+    """Count the rows of a table whose names contain `only`, keeping each at once; how many hold, of how many.
+
+    With missing, those that this source has counted before are left out.
+    """
     path, held, counted = RESULTS / f"{table}.csv", 0, 0
     rows = list(tables.rows(table))
     if keep:  # what the table no longer has goes
         names = {row.name for row in rows}
         records.write(path, [row for row in records.read(path) if row["name"] in names])
+    known = {row["name"] for row in records.read(path) if missing and row["source"] == where.source}
     for row in rows:
-        if only not in row.name:
+        if only not in row.name or row.name in known:
             continue
         try:
             values = row.measure(where)
@@ -59,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", choices=tables.names(), action="append",
                         help="this table, instead of all; may be repeated")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="rows whose name contains this")
+    parser.add_argument("--missing", action="store_true", help="rows that were not counted before")
     parser.add_argument("--ncu", action="store_true", help="count with Nsight Compute, on this machine's GPU")
     parser.add_argument("--under-ncu", action="store_true", help=argparse.SUPPRESS)  # the process that ncu watches
     options = parser.parse_args(arguments)
@@ -79,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Skipped as reason:
                 print(f"{table}: skipped: {reason}")
                 return 2
-        held, counted = count_table(table, options.only, where)
+        held, counted = count_table(table, options.only, where, missing=options.missing and not options.ncu)
         print(f"{table}: {held} of {counted} rows hold")
         all_held &= held == counted
     return 0 if all_held else 1

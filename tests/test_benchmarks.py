@@ -509,3 +509,4 @@ def test_rows_are_kept_as_they_are_counted_and_those_that_the_table_lost_go(tmp_
         counted.count_table("some", "", SimpleNamespace(source="PTX"))
     assert [(row["name"], row["read"], row["broken"]) for row in records.read(tmp_path / "some.csv")] == [
         ("c", "9", ""), ("a", "1.0000", ""), ("b", "2.0000", "read")]
+    assert counted.count_table("some", "", SimpleNamespace(source="PTX"), missing=True) == (0, 0)
