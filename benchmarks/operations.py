@@ -15,6 +15,7 @@ import numpy as np
 
 from densegrad import checks, reference, testing
 from densegrad.device import dtype_of
+from densegrad.layers import LAYERS
 from densegrad.plans import ITEM_BYTES
 
 #: how much of a large result is compared with float64: so many rows, the first and last among them
@@ -200,19 +201,9 @@ def checked_rows(rows: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(edge), between, np.arange(rows - edge, rows)]))
 
 
-#: (S, D, M) of layers as they are trained
-LAYERS = (
-    (1797, 64, 10),  # handwritten digits
-    (8192, 768, 3072),  # a transformer's feed-forward layer, up
-    (8192, 3072, 768),  # and down
-    (4096, 4096, 4096),
-    (16384, 1024, 1024),
-    (65536, 512, 256),  # a recommender's tower
-    (65536, 256, 1),  # and its last layer
-    (2048, 4096, 32000),  # a vocabulary
-)
+#: name -> shapes (S, D, M)
 SHAPES = {
-    "layers": LAYERS,
+    "layers": tuple(LAYERS.values()),
     "tall": (*((samples, 64, outputs) for outputs in (1, 3, 10, 33, 128)
                for samples in (1_000, 10_000, 100_000, 1_000_003)), (1_000_003, 128, 128)),
     "square": tuple((size, size, size) for size in (512, 1024, 2048, 4096, 8192)),

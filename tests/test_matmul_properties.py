@@ -16,8 +16,8 @@ from densegrad.testing import SENTINEL, Placed, check_within, error_bound, norma
 class Kernels:
     """What the compiler needs to know: few of these, since each takes it seconds.
 
-    by_columns says which of the two inputs are contiguous along their first axis; vectors, whether all rows of memory are
-    whole vectors of 16 bytes, or begin anywhere.
+    by_columns says which of the two inputs are contiguous along their first axis; vectors, whether all rows of memory
+    are whole vectors of 16 bytes, or begin anywhere.
     """
 
     function: str
@@ -48,7 +48,7 @@ KERNELS = (
 
 
 def spread_out(values, by_columns, offset, gap, xp):
-    """The values in memory of their own, `offset` elements after its begin and `gap` elements between rows, among NaN."""
+    """The values in memory of their own, `offset` elements before them and `gap` between rows, all of these NaN."""
     rows = values.T if by_columns else values
     pitch = rows.shape[1] + gap
 

@@ -269,10 +269,12 @@ def test_shared_memory(xp, dtype, count, across):
 #: (dtype, outer_size, depth_size, access, along_depth, threads, thread_outer, offset_bits)
 TILES = [
     ("float32", 8, 4, 4, False, 4, 4, 32), ("float32", 8, 4, 4, True, 4, 4, 32), ("float32", 8, 4, 1, True, 4, 4, 64),
-    ("float32", 16, 8, 2, False, 32, 8, 64), ("float32", 64, 8, 1, True, 32, 8, 32), ("float32", 64, 8, 4, True, 32, 8, 32),
-    ("float16", 64, 8, 4, True, 32, 8, 32), ("bfloat16", 8, 4, 4, False, 4, 4, 32), ("float64", 32, 4, 2, True, 16, 4, 32),
-    ("float64", 8, 4, 2, False, 32, 4, 64), ("float32", 64, 8, 1, False, 32, 8, 32), ("float32", 32, 16, 2, False, 32, 4, 32),
-    ("float16", 32, 16, 1, False, 64, 4, 32), ("float64", 16, 8, 1, False, 16, 4, 64), ("float32", 128, 16, 4, True, 64, 16, 32),
+    ("float32", 16, 8, 2, False, 32, 8, 64), ("float32", 64, 8, 1, True, 32, 8, 32),
+    ("float32", 64, 8, 4, True, 32, 8, 32), ("float16", 64, 8, 4, True, 32, 8, 32),
+    ("bfloat16", 8, 4, 4, False, 4, 4, 32), ("float64", 32, 4, 2, True, 16, 4, 32),
+    ("float64", 8, 4, 2, False, 32, 4, 64), ("float32", 64, 8, 1, False, 32, 8, 32),
+    ("float32", 32, 16, 2, False, 32, 4, 32), ("float16", 32, 16, 1, False, 64, 4, 32),
+    ("float64", 16, 8, 1, False, 16, 4, 64), ("float32", 128, 16, 4, True, 64, 16, 32),
 ]
 
 
@@ -286,7 +288,8 @@ def test_tiles_come_into_shared_memory(xp, tile, shift):
     dtype, outer_size, depth_size, access, along_depth, threads, thread_outer, offset_bits = tile
     wide = WIDE[dtype]
     size = outer_size * depth_size
-    copy = tile_copy(dtype, wide, outer_size, depth_size, access, along_depth, threads, thread_outer, offset_bits, start=size)
+    copy = tile_copy(dtype, wide, outer_size, depth_size, access, along_depth, threads, thread_outer, offset_bits,
+                     start=size)
     array = primitives.shared_array("tile", wide, 3 * size)
     turn_of, offset_of, place_of = primitives.tile_turn(copy), primitives.tile_offset(copy), primitives.place(dtype)
     load, load_whole, store = primitives.load_tile(copy), primitives.load_whole_tile(copy), primitives.store_tile(copy)
@@ -312,7 +315,8 @@ def test_tiles_come_into_shared_memory(xp, tile, shift):
     memory = xp.asarray(np.concatenate([np.full(first, np.nan, values.dtype), values.reshape(-1)]))
     matrix = values[:, :near].astype(wide)
     matrix = matrix if along_depth else matrix.T
-    for outer_left, depth_left in ((outer_size, depth_size), (outer_size - access, depth_size - access), (access, access)):
+    for outer_left, depth_left in ((outer_size, depth_size), (outer_size - access, depth_size - access),
+                                   (access, access)):
         out = xp.zeros(2 * size, wide)
         run(kernel, memory, first, stride, outer_left, depth_left, out, threads=threads)
         cut = np.zeros_like(matrix)
@@ -325,7 +329,8 @@ def test_tiles_come_into_shared_memory(xp, tile, shift):
         same(out, wanted)
 
 
-@pytest.mark.parametrize(("down", "across", "beside"), [(1, 1, 1), (2, 2, 2), (8, 16, 4), (8, 16, 16), (4, 8, 8), (64, 2, 2)])
+@pytest.mark.parametrize(("down", "across", "beside"), [
+    (1, 1, 1), (2, 2, 2), (8, 16, 4), (8, 16, 16), (4, 8, 8), (64, 2, 2)])
 def test_threads_share_a_tile(xp, down, across, beside):
     """Warps of 4 by 8 or 8 by 4 threads, across first; the fragments of the threads down make up the tile."""
     lanes = lanes_of(down, across, beside)
@@ -353,7 +358,8 @@ def test_threads_share_a_tile(xp, down, across, beside):
         warp, lane = divmod(thread, high * wide)
         wanted[warp // (across // wide) * high + lane // wide, warp % (across // wide) * wide + lane % wide] = thread
     same(threads, wanted)
-    same(warps, np.float32([[i // high * high * across + j // wide * wide for j in range(across)] for i in range(down)]))
+    firsts = [[i // high * high * across + j // wide * wide for j in range(across)] for i in range(down)]
+    same(warps, np.float32(firsts))
     assert (np.bincount(host(owners).astype(int), minlength=down) == 8).all()
 
 

@@ -292,8 +292,12 @@ def add(dtype, count):
 def multiply_add(dtype, count):
     """(sums, left, right) -> sums + left * right, element by element, rounded once."""
     fragment = _fragment_type(dtype, count)
-    return _expand(fragment, (fragment, fragment, fragment), lambda builder, sums, left, right: _pack(builder, [
-        builder.fma(a, b, c) for a, b, c in zip(*(_unpack(builder, values) for values in (left, right, sums)), strict=True)]))
+
+    def body(builder, sums, left, right):
+        factors = zip(_unpack(builder, left), _unpack(builder, right), _unpack(builder, sums), strict=True)
+        return _pack(builder, [builder.fma(*three) for three in factors])
+
+    return _expand(fragment, (fragment, fragment, fragment), body)
 
 
 @cache
@@ -652,7 +656,10 @@ def tile_turn(copy):
 
 @cache
 def thread_lanes(lanes):
-    """(thread) -> (down, across, of its warp's first thread down, across) in a block of these Lanes: warps go across first."""
+    """(thread) -> (down, across, of its warp's first thread down, across) in a block of these Lanes.
+
+    Warps go across first.
+    """
 
     def body(builder, thread):
         def split(value, by):
@@ -663,7 +670,8 @@ def thread_lanes(lanes):
         first_down = builder.mul(below, ir.Constant(_INT32, lanes.warp_down))
         first_across = builder.mul(beside, ir.Constant(_INT32, lanes.warp_across))
         down, across = split(lane, lanes.warp_across)
-        return _pack(builder, [builder.add(first_down, down), builder.add(first_across, across), first_down, first_across])
+        own = builder.add(first_down, down), builder.add(first_across, across)
+        return _pack(builder, [*own, first_down, first_across])
 
     return _expand(types.UniTuple(types.int32, 4), (types.int32,), body)
 
@@ -689,11 +697,11 @@ def split(size):
 
 @cache
 def store_line(line, dtype, wide):
-    """(array, number, place, step, lane, left, factor): stores a thread's elements of a Line in shared memory, times factor.
+    """(array, number, place, step, lane, left, factor): stores a thread's elements of a Line in shared memory.
 
-    Element c goes to place + c * step elements of dtype, the first `left` of them. Neighbouring lanes take neighbouring
-    elements, from a sector of the result on: what comes before that comes last. The products are computed in wide and
-    rounded once; if the Line accumulates, what is there is added before that.
+    Times factor, element c goes to place + c * step elements of dtype, the first `left` of them. Neighbouring lanes
+    take neighbouring elements, from a sector of the result on: what comes before that comes last. The products are
+    computed in wide and rounded once; if the Line accumulates, what is there is added before that.
     """
     size = _BYTES[dtype]
 
@@ -708,8 +716,8 @@ def store_line(line, dtype, wide):
         row = builder.mul(number, constant(line.length))
         flip = builder.mul(builder.and_(number, constant(1)), constant(line.flip))
         for first in range(0, line.length, line.lanes):
-            # The first element may be the last of the line; from the second on, those that are whole periods of the flip
-            # apart lie at constant distances.
+            # The first element may be the last of the line; from the second on, those that are whole periods of the
+            # flip apart lie at constant distances.
             period = max(line.lanes, 2 * line.flip)
             origin = first % period or min(first, period)
             start = builder.add(begin, constant(origin)) if first else builder.select(
@@ -728,8 +736,8 @@ def store_line(line, dtype, wide):
                     value = builder.fadd(value, _widen(builder, old, dtype, wide))
                 _store_bytes(builder, target, dtype, [_narrow(builder, value, wide, dtype)])
 
-    return _expand(types.none, (types.int32, types.int32, types.int64, types.int64, types.int32, types.int32, _NUMBA[wide]),
-                   body)
+    return _expand(types.none, (types.int32, types.int32, types.int64, types.int64, types.int32, types.int32,
+                                _NUMBA[wide]), body)
 
 
 @cache
@@ -801,7 +809,8 @@ def _load_places(builder, copy, place, offset, stride, turn, thread, bounds):
     values = []
     for step, pairs in zip(copy.steps(), bounds, strict=True):
         base, further = _outer(builder, copy, step, stride, turn, thread)
-        outer = builder.sext(builder.sub(base, builder.sub(first, turn)), _INT64) if copy.turns else ir.Constant(_INT64, 0)
+        turned = builder.sub(base, builder.sub(first, turn)) if copy.turns else ir.Constant(_INT32, 0)
+        outer = builder.sext(turned, _INT64)
         if copy.along_depth:
             constant, distance = step[1], builder.mul(ir.Constant(_INT64, further), stride)
         else:
@@ -814,7 +823,7 @@ def _load_places(builder, copy, place, offset, stride, turn, thread, bounds):
 
 @cache
 def store_tile(copy):
-    """(array, index, fragment, stride, turn, thread): stores what load_tile brought into the stage at index of the array."""
+    """(array, index, fragment, stride, turn, thread): stores what load_tile brought into the array's stage at index."""
     layout = copy.layout
 
     def store(builder, array, index, values, stride, turn, thread):
@@ -838,8 +847,8 @@ def store_tile(copy):
         with builder.if_then(_has_share(builder, copy, thread)):
             store(builder, array, index, _unpack(builder, fragment), stride, turn, thread)
 
-    return _expand(types.none, (types.int32, types.int32, _fragment_type(copy.wide, copy.count), types.int64, types.int32,
-                                types.int32), body)
+    return _expand(types.none, (types.int32, types.int32, _fragment_type(copy.wide, copy.count), types.int64,
+                                types.int32, types.int32), body)
 
 
 def _first_access(builder, copy, thread):
@@ -927,10 +936,10 @@ def add_tile(share):
 
 @cache
 def multiply_tile(dtype, depth, left, right):
-    """(array, index, left outer, right outer, sums) -> sums plus the outer products of depth steps of the stage at index.
+    """(array, index, left outer, right outer, sums) -> sums plus the outer products of the stage at index.
 
-    left and right are TileLayouts; the outer indices are those of the thread's first elements. The steps are written out,
-    in ascending order, one fused multiply-add for each pair of a left and a right element.
+    left and right are TileLayouts; the outer indices are those of the thread's first elements. The depths are written
+    out, in ascending order, one fused multiply-add for each pair of a left and a right element.
     """
     vector = 16 // _BYTES[dtype]
 

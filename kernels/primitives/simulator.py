@@ -325,7 +325,10 @@ def tile_turn(copy):
 
 @cache
 def thread_lanes(lanes):
-    """(thread) -> (down, across, of its warp's first thread down, across) in a block of these Lanes: warps go across first."""
+    """(thread) -> (down, across, of its warp's first thread down, across) in a block of these Lanes.
+
+    Warps go across first.
+    """
 
     def run(thread):
         warp, lane = divmod(thread, lanes.warp_down * lanes.warp_across)
@@ -350,11 +353,11 @@ def split(size):
 
 @cache
 def store_line(line, dtype, wide):
-    """(array, number, place, step, lane, left, factor): stores a thread's elements of a Line in shared memory, times factor.
+    """(array, number, place, step, lane, left, factor): stores a thread's elements of a Line in shared memory.
 
-    Element c goes to place + c * step elements of dtype, the first `left` of them. Neighbouring lanes take neighbouring
-    elements, from a sector of the result on: what comes before that comes last. The products are computed in wide and
-    rounded once; if the Line accumulates, what is there is added before that.
+    Times factor, element c goes to place + c * step elements of dtype, the first `left` of them. Neighbouring lanes
+    take neighbouring elements, from a sector of the result on: what comes before that comes last. The products are
+    computed in wide and rounded once; if the Line accumulates, what is there is added before that.
     """
     size = ITEM_BYTES[dtype]
 
@@ -364,7 +367,8 @@ def store_line(line, dtype, wide):
         for first in range(lane, line.length, line.lanes):
             column = (first - turn) % line.length
             if column < left:
-                value = array.span(number * line.length + (column ^ number % 2 * line.flip), 1).astype(_TYPE[wide]) * factor
+                cell = array.span(number * line.length + (column ^ number % 2 * line.flip), 1)
+                value = cell.astype(_TYPE[wide]) * factor
                 if line.accumulate:
                     value = value + address.read(index + column * step, 1).astype(_TYPE[wide])
                 address.write(index + column * step, value)
@@ -425,13 +429,13 @@ def load_tile(copy):
 def load_whole_tile(copy):
     """(place, offset, stride, turn, thread) -> the thread's share of a TileCopy that lies inside the operand."""
     load = load_tile(copy)
-    return lambda place, offset, stride, turn, thread: load(place, offset, stride, turn, copy.outer_size, copy.depth_size,
-                                                            thread)
+    return lambda place, offset, stride, turn, thread: load(place, offset, stride, turn, copy.outer_size,
+                                                            copy.depth_size, thread)
 
 
 @cache
 def store_tile(copy):
-    """(array, index, fragment, stride, turn, thread): stores what load_tile brought into the stage at index of the array."""
+    """(array, index, fragment, stride, turn, thread): stores what load_tile brought into the array's stage at index."""
     layout = copy.layout
 
     def run(array, index, fragment, stride, turn, thread):
@@ -482,7 +486,7 @@ def add_tile(share):
 
 @cache
 def multiply_tile(dtype, depth, left, right):
-    """(array, index, left outer, right outer, sums) -> sums plus the outer products of depth steps of the stage at index.
+    """(array, index, left outer, right outer, sums) -> sums plus the outer products of the stage at index.
 
     left and right are TileLayouts; the outer indices are those of the thread's first elements. The steps are taken in
     ascending order; product and sum are rounded one after the other, where the device rounds once.

@@ -171,7 +171,8 @@ def _launch_matmul(session: Session, plan: MatmulPlan, left: Operand, right: Ope
     left_side, right_side = _side(left, vector), _side(right.T, vector)
     tiles = Tiles(plan.dtype, plan.accumulator, plan.tile_rows, plan.tile_cols, plan.tile_depth, plan.thread_rows,
                   plan.thread_cols, plan.blocks_per_multiprocessor, _part_bits(plan, left, right.T))
-    kernel = make_matmul(tiles, Side(left_side.along_depth, left_side.access), Side(right_side.along_depth, right_side.access),
+    kernel = make_matmul(tiles, Side(left_side.along_depth, left_side.access),
+                         Side(right_side.along_depth, right_side.access),
                          Epilogue(target.dtype, target.access(vector), wide, accumulate), sums_of)
     session.launch(kernel, plan.grid, plan.threads, (
         left.address, left_side.stride, right.address, right_side.stride, target.address, target.row_stride,

@@ -122,7 +122,8 @@ class Tiling:
         ]
         if 1 in (self.rows, self.cols, self.depth):
             kind = "an outer product" if self.depth == 1 else "a product of matrix and vector"
-            lines.append(f"{kind}, bound by memory: no path of its own, since these tiles read each operand once or nearly so")
+            lines.append(f"{kind}, bound by memory: no path of its own, since these tiles read each operand once or "
+                         "nearly so")
         if self.parts > 1:
             lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, since {tiles} tiles alone would "
                          f"leave multiprocessors idle; {self.workspace_bytes} bytes of workspace, added in ascending order")
@@ -370,7 +371,7 @@ class MatmulCost:
 MODEL_MULTIPROCESSORS = 132
 MODEL_DRAM_BYTES = 15.0  # per multiprocessor and cycle
 MODEL_L2_BYTES = 40.0
-MODEL_SHARED_ACCESS = 16  # cycles of an access of 16 bytes a thread, which takes the whole multiprocessor's 128 bytes four times
+MODEL_SHARED_ACCESS = 16  # cycles of a scheduler in which shared memory serves an access of 16 bytes a thread
 MODEL_LATENCY = 700.0  # cycles from a load to its data, which the next tile's loads take at the least
 MODEL_BLOCK = 1500.0  # cycles to start a block, fill its first stage and store its results
 MODEL_LAUNCH = 5000.0  # cycles of a second kernel; it has four parts in flight
@@ -531,8 +532,8 @@ def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
     """The plan for these sizes and this dtype: the fewest warps among those within 5 % of the model's best.
 
     Depends on nothing else, so that it is the same on every device. Fewer warps leave room for what runs beside them. A
-    depth is cut only where that is cheaper than the best plan that leaves it whole, and then into enough parts for a GPU
-    if there are such plans.
+    depth is cut only where that is cheaper than the best plan that leaves it whole, and then into enough parts for a
+    GPU if there are such plans.
     """
     return _cheapest(matmul_candidates(rows, cols, depth, dtype))
 
