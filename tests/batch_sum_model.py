@@ -37,7 +37,8 @@ def model(plan, dz, result=None, alpha=1, before=None):
     sums.lost = lost[0] if lost else None
     if before is not None:
         sums.add(before.astype(wide))
-    return np.sum(sums.rows, axis=0, dtype=wide).astype(dtype_of(result))
+    whole = sums.total if sums.lost is None else sums.total + sums.lost
+    return whole.astype(dtype_of(result))
 
 
 def _sums(plan, dz):
