@@ -74,7 +74,7 @@ class Tiling:
         """Of the result."""
         return _ceil(self.rows, self.tile_rows) * _ceil(self.cols, self.tile_cols)
 
-    @property
+    @cached_property
     def group_bits(self) -> int:
         """Binary logarithm of how many tile rows are walked together.
 
@@ -216,7 +216,7 @@ class MatmulPlan(Tiling):
         """Shared memory of a block: two stages of both tiles."""
         return 2 * self.tile_depth * (self.tile_rows + self.tile_cols) * ITEM_BYTES[self.accumulator]
 
-    @property
+    @cached_property
     def cost(self) -> MatmulCost:
         """What the model says this plan takes."""
         return _matmul_cost(self)
@@ -333,7 +333,7 @@ class TensorCorePlan(Tiling):
             return 2.0 ** -10 + 2.0 ** -22
         return 3.01 * 2.0 ** -22 + self.chain * 2.0 ** -33 if self.precision == "tf32x3" else 0.0
 
-    @property
+    @cached_property
     def cost(self) -> MatmulCost:
         """What the model says this plan takes."""
         return _tensor_core_cost(self)
