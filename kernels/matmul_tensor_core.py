@@ -5,14 +5,16 @@
 For dL/dW the depth is the batch: rows = in_features, cols = out_features, depth = samples. For dL/dX it is the outputs.
 
 How the work is cut
-    A block computes one tile_rows x tile_cols tile of the result for one part of the depth, a warp warp_rows x warp_cols of
-    it in registers. The block walks along the depth in tiles 64 bytes deep, which are two steps of one mma instruction's
-    depth: 16 half-precision numbers or 8 of TF32. Asynchronous copies bring tiles into `stages` slots of shared memory, so
-    that stages - 1 of them are on their way while one is multiplied; a step's fragments come into registers while the step
-    before it is multiplied. Long depths (the batch of dL/dW) are cut into parts, which batch_sum.add_parts adds up.
+    A block computes one tile_rows x tile_cols tile of the result for one part of the depth, a warp warp_rows x
+    warp_cols of it in registers. The block walks along the depth in tiles 64 bytes deep, which are two steps of one
+    mma instruction's depth: 16 half-precision numbers or 8 of TF32. Asynchronous copies bring tiles into `stages`
+    slots of shared memory, so that stages - 1 of them are on their way while one is multiplied; a step's fragments
+    come into registers while the step before it is multiplied. Long depths (the batch of dL/dW) are cut into parts,
+    which batch_sum.add_parts adds up.
 Fragments
-    What a lane holds of the operands and of the result, lane = 4 g + q (PTX ISA, "Matrix fragments for mma.m16n8k16" and
-    "mma.m16n8k8"). A register holds 4 bytes along the depth: two numbers of half precision (k and k + 1), or one of TF32.
+    What a lane holds of the operands and of the result, lane = 4 g + q (PTX ISA, "Matrix fragments for mma.m16n8k16"
+    and "mma.m16n8k8"). A register holds 4 bytes along the depth: two numbers of half precision (k and k + 1), or one
+    of TF32.
 
         left 16 x 32 bytes                      right 32 bytes x 8            result 16 x 8
 
@@ -20,37 +22,40 @@ Fragments
         row g     [ a0 ]   [ a2 ]               4 q ..    [ b0 ]              row g      [ c0   c1 ]
         row g + 8 [ a1 ]   [ a3 ]          16 + 4 q ..    [ b1 ]              row g + 8  [ c2   c3 ]
 
-    ldmatrix brings four such registers at a time, and transposes 16-bit elements where an operand lies along rows or cols
-    instead of the depth. It cannot transpose the 32-bit elements of TF32. There a lane reads 16 bytes, four neighbouring rows
-    (or cols) at one depth, and calls them the row g of four different blocks: row 4 g + b of the matrix is row g of block
-    b. Which rows make up a block is free, as long as the result is stored accordingly; so is the order of depths, which is
-    kept.
+    ldmatrix brings four such registers at a time, and transposes 16-bit elements where an operand lies along rows or
+    cols instead of the depth. It cannot transpose the 32-bit elements of TF32. There a lane reads 16 bytes, four
+    neighbouring rows (or cols) at one depth, and calls them the row g of four different blocks: row 4 g + b of the
+    matrix is row g of block b. Which rows make up a block is free, as long as the result is stored accordingly; so is
+    the order of depths, which is kept.
 
         matrix row      0  1  2  3   4  5  6  7  ...  28 29 30 31
         block, row g   0,0 1,0 2,0 3,0 0,1 1,1 2,1 3,1  ...  0,7 1,7 2,7 3,7
 Precision
-    Products of half-precision numbers are exact. "tf32" rounds operands to 11 significant bits, to nearest. "tf32x3" cuts each
-    of them into two such terms, first + second, and multiplies first * first into one set of sums, second * first and
-    first * second into another, which is added at the end: what is left out is of the order of 2⁻²². Where an operand is infinite
-    the second sums are not numbers and are left out. Sums are float32, in the order and rounding of the hardware.
+    Products of half-precision numbers are exact. "tf32" rounds operands to 11 significant bits, to nearest. "tf32x3"
+    cuts each of them into two such terms, first + second, and multiplies first * first into one set of sums, second *
+    first and first * second into another, which is added at the end: what is left out is of the order of 2⁻²². Where
+    an operand is infinite the second sums are not numbers and are left out. Sums are float32, in the order and
+    rounding of the hardware.
 Threads
     32 for each warp tile; warps across, then down.
 Grid
-    (tile columns * group, groups of tile rows, parts), where a group is 1 << group_bits tile rows: tiles are walked down a
-    group, then across, so that the tiles in flight share operands in L2.
+    (tile columns * group, groups of tile rows, parts), where a group is 1 << group_bits tile rows: tiles are walked
+    down a group, then across, so that the tiles in flight share operands in L2.
 Shared memory
-    stages * 64 * (tile_rows + tile_cols) bytes, dynamic: primitives.layout says how tiles lie there so that neither copies nor
-    fragments meet bank conflicts.
+    stages * 64 * (tile_rows + tile_cols) bytes, dynamic: primitives.layout says how tiles lie there so that neither
+    copies nor fragments meet bank conflicts.
 Bytes and flops
     Reads each operand once per tile of the other axis: rows * depth * (cols / tile_cols) + depth * cols *
-    (rows / tile_rows) elements; writes rows * cols * parts. 2 * rows * cols * depth flops, three times that for "tf32x3".
+    (rows / tile_rows) elements; writes rows * cols * parts. 2 * rows * cols * depth flops, three times that for
+    "tf32x3".
 Edges
-    The first tile of a part takes what is left over when its depth is cut into whole tiles. Copies beyond an edge bring zeros
-    on both sides, so that no edge meets another's infinity: such products only reach results which are not stored. Operands
-    that are not aligned to 16 bytes come in smaller pieces.
+    The first tile of a part takes what is left over when its depth is cut into whole tiles. Copies beyond an edge
+    bring zeros on both sides, so that no edge meets another's infinity: such products only reach results which are
+    not stored. Operands that are not aligned to 16 bytes come in smaller pieces.
 
-Source: PTX ISA, "mma", "ldmatrix", "cp.async"; Thakkar et al., the CUTLASS documentation, "Efficient GEMM in CUDA"; Ootomo and
-Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance", 2022.
+Source: PTX ISA, "mma", "ldmatrix", "cp.async"; Thakkar et al., the CUTLASS documentation, "Efficient GEMM in CUDA";
+Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
+performance", 2022.
 """
 from functools import cache
 
@@ -64,13 +69,14 @@ LANES = 32
 
 
 @cache
-def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages, left_access, left_along_depth, right_access,
-                right_along_depth, offset_bits, result_dtype, result_access, epilogue, accumulate, sums_of):
+def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages, left_access, left_along_depth,
+                right_access, right_along_depth, offset_bits, result_dtype, result_access, epilogue, accumulate,
+                sums_of):
     """The kernel for these tiles, types and orientations.
 
     kind is what the operands are multiplied as: "float16", "bfloat16", "tf32" or "tf32x3". epilogue is the type that
-    alpha * sum (+ result, if accumulate) is computed in before it is rounded to result_dtype. sums_of is "right" or "left" for
-    the kernel that also adds that operand up along the depth, else "".
+    alpha * sum (+ result, if accumulate) is computed in before it is rounded to result_dtype. sums_of is "right" or
+    "left" for the kernel that also adds that operand up along the depth, else "".
     """
     warps_across = tile_cols // warp_cols
     threads = LANES * (tile_rows // warp_rows) * warps_across
@@ -109,8 +115,8 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
     add_depths, store_totals = primitives.add_depths(kind, summed), primitives.store_depth_sums(kind, summed)
 
     @primitives.jit(threads)
-    def matmul_tensor_core(left, left_stride, right, right_stride, result, row_stride, col_stride, part_stride, rows, cols,
-                           depth, depth_per_part, group_bits, alpha, depth_sums, sums_stride):
+    def matmul_tensor_core(left, left_stride, right, right_stride, result, row_stride, col_stride, part_stride, rows,
+                           cols, depth, depth_per_part, group_bits, alpha, depth_sums, sums_stride):
         thread = cuda.threadIdx.x
 
         # 1. This block's tile of the result, and its part of the depth. Blocks below the result have nothing to do.
@@ -145,7 +151,8 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
             left_at += left_step
             right_at += right_step
             copy_left(shared, stage * stage_bytes, left_at, left_stride, rows_left, 0, stage < tiles, thread)
-            copy_right(shared, stage * stage_bytes + left_bytes, right_at, right_stride, cols_left, 0, stage < tiles, thread)
+            copy_right(shared, stage * stage_bytes + left_bytes, right_at, right_stride, cols_left, 0,
+                       stage < tiles, thread)
             commit()
 
         # 4. The first tile has arrived, for all warps; its first step is in registers.
@@ -156,14 +163,14 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
         right_first = load_right(shared, int32(now + left_bytes), right_places)
         sums = zeros()
 
-        # dL/db rides along: the first warps of the first tile row (or column) add up dZ's fragments, which they hold anyway.
+        # dL/db rides along: the first warps of the first tile row (or column) add up dZ's fragments, which they hold
+        # anyway.
         totals = no_totals()
         sums_here = col + warp_col == 0 if of_left else row + warp_row == 0
         to_come = int32(tiles - stages + 1)
         while to_come > none_left:
-
-            # 5. While the first step is multiplied, the second comes into registers and a tile sets out to the free stage,
-            #    which all warps have read.
+            # 5. While the first step is multiplied, the second comes into registers and a tile sets out to the free
+            #    stage, which all warps have read.
             left_second = load_left_second(shared, now, left_places)
             right_second = load_right_second(shared, int32(now + left_bytes), right_places)
             if has_sums:
@@ -177,8 +184,8 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
             to_come = int32(to_come - 1)
             sums = multiply(left_first, right_first, sums)
 
-            # 6. While the second step is multiplied, the first of the next tile comes into registers. After the last tile that
-            #    is one of zeros.
+            # 6. While the second step is multiplied, the first of the next tile comes into registers. After the last
+            #    tile that is one of zeros.
             wait_for_next()
             cuda.syncthreads()
             free = now
@@ -193,8 +200,9 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
         store(result, index, row_stride, col_stride, rows_left - warp_row, cols_left - warp_col, alpha, lane,
               settle(tidy(sums)))
         if has_sums and sums_here:
-            begin, left_over = (row + warp_row, rows_left - warp_row) if of_left else (col + warp_col, cols_left - warp_col)
-            store_totals(depth_sums, part * sums_stride + begin, left_over, lane, totals)
+            begin = row + warp_row if of_left else col + warp_col
+            summed_left = rows_left - warp_row if of_left else cols_left - warp_col
+            store_totals(depth_sums, part * sums_stride + begin, summed_left, lane, totals)
 
     return matmul_tensor_core
 

@@ -1,4 +1,4 @@
-"""dL/dW and dL/dX on tensor cores against float64: precisions, orientations, edges, options and what a plan promises."""
+"""dL/dW and dL/dX on tensor cores against float64: precisions, orientations, edges, options, what a plan promises."""
 import itertools
 
 import numpy as np
@@ -24,8 +24,8 @@ def small_plan(rows, cols, depth, kind, parts=1, stages=3, tile=(32, 32, 32, 32)
     """One warp to a block, and tiles that small matrices have edges of."""
     dtype, precision = KINDS[kind]
     tile_rows, tile_cols, warp_rows, warp_cols = tile
-    return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows, tile_cols, 16 if dtype == "float32" else 32, warp_rows,
-                          warp_cols, stages, parts)
+    return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows, tile_cols, 16 if dtype == "float32" else 32,
+                          warp_rows, warp_cols, stages, parts)
 
 
 class Layer:
@@ -38,7 +38,8 @@ class Layer:
         self.w = make((in_features, out_features), self.dtype, 2)
         self.dz = make((samples, out_features), self.dtype, 3)
         self.options = dict(zip(("batch_axis", "weight_layout"), orientation, strict=True))
-        shape = (in_features, out_features, samples) if function == "weight_grad" else (samples, in_features, out_features)
+        weights = function == "weight_grad"
+        shape = (in_features, out_features, samples) if weights else (samples, in_features, out_features)
         self.plan = small_plan(*shape, kind, **plan)
 
     @property
@@ -205,7 +206,8 @@ def test_a_plan_follows_from_the_capability_not_from_trying():
     ("float32", True, ValueError, "got True")])
 def test_combinations_that_make_no_sense_are_refused(xp, dtype, precision, error, words):
     x = xp.asarray(integers((3, 4), dtype, 1))
-    for call in (lambda: densegrad.weight_grad(x, x, precision=precision), lambda: densegrad.input_grad(x, x, precision=precision),
+    for call in (lambda: densegrad.weight_grad(x, x, precision=precision),
+                 lambda: densegrad.input_grad(x, x, precision=precision),
                  lambda: densegrad.weight_bias_grad(x, x, precision=precision),
                  lambda: densegrad.dense_grads(x, None, x, need="dw", precision=precision)):
         with recorded() as launches, pytest.raises(error, match=words):
@@ -224,14 +226,16 @@ def test_a_plan_and_a_precision_that_disagree_are_refused(xp):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"precision": "ieee"}, "float32 with one of"), ({"dtype": "float64"}, "float64"), ({"tile_rows": 48}, "tile_rows must be"),
+    ({"precision": "ieee"}, "float32 with one of"), ({"dtype": "float64"}, "float64"),
+    ({"tile_rows": 48}, "tile_rows must be"),
     ({"warp_cols": 64}, "warps must fit into tiles of 32 x 32"), ({"tile_depth": 32}, "tile_depth must be 64 bytes"),
-    ({"stages": 1}, "stages must be at least 2"), ({"stages": 64}, "at most 101376 bytes"), ({"parts": 0}, "parts must be"),
+    ({"stages": 1}, "stages must be at least 2"), ({"stages": 64}, "at most 101376 bytes"),
+    ({"parts": 0}, "parts must be"),
     ({"tile_rows": 128, "tile_cols": 128, "warp_rows": 128, "warp_cols": 128}, "128 sums"),
     ({"tile_cols": 256}, "copied by")])
 def test_plans_that_no_kernel_can_carry_out(change, words):
-    values = {"rows": 9, "cols": 9, "depth": 9, "dtype": "float32", "precision": "tf32", "tile_rows": 32, "tile_cols": 32,
-              "tile_depth": 16, "warp_rows": 32, "warp_cols": 32, "stages": 3}
+    values = {"rows": 9, "cols": 9, "depth": 9, "dtype": "float32", "precision": "tf32", "tile_rows": 32,
+              "tile_cols": 32, "tile_depth": 16, "warp_rows": 32, "warp_cols": 32, "stages": 3}
     with pytest.raises(PlanError, match=words):
         TensorCorePlan(**values | change)
 

@@ -34,8 +34,8 @@ def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=T
     right_start = start + left_layout.tile.size
     size = right_start + right_layout.tile.size
     place = primitives.place(dtype)
-    (left_place, right_place), (copy_left, copy_right) = (
-        [make(copy, *more) for copy in copies] for make, more in ((primitives.copy_place, ()), (primitives.copy_async, (True,))))
+    left_place, right_place = (primitives.copy_place(copy) for copy in copies)
+    copy_left, copy_right = (primitives.copy_async(copy, True) for copy in copies)
     shared_bytes, commit = primitives.shared_bytes(size), primitives.commit_copies()
     wait_for = primitives.wait_copies(0 if wait else 1)  # the one group that there is may still be on its way
     left_places, right_places = primitives.fragment_places(left_layout), primitives.fragment_places(right_layout)
@@ -59,9 +59,10 @@ def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=T
     def kernel(left, left_stride, right, right_stride, left_rows, right_rows, depth, out, left_sums, right_sums):
         lane = cuda.threadIdx.x
         shared = shared_bytes()
-        copy_left(shared, start, left_place(place(left, 0), left_stride, lane), left_stride, left_rows, depth, True, lane)
-        copy_right(shared, right_start, right_place(place(right, 0), right_stride, lane), right_stride, right_rows, depth, True,
-                   lane)
+        left_at, right_at = (left_place(place(left, 0), left_stride, lane),
+                             right_place(place(right, 0), right_stride, lane))
+        copy_left(shared, start, left_at, left_stride, left_rows, depth, True, lane)
+        copy_right(shared, right_start, right_at, right_stride, right_rows, depth, True, lane)
         commit()
         wait_for()
         cuda.syncthreads()
@@ -127,10 +128,10 @@ def one_in_each_row(values):
 
 
 def test_tf32_is_rounded_to_nearest_and_ties_away_from_zero(xp):
-    """On 13 dropped bits: below, at and above the half, with a carry into the exponent, over- and underflow, no numbers."""
+    """On 13 dropped bits: below, at and above the half, a carry into the exponent, over- and underflow, infinity."""
     patterns = [0x3F800000 | low for low in (0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000)]
-    patterns += [0x3FFFF000, 0x3FFFEFFF, 0xBFFFF000, 0xC0001000, 0x7F7FEFFF, 0x7F7FF000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000,
-                 0xFF800000, 0x00800000, 0x00801000, 0x80800FFF, 0, 0x80000000]
+    patterns += [0x3FFFF000, 0x3FFFEFFF, 0xBFFFF000, 0xC0001000, 0x7F7FEFFF, 0x7F7FF000, 0x7F7FFFFF, 0xFF7FFFFF,
+                 0x7F800000, 0xFF800000, 0x00800000, 0x00801000, 0x80800FFF, 0, 0x80000000]
     values = np.concatenate([np.array(patterns, np.uint32), bits(normal((WARP - len(patterns),), "float32"))])
     found, _, _ = multiply(xp, "tf32", one_in_each_row(values.view(np.float32)), np.ones((WARP, 16), np.float32))
     finite = values & 0x7F800000 != 0x7F800000
@@ -162,11 +163,13 @@ def test_three_products_of_tf32_recover_float32(xp):
 
 
 @pytest.mark.parametrize(("item", "outer", "along_depth"), [
-    (2, 32, True), (2, 128, True), (2, 32, False), (2, 64, False), (2, 256, False), (4, 64, True), (4, 32, False), (4, 256, False)])
+    (2, 32, True), (2, 128, True), (2, 32, False), (2, 64, False), (2, 256, False), (4, 64, True), (4, 32, False),
+    (4, 256, False)])
 def test_tiles_have_no_bank_conflicts(item, outer, along_depth):
     """Eight lanes at a time meet all 32 banks: those that write neighbouring chunks, and those that read fragments."""
     tile = chunk_tile(item, outer, along_depth)
-    place = {(line, chunk): line * tile.chunks + (chunk ^ tile.flip(line)) for line, chunk in np.ndindex(tile.lines, tile.chunks)}
+    place = {(line, chunk): line * tile.chunks + (chunk ^ tile.flip(line))
+             for line, chunk in np.ndindex(tile.lines, tile.chunks)}
     assert sorted(place.values()) == list(range(tile.lines * tile.chunks))
     assert tile.size == CHUNK_BYTES * len(place)
     written = [[divmod(first + n, tile.chunks) for n in range(8)] for first in range(0, len(place), 8)]
@@ -174,7 +177,8 @@ def test_tiles_have_no_bank_conflicts(item, outer, along_depth):
         read = [[(line + q, chunk + g) for g in (0, 1) for q in range(4)]
                 for line in range(0, tile.lines, 4) for chunk in range(0, tile.chunks, 2)]
     else:
-        read = [[(line + n, chunk) for n in range(8)] for line in range(0, tile.lines, 8) for chunk in range(tile.chunks)]
+        read = [[(line + n, chunk) for n in range(8)]
+                for line in range(0, tile.lines, 8) for chunk in range(tile.chunks)]
     for eight in written + read:
         assert len({place[where] % 8 for where in eight}) == 8
 
@@ -229,7 +233,8 @@ def test_lanes_that_do_not_meet_are_errors(monkeypatch, threads, lanes, words):
 
     monkeypatch.setattr(warp_simulator, "PATIENCE", 0.5)
     with pytest.raises(RuntimeError, match=words):
-        run(exchanging_kernel(threads, lambda exchange, thread, out: lanes(thread, exchange)), np.zeros(1), threads=threads)
+        run(exchanging_kernel(threads, lambda exchange, thread, out: lanes(thread, exchange)), np.zeros(1),
+            threads=threads)
 
 
 @pytest.mark.only("simulator")

@@ -1,7 +1,8 @@
 """dL/dW and dL/dX on tensor cores: main loops as linked, what is read and written, what dL/db costs, and accuracy.
 
-Limits are those of CUTLASS's Ampere kernels or better: its bf16 loop of 128 x 256 x 32 tiles has 46 % mma instructions, its
-TF32 loops 21 to 26 %. mma.sync reaches 63 % of an H100's tensor rate by the model, which is others' measurement.
+Limits are those of CUTLASS's Ampere kernels or better: its bf16 loop of 128 x 256 x 32 tiles has 46 % mma
+instructions, its TF32 loops 21 to 26 %. mma.sync reaches 63 % of an H100's tensor rate by the model, which is others'
+measurement.
 """
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def arrays_of(kind: str, orientation: str, samples: int, in_features: int, out_f
     x, w, dz = (draw.integers(-2, 3, shape).astype(dtype) for shape in (
         (samples, in_features), (in_features, out_features), (samples, out_features)))
     dz, w = dz.T if axis else dz, w.T if layout == "out_in" else w
-    return tuple(cupy.asarray(np.ascontiguousarray(array)) for array in ((x, dz) if function == "weight_grad" else (dz, w)))
+    arrays = (x, dz) if function == "weight_grad" else (dz, w)
+    return tuple(cupy.asarray(np.ascontiguousarray(array)) for array in arrays)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Loop:
         sizes = 64, 128, 256
         arrays = arrays_of(self.kind, self.orientation, *sizes)
         plan = plan_of(self.kind, function, *sizes)
-        (counts,) = machine.count(lambda: getattr(dg, function)(*arrays, batch_axis=axis, weight_layout=layout, plan=plan))
+        (counts,) = machine.count(
+            lambda: getattr(dg, function)(*arrays, batch_axis=axis, weight_layout=layout, plan=plan))
         code = machine.code(counts, self.capability)
         return {
             "kind": self.kind, "orientation": self.orientation, "capability": self.capability,
@@ -102,15 +105,16 @@ class Memory:
     @property
     def limits(self) -> Iterable[Limit]:
         """What must hold."""
-        return [Limit("read", 1, 1), Limit("written", 1, 1), Limit("wide_loads", 1), Limit("shared_load_degree", most=1),
-                Limit("shared_store_degree", most=1)]
+        return [Limit("read", 1, 1), Limit("written", 1, 1), Limit("wide_loads", 1),
+                Limit("shared_load_degree", most=1), Limit("shared_store_degree", most=1)]
 
     def measure(self, machine: Rehearsed) -> dict[str, Any]:
         """Execute it."""
         function, axis, layout = ORIENTATIONS[self.orientation]
         arrays = arrays_of(self.kind, self.orientation, *self.sizes)
         plan = plan_of(self.kind, function, *self.sizes)
-        (counts,) = machine.count(lambda: getattr(dg, function)(*arrays, batch_axis=axis, weight_layout=layout, plan=plan))
+        (counts,) = machine.count(
+            lambda: getattr(dg, function)(*arrays, batch_axis=axis, weight_layout=layout, plan=plan))
         swapped = plan.T if layout == "out_in" and function == "weight_grad" else plan
         return {
             "kind": self.kind, "orientation": self.orientation,
@@ -164,7 +168,7 @@ DATA = {
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The error of dL/dW against float64, over the sum of the products' magnitudes: 32 x 32 sums of `samples` products."""
+    """The error of dL/dW against float64, over the sum of the products' magnitudes: 32 x 32 sums of `samples`."""
 
     kind: str
     samples: int
@@ -219,16 +223,18 @@ def rows() -> list[Any]:
 README = [
     Shown("dL/dW and dL/dX on tensor cores: main loops as linked",
           (("kind", "products of", ""), ("orientation", "gradient", ""), ("capability", "compute capability", ""),
-           ("registers", "registers", ""), ("loop_instructions", "instructions", ""), ("mma_share", "of them mma", ".3f"),
+           ("registers", "registers", ""), ("loop_instructions", "instructions", ""),
+           ("mma_share", "of them mma", ".3f"),
            ("percent_peak", "% of the tensor rate, modelled", ".0f")),
           tuple(f"loop {kind} {orientation} {capability}" for kind in ("bfloat16", "tf32", "tf32x3")
                 for orientation in ("dW", "dX") for capability in ("8.0", "9.0")),
           "No spills in any. mma.sync, which these kernels use, reaches 63 % of an H100's tensor rate by the model."),
-    Shown("Accuracy of dL/dW (D = M = 32, into float32): |error| over the sum of the products' magnitudes, executed PTX "
-          "against float64",
+    Shown("Accuracy of dL/dW (D = M = 32, into float32): the error over the sum of the products' magnitudes, executed "
+          "PTX against float64",
           (("kind", "products of", ""), ("samples", "S", ""), ("data", "data", ""), ("worst_error", "worst", ""),
            ("mean_error", "mean", "")),
-          tuple(f"accuracy {kind} {samples} {data}" for samples in (1024, 32768) for data in DATA for kind in ("ieee", *KINDS)),
-          "ieee is float32 on FMA units. A tensor core of silicon rounds sums in its own way, which the executed PTX does not show: "
-          "each step's sum is exact there and rounded once."),
+          tuple(f"accuracy {kind} {samples} {data}"
+                for samples in (1024, 32768) for data in DATA for kind in ("ieee", *KINDS)),
+          "ieee is float32 on FMA units. A tensor core of silicon rounds sums in its own way, which the executed PTX "
+          "does not show: each step's sum is exact there and rounded once."),
 ]

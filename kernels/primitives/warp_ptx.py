@@ -54,7 +54,8 @@ def shared_bytes(size):
     def body(builder):
         array = builder.module.globals.get("densegrad_dynamic")
         if array is None:
-            array = ir.GlobalVariable(builder.module, ir.ArrayType(ir.IntType(8), 0), "densegrad_dynamic", addrspace=_SHARED)
+            cells = ir.ArrayType(ir.IntType(8), 0)
+            array = ir.GlobalVariable(builder.module, cells, "densegrad_dynamic", addrspace=_SHARED)
             array.linkage, array.align = "external", 128
         return builder.ptrtoint(array, _INT32)
 
@@ -89,9 +90,10 @@ def _first_chunk(builder, copy, thread):
 def copy_async(copy, ragged):
     """(array, index, place, stride, outer left, depth left, wanted, thread): starts the thread's share of a ChunkCopy.
 
-    place is what copy_place gave for the tile, which comes to index of shared memory. Outer indices from `outer left` on and, if
-    ragged, depths from `depth left` on come as zeros and are not read; all of them if the tile is not wanted. Pieces of
-    two bytes, which no asynchronous copy takes, have arrived when this returns; the others after wait_copies.
+    place is what copy_place gave for the tile, which comes to index of shared memory. Outer indices from `outer left`
+    on and, if ragged, depths from `depth left` on come as zeros and are not read; all of them if the tile is not
+    wanted. Pieces of two bytes, which no asynchronous copy takes, have arrived when this returns; the others after
+    wait_copies.
     """
     tile = copy.tile
     width = copy.access * copy.item_bytes
@@ -129,8 +131,8 @@ def copy_async(copy, ragged):
                 shift = piece * copy.item_bytes
                 _copy_piece(builder, targets[rest], offset + shift, source, shift, width, builder.and_(wanted, inside))
 
-    return _expand(types.none, (types.int32, types.int32, types.int64, types.int64, types.int32, types.int32, types.boolean,
-                                types.int32), body)
+    return _expand(types.none, (types.int32, types.int32, types.int64, types.int64, types.int32, types.int32,
+                                types.boolean, types.int32), body)
 
 
 def _chunk_place(builder, tile, start, line, chunk):
@@ -175,7 +177,7 @@ def _statement(builder, code):
 
 @cache
 def fragment_places(layout):
-    """(first outer, lane) -> where the lane reads a FragmentLayout in a tile: bytes from its start, for load_fragments."""
+    """(first outer, lane) -> where the lane reads a FragmentLayout in a tile, in bytes, for load_fragments."""
 
     def body(builder, first, lane):
         tile = layout.tile
@@ -207,8 +209,8 @@ def _places_type(layout):
 def load_fragments(layout, step):
     """(array, index, places) -> the registers of a FragmentLayout for a step of the tile at index.
 
-    By ldmatrix, four registers at a time, transposed where the operand is not contiguous along the depth; wide elements, which
-    ldmatrix cannot transpose, by vectors of 16 bytes whose four elements are four blocks' registers.
+    By ldmatrix, four registers at a time, transposed where the operand is not contiguous along the depth; wide
+    elements, which ldmatrix cannot transpose, by vectors of 16 bytes whose four elements are four blocks' registers.
     """
     tile = layout.tile
     line_bytes = tile.chunks * CHUNK_BYTES
@@ -227,8 +229,9 @@ def load_fragments(layout, step):
         found = {}
         for number in range(layout.blocks // 2):
             code, place, offset = four(builder, start, _unpack(builder, places), number)
-            loaded = _together(builder, ir.LiteralStructType([_INT32] * 4), f"{code} {{$0, $1, $2, $3}}, [$4 + {offset}];",
-                               "=r,=r,=r,=r,r", [builder.add(start, place)])
+            loaded = _together(builder, ir.LiteralStructType([_INT32] * 4),
+                               f"{code} {{$0, $1, $2, $3}}, [$4 + {offset}];", "=r,=r,=r,=r,r",
+                               [builder.add(start, place)])
             for part in range(4):
                 held = (number // 2 * 4 + part, number % 2) if layout.wide else layout.order[4 * number + part]
                 found[held] = builder.extract_value(loaded, part)
@@ -241,9 +244,9 @@ def load_fragments(layout, step):
 def mma(kind, down, across):
     """(left, right, sums) -> sums plus the products of `down` times 16 rows and `across` times 8 columns, for one step.
 
-    Sums are those of row block after row block, four a lane for each pair of blocks. Of "tf32" the operands are rounded to
-    nearest first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products of the first terms,
-    then those of a first and a second one.
+    Sums are those of row block after row block, four a lane for each pair of blocks. Of "tf32" the operands are
+    rounded to nearest first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products
+    of the first terms, then those of a first and a second one.
     """
     halves = 2 if kind == "tf32x3" else 1
     count = 4 * down * across
@@ -274,9 +277,10 @@ _ONES = {"float16": 0x3C003C00, "bfloat16": 0x3F803F80}
 def add_depths(kind, layout):
     """(wanted, first, second, totals) -> totals, if wanted plus the sums along the depth of a tile's two steps.
 
-    There is a sum for each outer index of a FragmentLayout. Half precision is multiplied by ones: the registers of two blocks are a
-    left operand, whichever they were loaded for, and totals are mma's four sums, of which the second and fourth repeat the
-    others. float32 is added as it is, not as TF32: one total for each block and lane, of the depths that the lane holds.
+    There is a sum for each outer index of a FragmentLayout. Half precision is multiplied by ones: the registers of
+    two blocks are a left operand, whichever they were loaded for, and totals are mma's four sums, of which the second
+    and fourth repeat the others. float32 is added as it is, not as TF32: one total for each block and lane, of the
+    depths that the lane holds.
     """
     half = kind in _ONES
     count = layout.blocks * (1 + half)
@@ -297,17 +301,17 @@ def add_depths(kind, layout):
                      for block in range(layout.blocks) for part in (0, 1) if not half]
         arguments = [*registers, builder.zext(wanted, _INT32), *sums]
         constraints = ",".join(["=f"] * count + ["r"] * (len(registers) + 1) + [str(total) for total in range(count)])
-        added = _together(builder, ir.LiteralStructType([ir.FloatType()] * count), f"{{ {' '.join(code)} DONE: }}", constraints,
-                          arguments, side_effect=False)
+        added = _together(builder, ir.LiteralStructType([ir.FloatType()] * count), f"{{ {' '.join(code)} DONE: }}",
+                          constraints, arguments, side_effect=False)
         return _pack(builder, [builder.extract_value(added, total) for total in range(count)])
 
-    fragment = _fragment_type("float32", count)
-    return _expand(fragment, (types.boolean, _registers(2 * layout.blocks), _registers(2 * layout.blocks), fragment), body)
+    fragment, registers = _fragment_type("float32", count), _registers(2 * layout.blocks)
+    return _expand(fragment, (types.boolean, registers, registers, fragment), body)
 
 
 @cache
 def store_depth_sums(kind, layout):
-    """(address, index, left, lane, totals): stores the first `left` outer indices' sums, float32, at index, index + 1, ..."""
+    """(address, index, left, lane, totals): stores the sums of the first `left` outer indices from index on."""
     half = kind in _ONES
 
     def body(builder, address, index, left, lane, totals):
@@ -356,7 +360,8 @@ def _products(builder, kind, left, right, sums, down, across):
 def _round_tf32(builder, bits):
     """The nearest tf32, ties away from zero, in bits that mma uses: it drops the last 13.
 
-    Half of the last kept place is added, which leaves infinity and NaN what they are. cvt.rna.tf32 takes an instruction more.
+    Half of the last kept place is added, which leaves infinity and NaN what they are. cvt.rna.tf32 takes an
+    instruction more.
     """
     code = "{ .reg .b32 place; and.b32 place, $1, 0xff800000; fma.rn.f32 $0, place, 0f3a000000, $1; }"
     function = ir.FunctionType(_INT32, [_INT32])
@@ -383,11 +388,13 @@ def _paired(builder, odd, values):
 
 @cache
 def store_products(rows, cols, dtype, access, wide, accumulate):
-    """(address, index, row stride, col stride, rows left, cols left, alpha, lane, sums): stores alpha times a warp's results.
+    """(address, index, row stride, col stride, rows left, cols left, alpha, lane, sums): stores alpha times a warp's
+    results.
 
-    rows and cols are the FragmentLayouts of the operands. The warp's first result belongs at index; those beyond what is left
-    are not stored. Each is computed in the type `wide`, if accumulate added to what is there, and rounded once. Up to access
-    neighbours of a row are stored at a time, for which lanes swap results with the lanes beside them.
+    rows and cols are the FragmentLayouts of the operands. The warp's first result belongs at index; those beyond what
+    is left are not stored. Each is computed in the type `wide`, if accumulate added to what is there, and rounded
+    once. Up to access neighbours of a row are stored at a time, for which lanes swap results with the lanes beside
+    them.
     """
     across = cols.blocks
 
@@ -421,8 +428,9 @@ def store_products(rows, cols, dtype, access, wide, accumulate):
                     if old is not None:
                         part = [builder.fadd(value, _widen(builder, before, dtype, wide))
                                 for value, before in zip(part, old, strict=True)]
-                    _store_global(builder, address, place, dtype, [_narrow(builder, value, wide, dtype) for value in part])
+                    _store_global(builder, address, place, dtype,
+                                  [_narrow(builder, value, wide, dtype) for value in part])
 
     alpha_type = types.float64 if wide == "float64" else types.float32
-    return _expand(types.none, (types.int64, types.int64, types.int64, types.int64, types.int32, types.int32, alpha_type,
-                                types.int32, _fragment_type("float32", 2 * rows.blocks * across)), body)
+    return _expand(types.none, (types.int64, types.int64, types.int64, types.int64, types.int32, types.int32,
+                                alpha_type, types.int32, _fragment_type("float32", 2 * rows.blocks * across)), body)

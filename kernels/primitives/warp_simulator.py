@@ -1,7 +1,8 @@
 """Tensor cores and asynchronous copies in NumPy: what the 32 lanes of a warp do together, for the Numba CUDA simulator.
 
-The simulator runs every lane as a thread of its own and knows no warps. Lanes meet at a barrier; the last one to come does
-the work of all. Asynchronous copies are as late as they may be: their target is poisoned until the wait that covers them.
+The simulator runs every lane as a thread of its own and knows no warps. Lanes meet at a barrier; the last one to come
+does the work of all. Asynchronous copies are as late as they may be: their target is poisoned until the wait that
+covers them.
 """
 import threading
 from functools import cache
@@ -135,9 +136,10 @@ def copy_place(copy):
 def copy_async(copy, ragged):
     """(array, index, place, stride, outer left, depth left, wanted, thread): starts the thread's share of a ChunkCopy.
 
-    place is what copy_place gave for the tile, which comes to index of shared memory. Outer indices from `outer left` on and, if
-    ragged, depths from `depth left` on come as zeros and are not read; all of them if the tile is not wanted. Pieces of
-    two bytes, which no asynchronous copy takes, have arrived when this returns; the others after wait_copies.
+    place is what copy_place gave for the tile, which comes to index of shared memory. Outer indices from `outer left`
+    on and, if ragged, depths from `depth left` on come as zeros and are not read; all of them if the tile is not
+    wanted. Pieces of two bytes, which no asynchronous copy takes, have arrived when this returns; the others after
+    wait_copies.
     """
     tile, width = copy.tile, copy.access * copy.item_bytes
 
@@ -186,7 +188,8 @@ def fragment_places(layout):
 def load_fragments(layout, step):
     """(array, index, places) -> the registers of a FragmentLayout for a step of the tile at index.
 
-    As ldmatrix does it: each lane names a row of a matrix, and takes two of its 16-bit elements or, transposed, of a column.
+    As ldmatrix does it: each lane names a row of a matrix, and takes two of its 16-bit elements or, transposed, of a
+    column.
     """
     tile, order = layout.tile, layout.order
 
@@ -226,9 +229,10 @@ def load_fragments(layout, step):
 def mma(kind, down, across):
     """(left, right, sums) -> sums plus the products of `down` times 16 rows and `across` times 8 columns, for one step.
 
-    Sums are those of row block after row block, four a lane for each pair of blocks. Of "tf32" the operands are rounded to
-    nearest first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products of the first terms,
-    then those of a first and a second one. Products are exact, and each step's sum is rounded once.
+    Sums are those of row block after row block, four a lane for each pair of blocks. Of "tf32" the operands are
+    rounded to nearest first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products
+    of the first terms, then those of a first and a second one. Products are exact, and each step's sum is rounded
+    once.
     """
 
     def all_lanes(values):
@@ -244,7 +248,8 @@ def mma(kind, down, across):
 
     def product(left, right, sums):
         """The lanes' registers as matrices, multiplied, and the sums back in registers."""
-        # left: lane (g, q), blocks (i, half of depth, half of rows) -> rows (i, half of rows, g), depth (half of depth, q, ...)
+        # left: lane (g, q), blocks (i, half of depth, half of rows) -> rows (i, half of rows, g), depth (half of
+        # depth, q, ...)
         rows = _numbers(left, kind).reshape(8, 4, down, 2, 2, -1).transpose(2, 4, 0, 3, 1, 5).reshape(16 * down, -1)
         cols = _numbers(right, kind).reshape(8, 4, across, 2, -1).transpose(2, 0, 3, 1, 4).reshape(8 * across, -1)
         # sums: lane (g, q), (i, j, half of rows, parity) -> rows (i, half of rows, g), columns (j, q, parity)
@@ -282,9 +287,9 @@ def _split_tf32(bits):
 def add_depths(kind, layout):
     """(wanted, first, second, totals) -> totals, if wanted plus the sums along the depth of a tile's two steps.
 
-    There is a sum for each outer index of a FragmentLayout. Half precision is multiplied by ones: totals are mma's four sums for
-    each two blocks, of which the second and fourth repeat the others. float32 is added as it is, not as TF32: one total for
-    each block and lane, of the depths that the lane holds.
+    There is a sum for each outer index of a FragmentLayout. Half precision is multiplied by ones: totals are mma's
+    four sums for each two blocks, of which the second and fourth repeat the others. float32 is added as it is, not as
+    TF32: one total for each block and lane, of the depths that the lane holds.
     """
     held = [[layout.order.index((block, half)) for half in (0, 1)] for block in range(layout.blocks)]
 
@@ -310,7 +315,7 @@ def add_depths(kind, layout):
 
 @cache
 def store_depth_sums(kind, layout):
-    """(address, index, left, lane, totals): stores the first `left` outer indices' sums, float32, at index, index + 1, ..."""
+    """(address, index, left, lane, totals): stores the sums of the first `left` outer indices from index on."""
 
     def over_quarters(values):
         pairs = np.array(values).reshape(8, 2, 2, -1).sum(axis=2)
@@ -333,11 +338,13 @@ def store_depth_sums(kind, layout):
 
 @cache
 def store_products(rows, cols, dtype, access, wide, accumulate):
-    """(address, index, row stride, col stride, rows left, cols left, alpha, lane, sums): stores alpha times a warp's results.
+    """(address, index, row stride, col stride, rows left, cols left, alpha, lane, sums): stores alpha times a warp's
+    results.
 
-    rows and cols are the FragmentLayouts of the operands. The warp's first result belongs at index; those beyond what is left
-    are not stored. Each is computed in the type `wide`, if accumulate added to what is there, and rounded once. Up to access
-    neighbours of a row are stored at a time, for which lanes swap results with the lanes beside them.
+    rows and cols are the FragmentLayouts of the operands. The warp's first result belongs at index; those beyond what
+    is left are not stored. Each is computed in the type `wide`, if accumulate added to what is there, and rounded
+    once. Up to access neighbours of a row are stored at a time, for which lanes swap results with the lanes beside
+    them.
     """
     to_odd, to_next, to_second = cols.steps(access)
     runs = cols.runs(access)
@@ -358,11 +365,12 @@ def store_products(rows, cols, dtype, access, wide, accumulate):
         values = in_runs(sums)
         if cols.paired(access):
             values = exchange(swap, values)
+        lane_col = lane % 2 * to_odd + lane // 2 % 2 * to_next
         for block, number in np.ndindex(values.shape[:2]):
             row, (first, run) = rows.outer(block, lane // 4), runs[number]
             width = min(access, len(run))
             for position in range(0, len(run), width):
-                col = first + lane % 2 * to_odd + lane // 2 % 2 * to_next + position // half * to_second + position % half
+                col = first + lane_col + position // half * to_second + position % half
                 if row >= rows_left or col >= cols_left:
                     continue
                 part = values[block, number].ravel()[position:position + width].astype(_TYPE[wide]) * alpha
