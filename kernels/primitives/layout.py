@@ -187,10 +187,11 @@ TILE_DEPTH_BYTES, STEP_BYTES, CHUNK_BYTES = 64, 32, 16
 
 
 class ChunkTile(NamedTuple):
-    """A tile in shared memory as lines of 16-byte chunks: chunk c of line l is number l * chunks + (c ^ flip of that line).
+    """A tile in shared memory as lines of 16-byte chunks: chunk c of line l is number l * chunks + (c ^ flip of that
+    line).
 
-    Lines are outer indices where the operand is contiguous along the depth, else depths. The flip spreads the chunks that are
-    read or written together over all 32 banks.
+    Lines are outer indices where the operand is contiguous along the depth, else depths. The flip spreads the chunks
+    that are read or written together over all 32 banks.
     """
 
     lines: int
@@ -244,15 +245,16 @@ class ChunkCopy(NamedTuple):
 
 
 class FragmentLayout(NamedTuple):
-    """How a warp holds its part of an operand for one mma step: one register of each lane per (8 outer indices, 16 bytes of depth).
+    """How a warp holds its part of an operand for one mma step: one register of each lane per (8 outer indices, 16
+    bytes of depth).
 
-    Lane 4 g + q holds, for block b and half h, the 4 bytes at 16 h + 4 q of the step's depth, of outer index outer(b, g). The
-    operand is contiguous along the depth, or not and then of 16-bit elements or `wide`.
+    Lane 4 g + q holds, for block b and half h, the 4 bytes at 16 h + 4 q of the step's depth, of outer index outer(b,
+    g). The operand is contiguous along the depth, or not and then of 16-bit elements or `wide`.
     """
 
     tile: ChunkTile
     along_depth: bool
-    wide: bool  # 32-bit elements that are not contiguous along the depth: a lane's four neighbours belong to four blocks
+    wide: bool  # 32-bit elements not contiguous along the depth: a lane's four neighbours belong to four blocks
     left: bool  # whether blocks come in pairs, as mma takes its left operand
     blocks: int  # of 8 outer indices
 
@@ -276,7 +278,8 @@ class FragmentLayout(NamedTuple):
             return [(8 * first, [(first + block, parity) for parity in (0, 1) for block in range(4)])
                     for first in range(0, self.blocks, 4)]
         if self.paired(access):
-            return [(8 * block, [(block, 0), (block, 1), (block + 1, 0), (block + 1, 1)]) for block in range(0, self.blocks, 2)]
+            return [(8 * block, [(block, 0), (block, 1), (block + 1, 0), (block + 1, 1)])
+                    for block in range(0, self.blocks, 2)]
         return [(8 * block, [(block, 0), (block, 1)]) for block in range(self.blocks)]
 
     def paired(self, access: int) -> bool:
@@ -287,17 +290,18 @@ class FragmentLayout(NamedTuple):
         return access == 4 if self.wide else access > 2
 
     def steps(self, access: int) -> tuple[int, int, int]:
-        """How many columns lie between odd and even lanes, from two lanes to the next two, and from half to half of a run."""
+        """Columns from even to odd lanes, from two lanes to the next two, and from half to half of a run."""
         if self.paired(access):
             return (4, 16, 8) if self.wide else (8, 4, 2)
         return (8, 16, 4) if self.wide else (2, 4, 1)
 
 
 def chunk_tile(item_bytes: int, outer_size: int, along_depth: bool) -> ChunkTile:
-    """A tile of outer_size outer indices and TILE_DEPTH_BYTES of depth, which is read and written without bank conflicts.
+    """A tile of outer_size outer indices and TILE_DEPTH_BYTES of depth, which is read and written without bank
+    conflicts.
 
-    Eight lanes are served together: eight lines of one chunk where ldmatrix reads, four lines of two where wide loads do, and
-    eight neighbouring chunks where copies write.
+    Eight lanes are served together: eight lines of one chunk where ldmatrix reads, four lines of two where wide loads
+    do, and eight neighbouring chunks where copies write.
     """
     if along_depth:
         lines, chunks = outer_size, TILE_DEPTH_BYTES // CHUNK_BYTES
@@ -310,5 +314,5 @@ def chunk_tile(item_bytes: int, outer_size: int, along_depth: bool) -> ChunkTile
 
 def fragment_layout(item_bytes: int, outer_size: int, along_depth: bool, left: bool, warp_outer: int) -> FragmentLayout:
     """The fragments of a warp that takes warp_outer of a tile's outer indices."""
-    return FragmentLayout(chunk_tile(item_bytes, outer_size, along_depth), along_depth, item_bytes == 4 and not along_depth,
-                          left, warp_outer // 8)
+    tile = chunk_tile(item_bytes, outer_size, along_depth)
+    return FragmentLayout(tile, along_depth, item_bytes == 4 and not along_depth, left, warp_outer // 8)

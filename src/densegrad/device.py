@@ -312,8 +312,8 @@ class Gpu:
         status, = driver.cuKernelSetAttribute(limit, shared_bytes, compiled._codelibrary.get_cufunc().handle,
                                               self.cupy.cuda.runtime.getDevice())
         if status != driver.CUresult.CUDA_SUCCESS:
-            raise DeviceError(f"{self.name} refuses {shared_bytes} bytes of shared memory a block: {status} (pass a plan with "
-                              "fewer stages or smaller tiles)")
+            raise DeviceError(f"{self.name} refuses {shared_bytes} bytes of shared memory a block: {status} (pass a "
+                              "plan with fewer stages or smaller tiles)")
 
     @staticmethod
     def _configure(kernel: Any, grid: tuple[int, ...], block: int, stream: int, shared_bytes: int) -> Any:

@@ -128,7 +128,7 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
     out, accumulate, stream
         As in `bias_grad`.
     precision : None, "ieee", "tf32" or "tf32x3"
-        How products are computed: "ieee" on FMA units, each rounded as IEEE 754 says. float16 and bfloat16 go to tensor cores by
+        How products are computed: "ieee" on FMA units, as IEEE 754 says. float16 and bfloat16 go to tensor cores by
         default, where their products are exact. float32 does not: "tf32" rounds it to 11 significant bits there,
         "tf32x3" multiplies two such terms of it, to float32's accuracy.
     plan : MatmulPlan or TensorCorePlan, optional
@@ -142,14 +142,14 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
     Raises
     ------
     ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
-        As in `bias_grad`; ShapeError too if x and dz hold different numbers of samples, PlanError if the precision is none of
-        this dtype or GPU.
+        As in `bias_grad`; ShapeError too if x and dz hold different numbers of samples, PlanError if the precision is
+        none of this dtype or GPU.
 
     Notes
     -----
-    Without `precision`, float32 is true float32 and never TF32. Sums are float32, for float64 float64. Equal inputs give equal bits
-    on every run; on every GPU, too, except from tensor cores, whose sums are rounded differently by each generation.
-    2 * S * D * M flops. An empty batch gives zeros.
+    Without `precision`, float32 is true float32 and never TF32. Sums are float32, for float64 float64. Equal inputs
+    give equal bits on every run; on every GPU, too, except from tensor cores, whose sums are rounded differently by each
+    generation. 2 * S * D * M flops. An empty batch gives zeros.
     Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5.
 
     Examples

@@ -110,7 +110,8 @@ class Session:
             target.argument.array[...] = self.device.deliver(array, target.argument.array)
         return target.argument.array
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, plan: Any, shared_bytes: int = 0) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, plan: Any,
+               shared_bytes: int = 0) -> None:
         """Launch one kernel, with this much dynamic shared memory."""
         launches = _record.get()
         if launches is not None:
@@ -131,8 +132,8 @@ def _matrix(target: Target) -> Operand:
     return Operand(target.name, None, 0, target.dtype, prod(batch), cols, cols, 1)
 
 
-def run_matmul(session: Session, plan: MatmulPlan | TensorCorePlan, left: Operand, right: Operand, result: Operand, accumulate: bool,
-               alpha: float = 1.0, sums: Operand | None = None) -> None:
+def run_matmul(session: Session, plan: MatmulPlan | TensorCorePlan, left: Operand, right: Operand, result: Operand,
+               accumulate: bool, alpha: float = 1.0, sums: Operand | None = None) -> None:
     """result = alpha * left @ right, and sums (1, cols) = alpha * the sum of the rows of right, if wanted on the way.
 
     With accumulate, both are added into what is there. Sums are only wanted of a result that has elements.
@@ -149,7 +150,8 @@ def run_matmul(session: Session, plan: MatmulPlan | TensorCorePlan, left: Operan
     if sums is not None:
         partial_sums = _workspace(session, plan.parts, 1, -(-sums.cols // 4) * 4, plan.accumulator)
     multiply: Any = _launch_matmul if isinstance(plan, MatmulPlan) else _launch_tensor_core
-    multiply(session, plan, left, right, target, accumulate and not split, 1.0 if split else alpha, sums_of, partial_sums)
+    multiply(session, plan, left, right, target, accumulate and not split, 1.0 if split else alpha, sums_of,
+             partial_sums)
     if split:
         run_add_parts(session, target, plan.parts, result, accumulate, alpha, plan)
     if sums is not None and partial_sums is not None:
@@ -366,7 +368,8 @@ class _Catalogue(Session):
         """Where no memory begins."""
         return 0
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, plan: Any, shared_bytes: int = 0) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, plan: Any,
+               shared_bytes: int = 0) -> None:
         """Keep the kernel under its own name and the title, "-second" for another one of these."""
         from numba import typeof
 
@@ -378,7 +381,7 @@ class _Catalogue(Session):
 
     def add_matmul(self, dtype: str, tile: tuple[int, int, int, int, int], along_depth: tuple[bool, bool] = (False, False),
                    length: int = 1024, result: str = "", accumulate: bool = False, sums: bool = False) -> None:
-        """Keep the kernel on FMA units for square operands of this length, contiguous along the depth or the other axis."""
+        """Keep the kernel on FMA units for square operands, contiguous along the depth or the other axis."""
         self.title = "-".join([dtype, "x".join(map(str, tile[:3])), "x".join(map(str, tile[3:]))])
         self._add_product(MatmulPlan(length, length, length, dtype, *tile), along_depth, result or dtype, accumulate, sums)
 
@@ -392,8 +395,8 @@ class _Catalogue(Session):
                               warp_cols, stages)
         self._add_product(plan, along_depth, result or dtype, accumulate, sums)
 
-    def _add_product(self, plan: MatmulPlan | TensorCorePlan, along_depth: tuple[bool, bool], result: str, accumulate: bool,
-                     sums: bool) -> None:
+    def _add_product(self, plan: MatmulPlan | TensorCorePlan, along_depth: tuple[bool, bool], result: str,
+                     accumulate: bool, sums: bool) -> None:
         left_along, right_along = along_depth
         length = plan.depth
         self.title = "-".join([self.title, "depth" if left_along else "rows", "depth" if right_along else "cols"]

@@ -223,8 +223,8 @@ class MatmulPlan(Tiling):
 
     def explain(self) -> str:
         """The plan in words, with its reasons and what the model says."""
-        return self._explain("FMA units", f"{self.thread_rows} x {self.thread_cols} results a thread, {self.threads} threads a block",
-                             f"{self.chain + 1} u", self.cost)
+        threads = f"{self.thread_rows} x {self.thread_cols} results a thread, {self.threads} threads a block"
+        return self._explain("FMA units", threads, f"{self.chain + 1} u", self.cost)
 
 
 @dataclass(frozen=True)
@@ -270,8 +270,8 @@ class TensorCorePlan(Tiling):
     def __post_init__(self) -> None:
         wanted: tuple[str | None, ...] = {"float16": (None,), "bfloat16": (None,), "float32": TF32}.get(self.dtype, ())
         if self.precision not in wanted:
-            raise PlanError(f"tensor cores take float16 and bfloat16 with precision None, float32 with one of {TF32}; got "
-                            f"{self.dtype} with {self.precision!r}")
+            raise PlanError(f"tensor cores take float16 and bfloat16 with precision None, float32 with one of {TF32}; "
+                            f"got {self.dtype} with {self.precision!r}")
         for name in ("tile_rows", "tile_cols", "warp_rows", "warp_cols"):
             value = getattr(self, name)
             if value < 32 or value & (value - 1):
@@ -289,8 +289,8 @@ class TensorCorePlan(Tiling):
             raise PlanError(f"these tiles are copied by {least} to {min(most, 1024)} threads; got {self.threads} "
                             "(change the warps' tiles)")
         if self.stages < 2 or self.shared_bytes > DYNAMIC_SHARED_BYTES:
-            raise PlanError(f"stages must be at least 2 and take at most {DYNAMIC_SHARED_BYTES} bytes of shared memory; got "
-                            f"{self.stages}, which take {self.shared_bytes}")
+            raise PlanError(f"stages must be at least 2 and take at most {DYNAMIC_SHARED_BYTES} bytes of shared memory; "
+                            f"got {self.stages}, which take {self.shared_bytes}")
         if not 1 <= self.parts <= GRID_Y:
             raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
         if self.depth_per_part > 2**30:
@@ -326,8 +326,8 @@ class TensorCorePlan(Tiling):
     def product_error(self) -> float:
         """What each product may be off by, of its magnitude.
 
-        "tf32" rounds each factor by 2⁻¹¹. "tf32x3" rounds what is left of each by 2⁻¹¹ again, and leaves out the product of
-        what is left; the sums of what is left are rounded, too, each addition by 2⁻²⁴ of 2⁻¹⁰.
+        "tf32" rounds each factor by 2⁻¹¹. "tf32x3" rounds what is left of each by 2⁻¹¹ again, and leaves out the
+        product of what is left; the sums of what is left are rounded, too, each addition by 2⁻²⁴ of 2⁻¹⁰.
         """
         if self.precision == "tf32":
             return 2.0 ** -10 + 2.0 ** -22
@@ -456,7 +456,8 @@ def _tensor_core_cost(plan: TensorCorePlan) -> MatmulCost:
     issue = products + fragments // 4 + rounding * fragments + 3 * copies + 20
     each = _ceil(blocks, MODEL_MULTIPROCESSORS)
     registers = plan.sums + fragments + 40
-    resident = max(min(each, MODEL_REGISTERS // (registers * plan.threads), MODEL_SHARED // (plan.shared_bytes + 1024), 32), 1)
+    fitting = min(MODEL_REGISTERS // (registers * plan.threads), MODEL_SHARED // (plan.shared_bytes + 1024), 32)
+    resident = max(min(each, fitting), 1)
     tiles = _ceil(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
     busy = max(max(products * MODEL_MMA, issue) * _ceil(warps * resident, 4), MODEL_LATENCY / (plan.stages - 1))
     arithmetic = _ceil(each, resident) * (tiles * busy + MODEL_BLOCK)
@@ -487,13 +488,15 @@ def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[Matm
 
 def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None) -> list[TensorCorePlan]:
     """Every plan that plan_tensor_core chooses from."""
-    tiles = dict.fromkeys(tile for r, c, i, j, stages in TENSOR_CORE_TILES for tile in ((r, c, i, j, stages), (c, r, j, i, stages)))
+    tiles = dict.fromkeys(tile for r, c, i, j, stages in TENSOR_CORE_TILES
+                          for tile in ((r, c, i, j, stages), (c, r, j, i, stages)))
     plans: list[TensorCorePlan] = []
     for tile_rows, tile_cols, warp_rows, warp_cols, stages in tiles:
         if warp_rows * warp_cols > 64 * (32 if precision == "tf32x3" else 64):
             continue
-        plans += _cut_into_parts(TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype],
-                                                warp_rows, warp_cols, stages, _ceil(max(depth, 1), 2**30)))
+        plans += _cut_into_parts(TensorCorePlan(
+            rows, cols, depth, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype], warp_rows, warp_cols, stages,
+            _ceil(max(depth, 1), 2**30)))
     return plans
 
 
@@ -567,8 +570,8 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     Parameters
     ----------
     precision : None, "ieee", "tf32" or "tf32x3"
-        "ieee" multiplies on FMA units, and is what None means for float32 and float64. float16 and bfloat16 go to tensor
-        cores by default, where there are any with the instructions.
+        "ieee" multiplies on FMA units, and is what None means for float32 and float64. float16 and bfloat16 go to
+        tensor cores by default, where there are any with the instructions.
 
     Raises
     ------
@@ -593,8 +596,8 @@ def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, i
         raise PlanError(f'precision="{precision}" is a way to multiply float32; the inputs are {dtype} ({cure}: leave '
                         'precision out)')
     if not able:
-        raise PlanError(f'precision="{precision}" needs compute capability 8.0; this GPU has {capability[0]}.{capability[1]} '
-                        '(take precision="ieee")')
+        raise PlanError(f'precision="{precision}" needs compute capability 8.0; this GPU has '
+                        f'{capability[0]}.{capability[1]} (take precision="ieee")')
     return True
 
 
@@ -609,11 +612,11 @@ def check_precision(plan: MatmulPlan | TensorCorePlan, precision: str | None, ca
     _on_tensor_cores(plan.dtype, precision, capability)
     own = plan.precision if isinstance(plan, TensorCorePlan) else "ieee"
     if precision not in (None, own):
-        raise PlanError(f'plan multiplies with precision {own!r}, but precision={precision!r} was asked for (leave one of them '
-                        'out)')
+        raise PlanError(f'plan multiplies with precision {own!r}, but precision={precision!r} was asked for (leave one '
+                        'of them out)')
     if isinstance(plan, TensorCorePlan) and capability < TENSOR_CORE_CAPABILITY:
-        raise PlanError(f"plan needs tensor cores of compute capability 8.0; this GPU has {capability[0]}.{capability[1]} "
-                        "(pass a MatmulPlan, or none)")
+        raise PlanError("plan needs tensor cores of compute capability 8.0; this GPU has "
+                        f"{capability[0]}.{capability[1]} (pass a MatmulPlan, or none)")
 
 
 def _ceil(length: int, step: int) -> int:
