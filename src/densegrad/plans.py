@@ -207,9 +207,13 @@ class MatmulPlan(Tiling):
 
     @property
     def blocks_per_multiprocessor(self) -> int:
-        """How many blocks the registers have to leave room for: 512 threads, or 256 with over 64 registers of sums."""
+        """How many blocks the registers have to leave room for: 512 threads, or 256 with over 64 registers of sums.
+
+        384 of smaller blocks: a few more than 128 registers keep the linked code from spilling.
+        """
         sums = self.thread_rows * self.thread_cols * ITEM_BYTES[self.accumulator] // 4
-        return max(min((512 if sums <= 64 else 256) // self.threads, 16), 1)
+        resident = 256 if sums > 64 else 512 if self.threads >= 256 else 384
+        return max(min(resident // self.threads, 16), 1)
 
     @property
     def shared_bytes(self) -> int:
