@@ -1,6 +1,7 @@
-"""The logarithm of every sample's sum of exponentials, which softmax divides by.
+"""What softmax needs of every sample: its largest value, and the logarithm of its sum of exponentials less that.
 
-    result[s] = log(sum over m of exp(z[s, m]))        z (samples, outputs)
+    result[0, s] = max over m of z[s, m]                                        z (samples, outputs)
+    result[1, s] = log(sum over m of exp(z[s, m] - result[0, s]))               result (2, samples)
 
 How the work is cut
     A block has a few samples, and `adders` threads for each: thread a adds the outputs a, a + adders, ..., keeping the largest
@@ -36,7 +37,7 @@ def make_log_sum_exp(dtype, accumulator, adders, samples_of_block, features_firs
     pitch = 2 * (adders + 1)
     state_array = primitives.shared_array("states", accumulator, samples_of_block * pitch)
     load_state, store_state = primitives.load_shared(accumulator, 2), primitives.store_shared(accumulator, 2)
-    store = primitives.store_vector(accumulator, 1, accumulator)
+    store = primitives.store_each(accumulator, 2, accumulator)
 
     @primitives.jit(threads)
     def log_sum_exp(z, z_down, z_across, samples, outputs, result):
@@ -60,6 +61,6 @@ def make_log_sum_exp(dtype, accumulator, adders, samples_of_block, features_firs
             state = nothing()
             for adder in range(adders):
                 state = merge(state, load_state(states, row * pitch + 2 * adder))
-            store(result, first + row, logarithm(state))
+            store(result, first + row, samples, 2, logarithm(state))
 
     return log_sum_exp

@@ -1,11 +1,12 @@
 """dL/dZ from what comes from above the layer, and dL/db summed on the way.
 
     dZ[s, m] = alpha weight[s] dA[s, m] f'(Z[s, m])                           below an activation A = f(Z)
-    dZ[s, m] = alpha weight[s] (exp(Z[s, m] - logarithm[s]) - target[s, m])   below softmax and cross-entropy
+    dZ[s, m] = alpha weight[s] (softmax(Z[s])[m] - target[s, m])              below softmax and cross-entropy
     result[m] = sum over s of dZ[s, m]                                        all matrices (samples, outputs)
 
-logarithm[s] is that of the sum of exp(Z[s, m]) over m, and target[s, m] is 1 - smoothing + smoothing / outputs where m is the
-label of s, smoothing / outputs elsewhere.
+softmax(Z[s])[m] = exp(Z[s, m] - largest[s] - log_total[s]), which log_sum_exp finds. target[s, m] is 1 - smoothing +
+smoothing / outputs where m is the label of s, smoothing / outputs elsewhere. Samples that are left out, by their label or by
+a mask, have a dZ of zero whatever all else is.
 
 How the work is cut
     One pass: every element is read once, and dZ is written while it is summed. Blocks walk down the batch like those of
@@ -62,20 +63,26 @@ def _no_labels(address, index, stride, left, absent):
     return absent
 
 
+@cuda.jit(device=True, inline="always")
+def _all_kept(values, labels, ignored):
+    return values
+
+
 @cache
 def _form(above, accumulator, columns, samples):
-    """(gradient above, z, logarithm, labels, first output, outputs, ignored label, parameter) -> dZ before its weight."""
+    """(gradient above, z, largest, log total, labels, first output, outputs, parameter) -> dZ before its weight."""
     if above == CROSS_ENTROPY:
-        minus_target = primitives.cross_entropy(accumulator, columns, samples)
+        minus = primitives.minus(accumulator, len(columns), samples)
+        softmax_minus_target = primitives.cross_entropy(accumulator, columns, samples)
 
         @cuda.jit(device=True, inline="always")
-        def form(gradient, z, logarithm, labels, output, outputs, ignored, parameter):
-            return minus_target(z, logarithm, labels, output, outputs, ignored, parameter)
+        def form(gradient, z, largest, log_total, labels, output, outputs, parameter):
+            return softmax_minus_target(minus(z, largest), log_total, labels, output, outputs, parameter)
     else:
         backward = primitives.backward(above, accumulator, len(columns))
 
         @cuda.jit(device=True, inline="always")
-        def form(gradient, z, logarithm, labels, output, outputs, ignored, parameter):
+        def form(gradient, z, largest, log_total, labels, output, outputs, parameter):
             return backward(gradient, z, parameter)
 
     return form
@@ -101,14 +108,15 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
     load = primitives.load_pieces(dtype, width, pieces, accumulator)
     load_gradient = load if has_gradient else _absent(zeros)
     load_z = load if has_z else _absent(zeros)
-    load_logarithm = _absent(zeros) if has_gradient else _load_values(
+    load_total = _absent(zeros) if has_gradient else _load_values(
         accumulator, accumulator, of_samples, width if features_first else 1)
     load_labels = primitives.load_integers(labels, of_samples) if labels else _no_labels
     weighted, chosen = weights not in ("", "bool"), weights == "bool"
     load_weights = _load_values(weights if weighted else accumulator, accumulator, of_samples, weights_width)
     load_chosen = primitives.load_integers("bool", of_samples)
     weigh = primitives.weigh(accumulator, elements, len(of_samples))
-    keep = primitives.keep(accumulator, elements, len(of_samples))
+    leave_out = primitives.leave_out(accumulator, elements, len(of_samples))
+    leave_out_labels = leave_out if labels else _all_kept
     form = _form(above, accumulator, columns, len(of_samples))
     scale, rounded = primitives.scale(accumulator, elements), primitives.rounded(dtype, accumulator, elements)
     store, add = primitives.store_pieces(dtype, width, pieces, accumulator), primitives.add(accumulator, elements)
@@ -125,7 +133,7 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def upstream_sum(gradient, gradient_down, gradient_across, z, z_down, z_across, dz, dz_down, dz_across, weights,
-                     weight_stride, labels, label_stride, logarithm, ignored, parameter, alpha, samples, outputs,
+                     weight_stride, labels, label_stride, totals, ignored, parameter, alpha, samples, outputs,
                      samples_per_part, target, part_stride, col_stride):
         thread = cuda.threadIdx.x
         lane, place = thread // threads_x, thread % threads_x * width
@@ -154,14 +162,16 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
             left = left - step if features_first else left if sample < end else 0
             next_gradient = load_gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along, left)
             next_z = load_z(z, sample * z_down + output * z_across, z_along, left)
-            values = form(this_gradient, this_z, load_logarithm(logarithm, this_sample, 1, this_left),
-                          load_labels(labels, this_sample * label_stride, label_stride, this_left, ignored),
-                          output, outputs, ignored, parameter)
+            label = load_labels(labels, this_sample * label_stride, label_stride, this_left, ignored)
+            values = form(this_gradient, this_z, load_total(totals, this_sample, 1, this_left),
+                          load_total(totals, samples + this_sample, 1, this_left), label, output, outputs, parameter)
             if weighted:
                 values = weigh(values, load_weights(weights, this_sample * weight_stride, weight_stride, this_left))
+            values = scale(values, alpha)
             if chosen:
-                values = keep(values, load_chosen(weights, this_sample * weight_stride, weight_stride, this_left, 0))
-            values = rounded(scale(values, alpha))
+                wanted = load_chosen(weights, this_sample * weight_stride, weight_stride, this_left, 0)
+                values = leave_out(values, wanted, 0)
+            values = rounded(leave_out_labels(values, label, ignored))
             store(dz, this_sample * dz_down + output * dz_across, dz_along, this_left, values)
             sums = add(sums, values)
         lines = line_array()

@@ -69,7 +69,7 @@ REFUSED = {
     "need nothing": (lambda: densegrad.dense_grads(X, W, DZ, need=()), ValueError, None, ["need must name some of"]),
     "need unknown": (lambda: densegrad.dense_grads(X, W, DZ, need=("dy",)), ValueError, None, ["need must name", "dy"]),
     "need without w": (lambda: densegrad.dense_grads(X, None, DZ), TypeError, None, ["w must be an array", "dx is needed", "None"]),
-    "out of one": (lambda: densegrad.dense_grads(X, W, DZ, out=zeros(4, 3)), TypeError, None, ["out must be a DenseGrads"]),
+    "out of one": (lambda: densegrad.dense_grads(X, W, DZ, out=zeros(4, 3)), TypeError, None, ["out must be DenseGrads("]),
     "accumulate, no out": (lambda: densegrad.bias_grad(DZ, accumulate=True), ValueError, densegrad.OutError,
                            ["accumulate=True", "out", "not given"]),
     "accumulate, no out.db": (lambda: densegrad.dense_grads(X, W, DZ, out=DenseGrads(dw=zeros(4, 3)), need=("dw", "db"),

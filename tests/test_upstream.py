@@ -158,7 +158,7 @@ def test_cross_entropy(dtype, labels, batch_axis, xp):
     _, db = dg.cross_entropy_grad(*on(xp, given, label), sample_weight=on(xp, weights)[0],
                                   out=dg.OutputGrads(dz=out.array), plan=plan, **options)
     exact, _ = reference.cross_entropy_grad(given, label, sample_weight=weights, **options)
-    roundings = cross_entropy_roundings(40, np.abs(z[np.arange(21) != 3].astype(float)).max())
+    roundings = cross_entropy_roundings(21, 40, batch_axis)
     scale = np.ones(21) if weights is None else weights
     largest = 0.5 * scale[None, :] if batch_axis else 0.5 * scale[:, None]
     check_within(out.read(), exact, dz_bound(exact, largest, roundings, dtype))
@@ -171,7 +171,47 @@ def test_large_logits_neither_overflow_nor_lose_their_softmax(xp):
     z = np.array([[1000, 999, -1000], [-3e38, 0, 0], [-np.inf, 1, 1]], "float32")
     dz, _ = dg.cross_entropy_grad(*on(xp, z, np.array([0, 1, 2])))
     exact, _ = reference.cross_entropy_grad(z, np.array([0, 1, 2]))
-    check_within(dz, exact, dz_bound(exact, 1, 2 * 1001, "float32"))
+    check_within(dz, exact, dz_bound(exact, 1, cross_entropy_roundings(3, 3, False), "float32"))
+    # A common offset changes nothing, to the last bit.
+    dz, _ = dg.cross_entropy_grad(*on(xp, np.full((1, 2), 1e4, "float32"), np.array([0])))
+    np.testing.assert_array_equal(host(dz), [[-0.5, 0.5]])
+
+
+def test_not_finite_logits_spoil_their_sample_alone(xp):
+    z = np.array([[np.inf, 1, 2], [np.inf, np.inf, 0], [np.nan, 0, 0], [-np.inf, -np.inf, -np.inf], [0, 0, -np.inf]], "float32")
+    dz, _ = dg.cross_entropy_grad(*on(xp, z, np.array([1, 0, 0, 0, 0])))
+    np.testing.assert_array_equal(host(dz), np.array([[np.nan] * 3] * 4 + [[-0.5, 0.5, 0]]))
+
+
+@pytest.mark.parametrize("batch_axis", [0, 1])
+def test_what_is_left_out_is_zero_whatever_its_factors_are(batch_axis, xp):
+    z, labels = np.ones((2, 2), "float32"), np.array([0, -100])
+    weight, mask = np.array([1, np.nan], "float32"), np.array([True, False])
+    dz, db = dg.cross_entropy_grad(*on(xp, z, labels), sample_weight=xp.asarray(weight), batch_axis=batch_axis)
+    lost = host(dz)[:, 1] if batch_axis else host(dz)[1]
+    np.testing.assert_array_equal(lost, 0)
+    assert np.isfinite(host(db)).all()
+    dz, db = dg.activation_grad(xp.asarray(z), sample_weight=xp.asarray(mask), alpha=np.inf, batch_axis=batch_axis)
+    lost = host(dz)[:, 1] if batch_axis else host(dz)[1]
+    np.testing.assert_array_equal(lost, 0)
+    masked, _ = dg.cross_entropy_grad(*on(xp, z, np.array([0, 7])), sample_weight=xp.asarray(mask), batch_axis=batch_axis)
+    np.testing.assert_array_equal(host(masked)[:, 1] if batch_axis else host(masked)[1], 0)
+
+
+def test_an_f_ordered_gradient_gives_an_f_ordered_dz(xp):
+    da = xp.asarray(data((20, 3), "float32", 24).T.copy()).T
+    plan = plan_upstream(20, 3, "float32", "features_first")
+    dz, db = dg.activation_grad(da, alpha=0.5, plan=plan)
+    assert dz.strides == da.strides
+    np.testing.assert_array_equal(host(dz), host(da) / 2)
+    assert (bits(db) == bits(dg.bias_grad(dz, plan=plan))).all()
+
+
+def test_few_samples_of_many_classes(xp):
+    z, labels = data((3, 2300), "float32", 25), np.array([0, 2299, 5])
+    dz, _ = dg.cross_entropy_grad(*on(xp, z, labels))
+    exact, _ = reference.cross_entropy_grad(z, labels)
+    check_within(dz, exact, dz_bound(exact, 1, cross_entropy_roundings(3, 2300, False), "float32"))
 
 
 def test_a_label_that_is_no_class(lane, xp):
@@ -232,14 +272,17 @@ def test_drawn_shapes_and_memory(dtype, activation, weights, batch_axis, xp):
         out = poisoned(shape, dtype, kinds[2], xp)
         below = {"identity": da, "relu": np.where(z <= 0, 0, da),
                  "leaky_relu": np.where(z > 0, da, da.astype(wide) * wide(0.01))}[activation].astype(wide)
+        if weights == "bool":
+            below = below * wide(alpha)
         if weight is not None:
             row = weight[::step] if batch_axis else weight[::step, None]
-            below = np.where(row, below, 0) if weights == "bool" else below * row.astype(wide)
+            below = np.where(row, below, wide(0)) if weights == "bool" else below * row.astype(wide)
+        below = below if weights == "bool" else below * wide(alpha)
         sources = [Placed(array, kind, xp).array for array, kind in zip((da, z), kinds, strict=False)]
         _, db = dg.activation_grad(sources[0], None if activation == "identity" else sources[1], activation, alpha=alpha,
                                    sample_weight=None if weight is None else xp.asarray(weight)[::step], plan=plan,
                                    batch_axis=batch_axis, out=dg.OutputGrads(dz=out.array))
-        np.testing.assert_array_equal(bits(out.read()), bits((below * wide(alpha)).astype(da.dtype)))
+        np.testing.assert_array_equal(bits(out.read()), bits(below.astype(da.dtype)))
         dense = xp.asarray(np.ascontiguousarray(out.read()))
         np.testing.assert_array_equal(bits(db), bits(dg.bias_grad(dense, batch_axis=batch_axis, plan=plan)))
 
@@ -320,6 +363,15 @@ WRONG = {
     "float64 weights": (DTypeError, "sample_weight must be float32, bool,",
                         lambda a: dg.activation_grad(a, sample_weight=a[:, 0].astype("float64"))),
     "float labels": (DTypeError, "labels must be int64 or int32", lambda a: dg.cross_entropy_grad(a, a[:, 0])),
+    "weights in dz": (OutError, "out.dz overlaps sample_weight in memory", lambda a: dg.activation_grad(
+        a[:, :1].copy(), sample_weight=a[:, 0], out=dg.OutputGrads(dz=a[:, :1]))),
+    "integer mask": (DTypeError, r"astype\('bool'\) if they choose samples",
+                     lambda a: dg.activation_grad(a, sample_weight=a[:, 0].astype("uint8"))),
+    "ignore_index": (TypeError, "ignore_index must be an integer of 64 bits; got 1.5",
+                     lambda a: dg.cross_entropy_grad(a, a[:, 0].astype("int32"), ignore_index=1.5)),
+    "alpha": (TypeError, "alpha must be a number; got NoneType", lambda a: dg.activation_grad(a, alpha=None)),
+    "alphas": (TypeError, "alpha must be a number", lambda a: dg.bias_grad(a, alpha=a[0])),
+    "slope": (TypeError, "negative_slope must be a number", lambda a: dg.activation_grad(a, a, "leaky_relu", negative_slope="1")),
     "smoothing": (ValueError, "label_smoothing must be between 0 and 1; got 2",
                   lambda a: dg.cross_entropy_grad(a, a[:, 0].astype("int32"), label_smoothing=2)),
     "dtype of dz": (DTypeError, "out.dz must be float32, as the inputs are; got float64",
@@ -329,7 +381,7 @@ WRONG = {
     "db in the weights": (OutError, "out.db overlaps sample_weight in memory", lambda a: dg.activation_grad(
         a[:4].copy(), sample_weight=a[0], out=dg.OutputGrads(db=a[0]))),
     "nothing to add to": (OutError, "accumulate=True adds into out.db", lambda a: dg.activation_grad(a, a, "relu", accumulate=True)),
-    "not a tuple": (TypeError, "out must be a OutputGrads", lambda a: dg.activation_grad(a, a, "relu", out=a)),
+    "not a tuple": (TypeError, r"out must be OutputGrads\(dz=, db=\)", lambda a: dg.activation_grad(a, a, "relu", out=a)),
     "other plan": (PlanError, "plan was made for samples 7", lambda a: dg.activation_grad(
         a, a, "relu", plan=replace(plan_upstream(6, 4, "float32", "flat"), samples=7))),
 }

@@ -18,12 +18,12 @@ def identity(number, above, z, slope):
 
 
 def relu(number, above, z, slope):
-    """above where z > 0, else 0, whatever above is."""
+    """0 where z <= 0, whatever above is, else above: where z is not a number, too."""
     return number.where(z <= 0, 0, above)
 
 
 def leaky_relu(number, above, z, slope):
-    """above where z > 0, else slope * above."""
+    """above where z > 0, else slope * above: where z is not a number, too."""
     return number.where(z > 0, above, above * slope)
 
 
@@ -76,10 +76,13 @@ def _logistic(number, z):
     return number.where(z < 0, small * rest, rest), number.where(z < 0, rest, small * rest)
 
 
-def cross_entropy(number, z, log_sum_exp, is_label, smoothing, outputs):
-    """Softmax minus target: the target is 1 - smoothing more at the label than the smoothing / outputs that it is elsewhere."""
+def cross_entropy(number, below, log_total, is_label, smoothing, outputs):
+    """Softmax minus target: the target is 1 - smoothing more at the label than the smoothing / outputs that it is elsewhere.
+
+    below is how much less than the sample's largest the value is, and log_total as log_of_exponentials gives it.
+    """
     target = smoothing / outputs
-    return number.exp(z - log_sum_exp) - number.where(is_label, target + (1 - smoothing), target)
+    return number.exp(below - log_total) - number.where(is_label, target + (1 - smoothing), target)
 
 
 def merge_exponentials(number, left, right):
@@ -93,6 +96,10 @@ def merge_exponentials(number, left, right):
 
 
 def log_of_exponentials(number, state):
-    """The logarithm of the sum of exp(value) over the values."""
+    """(largest, log_total): the logarithm of the sum of exp(value) over the values is their sum.
+
+    They are kept apart, since beside a large value the logarithm's digits would be lost. Where the largest value is infinite,
+    log_total is not a number.
+    """
     largest, total = state
-    return largest + number.log(total)
+    return largest, number.log(total) + (largest - largest)

@@ -141,42 +141,47 @@ def weigh(dtype, count, samples):
 
 
 @cache
-def keep(dtype, count, samples):
-    """(fragment, integers) -> the fragment where the integers are not zero, zeros elsewhere, whatever it holds there."""
+def minus(dtype, count, samples):
+    """(fragment, values) -> their difference; one value for all, or one for each element."""
+    fragment = _fragment_type(dtype, count)
+    return _expand(fragment, (fragment, _fragment_type(dtype, samples)), lambda builder, left, right: _pack(builder, [
+        builder.fsub(a, b) for a, b in zip(_unpack(builder, left), _spread(_unpack(builder, right), count), strict=True)]))
+
+
+@cache
+def leave_out(dtype, count, samples):
+    """(fragment, integers, integer) -> zeros where the integers are this one, whatever the fragment holds there."""
     fragment, none = _fragment_type(dtype, count), ir.Constant(_FLOAT[dtype], 0)
 
-    def body(builder, values, wanted):
-        wanted = _spread([builder.icmp_signed("!=", one, ir.Constant(_INT64, 0)) for one in _unpack(builder, wanted)], count)
-        return _pack(builder, [builder.select(one, value, none)
-                               for value, one in zip(_unpack(builder, values), wanted, strict=True)])
+    def body(builder, values, integers, left_out):
+        gone = _spread([builder.icmp_signed("==", one, left_out) for one in _unpack(builder, integers)], count)
+        return _pack(builder, [builder.select(one, none, value)
+                               for value, one in zip(_unpack(builder, values), gone, strict=True)])
 
-    return _expand(fragment, (fragment, types.UniTuple(types.int64, samples)), body)
+    return _expand(fragment, (fragment, types.UniTuple(types.int64, samples), types.int64), body)
 
 
 @cache
 def cross_entropy(dtype, columns, samples):
-    """(z, log-sum-exp, labels, first column, outputs, ignored label, smoothing) -> softmax minus target, element by element.
+    """(z - largest, log total, labels, first column, outputs, smoothing) -> softmax minus target, element by element.
 
-    columns are the elements' distances from the first column. Zeros where the label is the ignored one, NaN where it is no
-    column.
+    columns are the elements' distances from the first column. NaN where the label is no column.
     """
-    fragment, count = _fragment_type(dtype, len(columns)), len(columns)
-    none, bad = ir.Constant(_FLOAT[dtype], 0), ir.Constant(_FLOAT[dtype], float("nan"))
+    fragment, count, bad = _fragment_type(dtype, len(columns)), len(columns), ir.Constant(_FLOAT[dtype], float("nan"))
 
-    def body(builder, z, log_sum_exp, labels, column, outputs, ignored, smoothing):
+    def body(builder, below, log_total, labels, column, outputs, smoothing):
         number = _Functions(builder)
         smoothing, classes = _Number(builder, smoothing), _Number(builder, builder.sitofp(outputs, _FLOAT[dtype]))
         values = []
-        for value, total, label, distance in zip(_numbers(builder, z), _spread(_numbers(builder, log_sum_exp), count),
+        for value, total, label, distance in zip(_numbers(builder, below), _spread(_numbers(builder, log_total), count),
                                                  _spread(_unpack(builder, labels), count), columns, strict=True):
             is_label = builder.icmp_signed("==", label, builder.add(column, ir.Constant(_INT64, distance)))
             found = formulas.cross_entropy(number, value, total, is_label, smoothing, classes).value
-            found = builder.select(builder.icmp_unsigned("<", label, outputs), found, bad)
-            values.append(builder.select(builder.icmp_signed("==", label, ignored), none, found))
+            values.append(builder.select(builder.icmp_unsigned("<", label, outputs), found, bad))
         return _pack(builder, values)
 
     return _expand(fragment, (fragment, _fragment_type(dtype, samples), types.UniTuple(types.int64, samples), types.int64,
-                              types.int64, types.int64, _NUMBA[dtype]), body)
+                              types.int64, _NUMBA[dtype]), body)
 
 
 @cache
@@ -203,6 +208,7 @@ def merge_exponentials(dtype):
 
 @cache
 def log_of_exponentials(dtype):
-    """(state) -> the logarithm of the sum."""
-    return _expand(_fragment_type(dtype, 1), (_fragment_type(dtype, 2),), lambda builder, state: _pack_numbers(
-        builder, [formulas.log_of_exponentials(_Functions(builder), _numbers(builder, state))]))
+    """(state) -> the largest value, and the logarithm of the sum less it."""
+    state = _fragment_type(dtype, 2)
+    return _expand(state, (state,), lambda builder, values: _pack_numbers(
+        builder, formulas.log_of_exponentials(_Functions(builder), _numbers(builder, values))))

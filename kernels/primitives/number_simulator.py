@@ -43,25 +43,29 @@ def weigh(dtype, count, samples):
 
 
 @cache
-def keep(dtype, count, samples):
-    """(fragment, integers) -> the fragment where the integers are not zero, zeros elsewhere, whatever it holds there."""
-    return lambda fragment, wanted: np.where(np.array(wanted) != 0, fragment, _TYPE[dtype](0))
+def minus(dtype, count, samples):
+    """(fragment, values) -> their difference; one value for all, or one for each element."""
+    return _quiet(lambda fragment, values: fragment - values)
+
+
+@cache
+def leave_out(dtype, count, samples):
+    """(fragment, integers, integer) -> zeros where the integers are this one, whatever the fragment holds there."""
+    return lambda fragment, integers, left_out: np.where(np.array(integers) == left_out, _TYPE[dtype](0), fragment)
 
 
 @cache
 def cross_entropy(dtype, columns, samples):
-    """(z, log-sum-exp, labels, first column, outputs, ignored label, smoothing) -> softmax minus target, element by element.
+    """(z - largest, log total, labels, first column, outputs, smoothing) -> softmax minus target, element by element.
 
-    columns are the elements' distances from the first column. Zeros where the label is the ignored one, NaN where it is no
-    column.
+    columns are the elements' distances from the first column. NaN where the label is no column.
     """
 
-    def run(z, log_sum_exp, labels, column, outputs, ignored, smoothing):
+    def run(below, log_total, labels, column, outputs, smoothing):
         label = np.array(labels)
-        values = formulas.cross_entropy(_Arrays, z, log_sum_exp, label == column + np.array(columns), smoothing,
+        values = formulas.cross_entropy(_Arrays, below, log_total, label == column + np.array(columns), smoothing,
                                         _TYPE[dtype](outputs))
-        values = np.where((label >= 0) & (label < outputs), values, _TYPE[dtype](np.nan))
-        return np.where(label == ignored, _TYPE[dtype](0), values)
+        return np.where((label >= 0) & (label < outputs), values, _TYPE[dtype](np.nan))
 
     return _quiet(run)
 
@@ -86,5 +90,5 @@ def merge_exponentials(dtype):
 
 @cache
 def log_of_exponentials(dtype):
-    """(state) -> the logarithm of the sum."""
-    return _quiet(lambda state: np.array([formulas.log_of_exponentials(_Arrays, state)], _TYPE[dtype]))
+    """(state) -> the largest value, and the logarithm of the sum less it."""
+    return _quiet(lambda state: np.array(formulas.log_of_exponentials(_Arrays, state), _TYPE[dtype]))

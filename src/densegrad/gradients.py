@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from . import launch
 from .errors import PlanError
-from .operands import Inputs, Target, accept, accept_bias_out, accept_out, accept_tuple, check_apart
+from .operands import Inputs, Target, accept, accept_bias_out, accept_number, accept_out, accept_tuple, check_apart
 from .plans import (
     BatchSumPlan,
     MatmulPlan,
@@ -98,6 +98,7 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
     >>> bias_grad(numpy.array([[1e8], [1], [-1e8]], dtype="float32"), compensated=True)
     array([1.], dtype=float32)
     """
+    alpha = accept_number("alpha", alpha)
     inputs = accept(dz=dz, batch_axis=batch_axis)
     target = accept_bias_out("out", out, inputs, keepdims, accumulate)
     plan = _bias_plan(plan, inputs, compensated)
@@ -159,6 +160,7 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
     array([[31.],
            [42.]], dtype=float32)
     """
+    alpha = accept_number("alpha", alpha)
     inputs = accept(x=x, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
     target = _weight_target("out", out, inputs, weight_layout, accumulate)
     plan = _weight_plan(plan, inputs, precision)
@@ -213,6 +215,7 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
     array([2., 2.], dtype=float32)
     """
     outs = accept_tuple("out", out, WeightBiasGrads)
+    alpha = accept_number("alpha", alpha)
     inputs = accept(x=x, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
     weight = _weight_target("out.dw", outs.dw, inputs, weight_layout, accumulate)
     bias = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
@@ -264,6 +267,7 @@ def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in
     >>> input_grad(numpy.array([[1, 10]], dtype="float32"), w)
     array([[21., 43.]], dtype=float32)
     """
+    alpha = accept_number("alpha", alpha)
     inputs = accept(w=w, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
     target = _input_target("out", out, inputs, accumulate)
     plan = _input_plan(plan, inputs, precision)
@@ -326,6 +330,7 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     """
     needed = _needed(need, x, w)
     outs, plans = accept_tuple("out", out, DenseGrads), accept_tuple("plan", plan, DenseGrads)
+    alpha = accept_number("alpha", alpha)
     inputs = accept(x=x if "dw" in needed else None, w=w if "dx" in needed else None, dz=dz,
                     batch_axis=batch_axis, weight_layout=weight_layout)
     above = accept_activation(inputs, activation, z, batch_axis, negative_slope, sample_weight)

@@ -21,6 +21,7 @@ from .plans import (
     TensorCorePlan,
     Tiling,
     accumulator_of,
+    log_sum_exp_block,
     plan_batch_sum,
     plan_upstream,
     transposed_tile,
@@ -75,7 +76,8 @@ class Session:
         """Where kernels are to write a result."""
         argument, upload = target.argument, target.argument is not None and target.argument.compact
         if argument is None or (upload and not target.accumulate):
-            array = self.device.empty(target.shape, target.dtype)
+            array = self.device.empty(target.shape[::-1] if target.turned and argument is None else target.shape, target.dtype)
+            array = array.T if target.turned and argument is None else array
         else:
             self.device.wait_for(argument.memory, self.stream)
             array = self.device.placed(argument.array, upload)
@@ -127,9 +129,10 @@ def session(inputs: Inputs, stream: Any) -> Iterator[Session]:
 
 
 def _matrix(target: Target) -> Operand:
-    """A new result in C order, seen as a matrix."""
+    """A new result seen as a matrix."""
     *batch, cols = target.shape
-    return Operand(target.name, None, 0, target.dtype, prod(batch), cols, cols, 1)
+    rows = prod(batch)
+    return Operand(target.name, None, 0, target.dtype, rows, cols, *((1, rows) if target.turned else (cols, 1)))
 
 
 def run_matmul(session: Session, plan: MatmulPlan | TensorCorePlan, left: Operand, right: Operand, result: Operand,
@@ -261,20 +264,23 @@ def run_upstream(session: Session, plan: BatchSumPlan, above: str, parameter: fl
     from .kernels.upstream import make_upstream_sum
 
     second, features_first, wide = plan.second, plan.layout == "features_first", np.dtype(plan.accumulator).type
-    logarithm: Operand | None = None
+    totals: Operand | None = None
     if gradient is None and z is not None:
-        adders, rows = (8, 32) if features_first else (32, 8)
-        logarithm = session.scratch("logarithm", max(dz.rows, 1), 1, plan.accumulator)
+        adders, rows = log_sum_exp_block(dz.rows, dz.cols, features_first)
+        totals = session.scratch("totals", 2, max(dz.rows, 1), plan.accumulator)
         session.launch(make_log_sum_exp(plan.dtype, plan.accumulator, adders, rows, features_first),
                        (max(-(-dz.rows // rows), 1),), adders * rows,
-                       (z.address, z.row_stride, z.col_stride, dz.rows, dz.cols, logarithm.address), plan)
+                       (z.address, z.row_stride, z.col_stride, dz.rows, dz.cols, totals.address), plan)
     # Threads of narrow rows take as few elements as leave none without: a power of two.
     elements = plan.vector if features_first else min(plan.vector, 1 << (-(-plan.outputs // plan.threads_x) - 1).bit_length())
     width = min((matrix.T if features_first else matrix).access(elements)
                 for matrix in (gradient, z, dz) if matrix is not None)
     of_pieces = weights is not None and features_first and weights.T.access(width) == width
+    # How many threads the registers leave room for: exponentials of eight elements take many, one matrix alone takes few.
     simple = above in ("identity", "relu", "leaky_relu")
-    resident = 1536 if above == "identity" and elements < 8 and not features_first else 1024 if simple or elements < 8 else 512
+    resident = 1024 if simple or elements < 8 else 512
+    if above == "identity" and elements < 8 and not features_first:
+        resident = min(16 * plan.threads, 1536)
     target = result if second is None else _parts_of_sum(session, plan, second)
     kernel = make_upstream_sum(above, plan.dtype, plan.accumulator, target.dtype, elements, width, plan.threads_x, plan.lanes,
                                features_first, max(1, resident // plan.threads),
@@ -285,7 +291,7 @@ def run_upstream(session: Session, plan: BatchSumPlan, above: str, parameter: fl
         return (matrix.address, matrix.row_stride, matrix.col_stride) if matrix else (0, 0, 0)
 
     session.launch(kernel, plan.grid, plan.threads, (
-        *placed(gradient), *placed(z), *placed(dz), *placed(weights)[:2], *placed(labels)[:2], *placed(logarithm)[:1], ignored,
+        *placed(gradient), *placed(z), *placed(dz), *placed(weights)[:2], *placed(labels)[:2], *placed(totals)[:1], ignored,
         wide(parameter), wide(alpha), dz.rows, dz.cols, plan.samples_per_part, target.address,
         target.row_stride if second else 0, target.col_stride), plan)
     if second is not None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -185,7 +186,7 @@ def _batch_axis(batch_axis: Any) -> int:
     except TypeError:
         raise TypeError(f"batch_axis must be the int 0 or 1; got {batch_axis!r}") from None
     if axis not in (0, 1):
-        raise ValueError(f"batch_axis must be 0 for dz (samples, outputs) or 1 for dz (outputs, samples); got {axis}")
+        raise ValueError(f"batch_axis must be 0 for (samples, outputs) or 1 for (outputs, samples); got {axis}")
     return axis
 
 
@@ -305,20 +306,23 @@ def accept_sample_weight(array: Any, inputs: Inputs) -> Argument:
         As for any array of one value for each sample.
     """
     dtypes = ("float32", "bool", "float16", "bfloat16") + ("float64",) * (inputs.dtype == "float64")
-    return _accept_per_sample("sample_weight", array, inputs, dtypes)
+    return _accept_per_sample("sample_weight", array, inputs, dtypes, "astype('float32') if these are weights, "
+                              "astype('bool') if they choose samples")
 
 
-def accept_labels(array: Any, inputs: Inputs, ignored: int) -> Argument:
-    """Check the classes of the samples; their values only where they lie on the host.
+def accept_labels(array: Any, inputs: Inputs, ignored: int, sample_weight: Any) -> Argument:
+    """Check the classes of the samples; their values only where they lie on the host, and of samples that a mask chooses.
 
     Raises
     ------
     ShapeError, DTypeError, DeviceError, TypeError, ValueError
         As for any array of one value for each sample; ValueError if one is no class.
     """
-    labels = _accept_per_sample("labels", array, inputs, ("int64", "int32"))
+    labels = _accept_per_sample("labels", array, inputs, ("int64", "int32"), "astype('int64')")
     if isinstance(array, np.ndarray):
         wrong = (array != ignored) & ((array < 0) | (array >= inputs.out_features))
+        if isinstance(sample_weight, np.ndarray) and sample_weight.dtype == bool:
+            wrong &= sample_weight
         if wrong.any():
             where = tuple(int(index) for index in np.argwhere(wrong)[0])
             raise ValueError(f"labels must be classes from 0 to {inputs.out_features - 1}, or ignore_index {ignored}; got "
@@ -326,11 +330,41 @@ def accept_labels(array: Any, inputs: Inputs, ignored: int) -> Argument:
     return labels
 
 
-def _accept_per_sample(name: str, array: Any, inputs: Inputs, dtypes: tuple[str, ...]) -> Argument:
+def accept_number(name: str, value: Any) -> float:
+    """A number that scales or shapes a result.
+
+    Raises
+    ------
+    TypeError
+        If it is none that the host knows.
+    """
+    scalar = isinstance(value, numbers.Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    if scalar and not isinstance(value, (bool, np.bool_)):
+        return float(value)
+    raise TypeError(f"{name} must be a number; got {type(value).__name__} (bring one from a GPU to the host with float({name}))")
+
+
+def accept_integer(name: str, value: Any) -> int:
+    """An integer of 64 bits.
+
+    Raises
+    ------
+    TypeError
+        If it is none.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 2 ** 63
+    if not -2 ** 63 <= number < 2 ** 63:
+        raise TypeError(f"{name} must be an integer of 64 bits; got {value!r}")
+    return number
+
+
+def _accept_per_sample(name: str, array: Any, inputs: Inputs, dtypes: tuple[str, ...], cure: str) -> Argument:
     memory = _memory(inputs.device, name, array)
     if memory.dtype.name not in dtypes or not memory.dtype.isnative:
-        raise DTypeError(f"{name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}; got {memory.dtype} (convert it, for "
-                         f"example with {name}.astype({dtypes[0]!r}))")
+        raise DTypeError(f"{name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}; got {memory.dtype} (convert it with {cure})")
     if memory.place != inputs.place:
         raise DeviceError(f"{name} and {inputs.dz.name} must lie on the same device; {name} is on {memory.place} and "
                           f"{inputs.dz.name} on {inputs.place} (move one of them, for example with cupy.asarray)")
@@ -349,11 +383,12 @@ class Target:
     dtype: str
     argument: Argument | None
     accumulate: bool
+    turned: bool = False  # whether a new matrix is in Fortran order
 
 
 def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accumulate: bool,
-               in_place: bool = False) -> Target:
-    """Check an array that a result is to be written to; in_place says that it may be one of the inputs, and has their dtype.
+               in_place: tuple[Argument | None, ...] = ()) -> Target:
+    """Check an array that a result is to be written to; in_place are the inputs that it may be, and whose dtype it then has.
 
     Raises
     ------
@@ -379,7 +414,7 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
     if in_place and dtype != inputs.dtype:
         raise DTypeError(f"{name} must be {inputs.dtype}, as the inputs are; got {dtype}")
     for argument in inputs.arguments:
-        if in_place and replace(argument.memory, readonly=False, stream=memory.stream) == memory:
+        if argument in in_place and replace(argument.memory, readonly=False, stream=memory.stream) == memory:
             continue
         if overlap(memory, argument.memory):
             raise OutError(f"{name} overlaps {argument.name} in memory (pass another array)")
@@ -407,7 +442,7 @@ def accept_tuple(name: str, given: Any, kind: type[Named]) -> Named:
         return kind()
     fields = kind._fields  # type: ignore[attr-defined]
     if not isinstance(given, tuple) or len(given) != len(fields):
-        raise TypeError(f"{name} must be a {kind.__name__}({', '.join(f'{field}=' for field in fields)}) or a tuple of "
+        raise TypeError(f"{name} must be {kind.__name__}({', '.join(f'{field}=' for field in fields)}) or a tuple of "
                         f"{len(fields)}; got {type(given).__name__}")
     return kind(*given)
 

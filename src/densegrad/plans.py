@@ -874,6 +874,14 @@ def _blocks(elements: int, most: int = MOST_BLOCKS) -> int:
 
 
 @lru_cache(maxsize=4096)
+def log_sum_exp_block(samples: int, outputs: int, features_first: bool) -> tuple[int, int]:
+    """(threads that add up one sample, samples of a block) for the log-sum-exp: more for each where there are few samples."""
+    few = samples < 2048 and outputs >= 2048
+    if features_first:
+        return (32, 8) if few else (8, 32)
+    return (256, 1) if few else (32, 8)
+
+
 def plan_upstream(samples: int, outputs: int, dtype: str, layout: str) -> BatchSumPlan:
     """The plan for forming dZ of these sizes in one of LAYOUTS, and summing it on the way.
 
@@ -891,7 +899,7 @@ def plan_upstream(samples: int, outputs: int, dtype: str, layout: str) -> BatchS
         # Narrow rows take no more threads than reading them without a gap from one row to the next takes, but an even number.
         threads_x = max((cols // gcd(cols, vector) + 1) // 2 * 2, 4)
         lanes = max(threads // threads_x // sector, 1) * sector
-        if threads_x * lanes > 1024:
+        if cols > 128 or threads_x * lanes > 1024:
             threads_x = min(_power_of_two(_ceil(cols, vector)), threads // max(sector, 8))
             lanes = threads // threads_x
         plan = BatchSumPlan(rows, cols, dtype, "rows", threads_x, lanes, 2, rows)

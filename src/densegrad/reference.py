@@ -46,9 +46,10 @@ def cross_entropy_grad(z, labels, *, ignore_index=-100, label_smoothing=0.0, sam
     outputs, kept = z.shape[1], labels != ignore_index
     shifted = np.exp(z - z.max(axis=1, keepdims=True, initial=-np.inf))
     target = np.full(z.shape, label_smoothing / max(outputs, 1))
-    target[kept, labels[kept]] += 1 - label_smoothing
+    target[kept, np.clip(labels[kept], 0, outputs - 1)] += 1 - label_smoothing
+    target[kept & ((labels < 0) | (labels >= outputs))] = np.nan
     dz = shifted / shifted.sum(axis=1, keepdims=True) - target
-    return _weighted(np.where(kept[:, None], dz, 0.0), sample_weight, alpha, batch_axis)
+    return _weighted(dz, sample_weight, alpha, batch_axis, kept)
 
 
 def derivative(activation, z, negative_slope=0.01):
@@ -78,9 +79,12 @@ def normal_tail(z):
     return np.vectorize(lambda value: math.erfc(value / math.sqrt(2)) / 2, otypes=[float])(z)
 
 
-def _weighted(dz, sample_weight, alpha, batch_axis):
+def _weighted(dz, sample_weight, alpha, batch_axis, kept=True):
     if sample_weight is not None:
-        weight = np.asarray(sample_weight).reshape(-1)[:, None]
-        dz = np.where(weight, dz, 0.0) if weight.dtype == bool else dz * weight.astype(np.float64)
-    dz = alpha * dz
+        weight = np.asarray(sample_weight).reshape(-1)
+        if weight.dtype == bool:
+            kept = kept & weight
+        else:
+            dz = dz * weight[:, None].astype(np.float64)
+    dz = np.where(np.broadcast_to(kept, len(dz))[:, None], alpha * dz, 0.0)
     return (dz.T if batch_axis else dz), dz.sum(axis=0)

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import reference
 from .device import dtype_of
-from .plans import accumulator_of
+from .plans import accumulator_of, log_sum_exp_block
 
 #: unit roundoff, and the error of rounding the smallest results
 ROUNDOFF = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8, "float32": 2.0 ** -24, "float64": 2.0 ** -53}
@@ -154,13 +154,15 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
 ROUNDINGS = {"identity": 0, "relu": 0, "leaky_relu": 1, "sigmoid": 8, "tanh": 10, "silu": 14, "gelu": 20, "gelu_tanh": 24}
 
 
-def cross_entropy_roundings(outputs: int, largest: float) -> float:
-    """The same for softmax minus target, of logits of at most this magnitude.
+def cross_entropy_roundings(samples: int, outputs: int, features_first: bool) -> float:
+    """The same for softmax minus target.
 
-    The logarithm of the sum is off by u for every addition and exponential of a chain and by its own rounding; times the
-    probability, which is at most 1, the exponential is off by as much, besides its own roundings.
+    The sum of exponentials is off by 4 u for every merge of a chain, its logarithm by as much and by its own rounding; times
+    the probability, which is at most 1, the exponential is off by that. x exp(-x) is at most 1, so that the roundings of its
+    argument count once each.
     """
-    return 4 * (outputs // 8 + 32) + 2 * (largest + np.log(max(outputs, 1))) + 8
+    adders, _ = log_sum_exp_block(samples, outputs, features_first)
+    return 4 * (outputs // adders + 1 + adders) + np.log(max(outputs, 1)) + 8
 
 
 def dz_bound(exact: np.ndarray, scale: np.ndarray | float, roundings: float, dtype: str) -> np.ndarray:

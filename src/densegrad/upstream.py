@@ -13,7 +13,9 @@ from .operands import (
     accept,
     accept_beside,
     accept_bias_out,
+    accept_integer,
     accept_labels,
+    accept_number,
     accept_out,
     accept_sample_weight,
     accept_tuple,
@@ -75,7 +77,8 @@ def accept_activation(inputs: Inputs, activation: str | None, z: Any, batch_axis
         raise TypeError(f"activation={name!r} needs z, what it was applied to; got None (pass z=, the layer's output)")
     if z is not None and name == "identity":
         raise TypeError(f"z is of no use without an activation; got {type(z).__name__} (name the activation, or leave z out)")
-    return Above(name, float(negative_slope), None if z is None else accept_beside("z", z, inputs, batch_axis),
+    return Above(name, accept_number("negative_slope", negative_slope),
+                 None if z is None else accept_beside("z", z, inputs, batch_axis),
                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs))
 
 
@@ -122,7 +125,7 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
     keepdims : bool
         Whether db has shape (1, M) instead of (M,).
     alpha : float
-        What dz is multiplied by besides: 1/S of a mean loss, for example.
+        What dz is multiplied by besides: 1/S of a mean loss, for example. A number of the host's.
     out : OutputGrads of arrays or None, optional
         Where to write dz and db. `out.dz` has the dtype of da, and may be da or z itself.
     accumulate : bool
@@ -147,7 +150,9 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
     Computed in float32, in float64 for float64, and rounded once; db is the sum of dz as it is stored, with the bits that
     `bias_grad(dz, plan=plan)` has. Each element of da and z is read once and each of dz written once. Equal inputs give equal
     bits on every run; on different devices too for identity, relu and leaky_relu, while exponentials may differ in their last
-    bits between the simulator and GPUs. relu has derivative 0 at 0.
+    bits between the simulator and GPUs. relu has derivative 0 at 0; where z is NaN, relu passes da on, leaky_relu
+    scales it, and the others give NaN. A new dz has the memory order of da; z or `out.dz` in another order
+    are touched element by element.
     Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5; Hendrycks, Gimpel, "Gaussian Error Linear
     Units", 2016.
 
@@ -211,20 +216,23 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
     >>> cross_entropy_grad(numpy.zeros((1, 4), dtype="float32"), numpy.array([2])).dz
     array([[ 0.25,  0.25, -0.75,  0.25]], dtype=float32)
     """
+    label_smoothing = accept_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be between 0 and 1; got {label_smoothing!r}")
+        raise ValueError(f"label_smoothing must be between 0 and 1; got {label_smoothing}")
+    ignore_index = accept_integer("ignore_index", ignore_index)
     inputs = accept(dz=z, batch_axis=batch_axis, name="z")
-    above = Above("cross_entropy", float(label_smoothing), None,
+    above = Above("cross_entropy", label_smoothing, None,
                   None if sample_weight is None else accept_sample_weight(sample_weight, inputs),
-                  accept_labels(labels, inputs, ignore_index), ignore_index)
+                  accept_labels(labels, inputs, ignore_index, sample_weight), ignore_index)
     return _output_grads(inputs, above, batch_axis, keepdims, alpha, out, accumulate, plan, stream)
 
 
 def _output_grads(inputs: Inputs, above: Above, batch_axis: int, keepdims: bool, alpha: float, out: Any, accumulate: bool,
                   plan: BatchSumPlan | None, stream: Any) -> OutputGrads:
-    outs = accept_tuple("out", out, OutputGrads)
+    alpha, outs = accept_number("alpha", alpha), accept_tuple("out", out, OutputGrads)
     inputs = replace(inputs, beside=above.arguments)
-    dz = accept_out("out.dz", outs.dz, inputs, inputs.dz.memory.shape, False, in_place=True)
+    dz = accept_out("out.dz", outs.dz, inputs, inputs.dz.memory.shape, False, in_place=(inputs.dz, above.z))
+    dz = replace(dz, turned=inputs.dz.memory.shape != () and inputs.dz.layout == "features_first" and not batch_axis)
     db = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
     check_apart([dz, db])
     plan = upstream_plan(plan, inputs)
