@@ -1,0 +1,362 @@
+"""Tiles in shared memory as LLVM and PTX: copies into them, products and sums of them, lines of results out of them."""
+from functools import cache
+
+from llvmlite import ir
+from numba import types
+
+from .layout import SECTOR
+from .ptx import (
+    _BYTES,
+    _INT32,
+    _INT64,
+    _NUMBA,
+    _SHARED,
+    _STORED,
+    _expand,
+    _fragment_type,
+    _load_bytes,
+    _load_shared,
+    _narrow,
+    _pack,
+    _shared_pointer,
+    _store_bytes,
+    _store_shared,
+    _unpack,
+    _widen,
+    _widened,
+)
+
+
+@cache
+def tile_turn(copy):
+    """(address, outer, depth, stride, thread) -> by how many elements a tile's row begins after a sector, if rows turn.
+
+    The tile's first element is (outer, depth), the row that of the thread's first access; stride is the distance of
+    neighbours along the axis that is not contiguous.
+    """
+
+    def body(builder, address, outer, depth, stride, thread):
+        if not copy.turns:
+            return ir.Constant(_INT32, 0)
+        row = builder.add(depth, builder.zext(_first_access(builder, copy, thread)[1], _INT64))
+        element = builder.add(outer, builder.mul(row, stride))
+        byte = builder.add(address, builder.mul(element, ir.Constant(_INT64, _BYTES[copy.dtype])))
+        return builder.udiv(builder.and_(builder.trunc(byte, _INT32), ir.Constant(_INT32, SECTOR - 1)),
+                            ir.Constant(_INT32, _BYTES[copy.dtype]))
+
+    return _expand(types.int32, (types.int64, types.int64, types.int64, types.int64, types.int32), body)
+
+
+@cache
+def thread_lanes(lanes):
+    """(thread) -> (down, across, of its warp's first thread down, across) in a block of these Lanes.
+
+    Warps go across first.
+    """
+
+    def body(builder, thread):
+        def split(value, by):
+            return builder.udiv(value, ir.Constant(_INT32, by)), builder.urem(value, ir.Constant(_INT32, by))
+
+        warp, lane = split(thread, lanes.warp_down * lanes.warp_across)
+        below, beside = split(warp, lanes.across // lanes.warp_across)
+        first_down = builder.mul(below, ir.Constant(_INT32, lanes.warp_down))
+        first_across = builder.mul(beside, ir.Constant(_INT32, lanes.warp_across))
+        down, across = split(lane, lanes.warp_across)
+        own = builder.add(first_down, down), builder.add(first_across, across)
+        return _pack(builder, [*own, first_down, first_across])
+
+    return _expand(types.UniTuple(types.int32, 4), (types.int32,), body)
+
+
+@cache
+def fragment_start(layout):
+    """(lane) -> the outer index that the fragment of the thread with this number down (or across) begins at."""
+
+    def body(builder, lane):
+        beside = ir.Constant(_INT32, layout.spacing // layout.vector)
+        return builder.add(builder.mul(builder.urem(lane, beside), ir.Constant(_INT32, layout.vector)),
+                           builder.mul(builder.udiv(lane, beside), ir.Constant(_INT32, layout.stretch)))
+
+    return _expand(types.int32, (types.int32,), body)
+
+
+@cache
+def split(size):
+    """(number) -> (number // size, number % size), of a number that is not negative."""
+    return _expand(types.UniTuple(types.int32, 2), (types.int32,), lambda builder, number: _pack(builder, [
+        operation(number, ir.Constant(_INT32, size)) for operation in (builder.udiv, builder.urem)]))
+
+
+@cache
+def store_line(line, dtype, wide):
+    """(array, number, place, step, lane, left, factor): stores a thread's elements of a Line in shared memory.
+
+    Times factor, element c goes to place + c * step elements of dtype, the first `left` of them. Neighbouring lanes
+    take neighbouring elements, from a sector of the result on: what comes before that comes last. The products are
+    computed in wide and rounded once; if the Line accumulates, what is there is added before that.
+    """
+    size = _BYTES[dtype]
+
+    def body(builder, array, number, place, step, lane, left, factor):
+        def constant(value):
+            return ir.Constant(_INT32, value)
+
+        far = builder.mul(step, ir.Constant(_INT64, size))
+        turn = builder.and_(builder.trunc(place, _INT32), constant(min(SECTOR, line.lanes * size) - 1))
+        begin = builder.sub(lane, builder.udiv(turn, constant(size)))
+        before = builder.icmp_signed("<", begin, constant(0))
+        row = builder.mul(number, constant(line.length))
+        flip = builder.mul(builder.and_(number, constant(1)), constant(line.flip))
+        for first in range(0, line.length, line.lanes):
+            # The first element may be the last of the line; from the second on, those that are whole periods of the
+            # flip apart lie at constant distances.
+            period = max(line.lanes, 2 * line.flip)
+            origin = first % period or min(first, period)
+            start = builder.add(begin, constant(origin)) if first else builder.select(
+                before, builder.add(begin, constant(line.length)), begin)
+            column = builder.add(start, constant(first - origin))
+            with builder.if_then(builder.icmp_signed("<", column, left)):
+                pointer = _shared_pointer(builder, array, builder.add(row, builder.xor(start, flip)), line.dtype)
+                pointer = builder.gep(pointer, [ir.Constant(_INT64, first - origin)], inbounds=True,
+                                      source_etype=_STORED[line.dtype])
+                value = _load_shared(builder, pointer, line.dtype, 1)[0]
+                value = builder.fmul(_widen(builder, value, line.dtype, wide), factor)
+                place_of_start = builder.add(place, builder.mul(builder.zext(start, _INT64), far))
+                target = builder.add(place_of_start, builder.mul(ir.Constant(_INT64, first - origin), far))
+                if line.accumulate:
+                    old = _load_bytes(builder, target, dtype, 1)[0]
+                    value = builder.fadd(value, _widen(builder, old, dtype, wide))
+                _store_bytes(builder, target, dtype, [_narrow(builder, value, wide, dtype)])
+
+    return _expand(types.none, (types.int32, types.int32, types.int64, types.int64, types.int32, types.int32,
+                                _NUMBA[wide]), body)
+
+
+@cache
+def place(dtype):
+    """(address, index) -> the place of an element, to which bytes may be added."""
+    return _expand(types.int64, (types.int64, types.int64), lambda builder, address, index: builder.add(
+        address, builder.mul(index, ir.Constant(_INT64, _BYTES[dtype]))))
+
+
+@cache
+def tile_offset(copy):
+    """(stride, turn, thread) -> how many bytes from a tile's first element the thread's first access lies.
+
+    Those from there to another tile may be added.
+    """
+
+    def body(builder, stride, turn, thread):
+        outer, depth = (builder.zext(step, _INT64) for step in _first_access(builder, copy, thread))
+        outer = builder.sub(outer, builder.zext(turn, _INT64))
+        near, far = (depth, outer) if copy.along_depth else (outer, depth)
+        element = builder.add(near, builder.mul(far, stride))
+        byte = builder.mul(element, ir.Constant(_INT64, _BYTES[copy.dtype]))
+        return builder.trunc(byte, _INT32) if offset_type(copy) == types.uint32 else byte
+
+    return _expand(offset_type(copy), (types.int64, types.int32, types.int32), body)
+
+
+def offset_type(copy):
+    """The type of such offsets; turned rows may begin before the operand."""
+    return types.uint32 if copy.offset_bits == 32 and not copy.turns else types.int64
+
+
+@cache
+def load_tile(copy):
+    """(place, offset, stride, turn, outer left, depth left, thread) -> the thread's share of a TileCopy.
+
+    Zeros beyond what is left; place is that of the tile's first element.
+    """
+
+    def body(builder, place, offset, stride, turn, outer_left, depth_left, thread):
+        _, first_depth = _first_access(builder, copy, thread)
+        bounds = []
+        for step in copy.steps():
+            base, further = _outer(builder, copy, step, stride, turn, thread)
+            bounds.append(((builder.add(base, ir.Constant(_INT32, further)), outer_left),
+                           (builder.add(first_depth, ir.Constant(_INT32, step[1])), depth_left)))
+        return _load_places(builder, copy, place, offset, stride, turn, thread, bounds)
+
+    return _expand(_fragment_type(copy.wide, copy.count),
+                   (types.int64, offset_type(copy), types.int64, *[types.int32] * 4), body)
+
+
+@cache
+def load_whole_tile(copy):
+    """(place, offset, stride, turn, thread) -> the thread's share of a TileCopy that lies inside the operand."""
+
+    def body(builder, place, offset, stride, turn, thread):
+        return _load_places(builder, copy, place, offset, stride, turn, thread, [()] * len(copy.steps()))
+
+    return _expand(_fragment_type(copy.wide, copy.count),
+                   (types.int64, offset_type(copy), types.int64, types.int32, types.int32), body)
+
+
+def _load_places(builder, copy, place, offset, stride, turn, thread, bounds):
+    """The thread's accesses, of those whose bounds hold. Only whole rows and turned ones lie at runtime distances."""
+    first, _ = _first_access(builder, copy, thread)
+    has_share = _has_share(builder, copy, thread) if copy.partial else None
+    place, size = builder.add(place, builder.zext(offset, _INT64)), _BYTES[copy.dtype]
+    values = []
+    for step, pairs in zip(copy.steps(), bounds, strict=True):
+        base, further = _outer(builder, copy, step, stride, turn, thread)
+        turned = builder.sub(base, builder.sub(first, turn)) if copy.turns else ir.Constant(_INT32, 0)
+        outer = builder.sext(turned, _INT64)
+        if copy.along_depth:
+            constant, distance = step[1], builder.mul(ir.Constant(_INT64, further), stride)
+        else:
+            constant, distance = further, builder.add(outer, builder.mul(ir.Constant(_INT64, step[1]), stride))
+        pointer = builder.add(place, builder.mul(distance, ir.Constant(_INT64, size)))
+        loaded = _load_bytes(builder, pointer, copy.dtype, copy.access, has_share, pairs, constant * size)
+        values += _widened(builder, loaded, copy.dtype, copy.wide)
+    return _pack(builder, values)
+
+
+@cache
+def store_tile(copy):
+    """(array, index, fragment, stride, turn, thread): stores what load_tile brought into the array's stage at index."""
+    layout = copy.layout
+
+    def store(builder, array, index, values, stride, turn, thread):
+        _, first_depth = _first_access(builder, copy, thread)
+        row = builder.add(ir.Constant(_INT32, layout.start),
+                          builder.mul(first_depth, ir.Constant(_INT32, layout.outer_size)))
+        for number, step in enumerate(copy.steps()):
+            base, further = _outer(builder, copy, step, stride, turn, thread)
+            # Steps of whole flip periods leave the flipped bits alone, and so are constant offsets.
+            rest = further % (layout.flip_count * layout.flip_unit)
+            outer = builder.xor(builder.add(base, ir.Constant(_INT32, rest)), _flip(builder, layout, first_depth))
+            start = _stage_pointer(builder, array, builder.add(row, outer), index, copy.wide)
+            share = values[number * copy.access:(number + 1) * copy.access]
+            vectors = [[value] for value in share] if copy.along_depth else [share]
+            for depth, vector in enumerate(vectors, step[1]):
+                offset = ir.Constant(_INT64, depth * layout.outer_size + further - rest)
+                pointer = builder.gep(start, [offset], inbounds=True, source_etype=_STORED[copy.wide])
+                _store_shared(builder, pointer, copy.wide, vector)
+
+    def body(builder, array, index, fragment, stride, turn, thread):
+        with builder.if_then(_has_share(builder, copy, thread)):
+            store(builder, array, index, _unpack(builder, fragment), stride, turn, thread)
+
+    return _expand(types.none, (types.int32, types.int32, _fragment_type(copy.wide, copy.count), types.int64,
+                                types.int32, types.int32), body)
+
+
+def _first_access(builder, copy, thread):
+    """(outer, depth) of a thread's first access, where its row is not turned."""
+    def constant(value):
+        return ir.Constant(_INT32, value)
+
+    near, rest = builder.urem(thread, constant(copy.side)), builder.udiv(thread, constant(copy.side))
+    if not copy.along_depth:
+        return builder.mul(near, constant(copy.access)), rest
+    group, far = builder.urem(rest, constant(copy.lanes)), builder.udiv(rest, constant(copy.lanes))
+    depth = builder.add(near, builder.mul(far, constant(copy.side)))
+    return group, builder.mul(depth, constant(copy.access))
+
+
+def _outer(builder, copy, step, stride, turn, thread):
+    """(value, constant), whose sum is the outer index of a thread's access.
+
+    A turned row begins with the sector that its first element lies in: what would come before that element comes last.
+    """
+    first, _ = _first_access(builder, copy, thread)
+    outer, depth = step
+    if not copy.turns:
+        return first, outer
+    if depth * _BYTES[copy.dtype] % SECTOR:
+        turn = builder.add(turn, builder.mul(ir.Constant(_INT32, depth), builder.trunc(stride, _INT32)))
+        turn = builder.and_(turn, ir.Constant(_INT32, SECTOR // _BYTES[copy.dtype] - 1))
+    base = builder.sub(first, turn)
+    if outer:
+        width = copy.side * copy.access
+        return builder.add(base, ir.Constant(_INT32, width)), outer - width
+    before = builder.icmp_signed("<", base, ir.Constant(_INT32, 0))
+    return builder.select(before, builder.add(base, ir.Constant(_INT32, copy.outer_size)), base), 0
+
+
+def _has_share(builder, copy, thread):
+    """Whether a thread has anything to copy."""
+    if not copy.partial:
+        return ir.Constant(ir.IntType(1), 1)
+    return builder.icmp_signed("<", _first_access(builder, copy, thread)[1], ir.Constant(_INT32, copy.depth_size))
+
+
+def _flip(builder, layout, depth):
+    """TileLayout.flip of a depth that is not a constant."""
+    flip = builder.udiv(depth, ir.Constant(_INT32, layout.flip_every))
+    flip = builder.urem(flip, ir.Constant(_INT32, layout.flip_count))
+    return builder.mul(flip, ir.Constant(_INT32, layout.flip_unit))
+
+
+def _stage_pointer(builder, array, place, index, dtype):
+    """A pointer to an element of the stage at index: only the stage changes from one tile to the next."""
+    size = ir.Constant(_INT32, _BYTES[dtype])
+    byte = builder.add(builder.add(array, builder.mul(place, size)), builder.mul(index, size))
+    return builder.inttoptr(byte, ir.PointerType(_STORED[dtype], _SHARED))
+
+
+@cache
+def add_tile(share):
+    """(array, index, sums, thread) -> sums plus the thread's TileShare of the tile in the stage at index.
+
+    In ascending order of the depth.
+    """
+    layout, vector = share.layout, 16 // _BYTES[share.dtype]
+
+    def body(builder, array, index, sums, thread):
+        def constant(value):
+            return ir.Constant(_INT32, value)
+
+        first_outer = builder.mul(builder.urem(thread, constant(share.across)), constant(share.groups * vector))
+        first_depth = builder.urem(builder.udiv(thread, constant(share.across)), constant(share.depths))
+        totals = _unpack(builder, sums)
+        for depth_step in range(0, share.depth_size, share.depths):
+            depth = builder.add(first_depth, constant(depth_step))
+            row = builder.add(constant(layout.start), builder.mul(depth, constant(layout.outer_size)))
+            for group in range(share.groups):
+                outer = builder.xor(builder.add(first_outer, constant(group * vector)), _flip(builder, layout, depth))
+                pointer = _stage_pointer(builder, array, builder.add(row, outer), index, share.dtype)
+                for position, value in enumerate(_load_shared(builder, pointer, share.dtype, vector), group * vector):
+                    totals[position] = builder.fadd(totals[position], value)
+        return _pack(builder, totals)
+
+    fragment = _fragment_type(share.dtype, share.groups * vector)
+    return _expand(fragment, (types.int32, types.int32, fragment, types.int32), body)
+
+
+@cache
+def multiply_tile(dtype, depth, left, right):
+    """(array, index, left outer, right outer, sums) -> sums plus the outer products of the stage at index.
+
+    left and right are TileLayouts; the outer indices are those of the thread's first elements. The depths are written
+    out, in ascending order, one fused multiply-add for each pair of a left and a right element.
+    """
+    vector = 16 // _BYTES[dtype]
+
+    def fragments(builder, layout, array, index, outer):
+        for step in range(depth):
+            flip, values = layout.flip(step), []
+            # A flip by whole spacings swaps the thread's own vectors: a constant.
+            swap = flip % layout.stretch if flip % layout.spacing == 0 else 0
+            place = builder.add(builder.xor(outer, ir.Constant(_INT32, flip ^ swap)), ir.Constant(_INT32, layout.start))
+            start = _stage_pointer(builder, array, place, index, dtype)
+            for group in range(layout.groups):
+                offset = ir.Constant(_INT64, step * layout.outer_size + (group * layout.spacing ^ swap))
+                pointer = builder.gep(start, [offset], inbounds=True, source_etype=_STORED[dtype])
+                values += _load_shared(builder, pointer, dtype, vector)
+            yield values
+
+    def body(builder, array, index, left_outer, right_outer, sums):
+        totals = _unpack(builder, sums)
+        steps = zip(fragments(builder, left, array, index, left_outer),
+                    fragments(builder, right, array, index, right_outer), strict=True)
+        for rows, columns in steps:
+            totals = [builder.fma(row, column, totals[i * len(columns) + j])
+                      for i, row in enumerate(rows) for j, column in enumerate(columns)]
+        return _pack(builder, totals)
+
+    fragment = _fragment_type(dtype, vector * left.groups * vector * right.groups)
+    return _expand(fragment, (types.int32, types.int32, types.int32, types.int32, fragment), body)
