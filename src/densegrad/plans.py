@@ -712,7 +712,7 @@ class BatchSumPlan:
         """How many blocks the registers have to leave room for: the fewer sums a thread keeps, the more threads."""
         sums = self.vectors * self.vector * (1 + self.compensated) * ITEM_BYTES[self.accumulator] // 4
         light = sums <= 8 and _light(self.dtype, self.compensated)
-        resident = 1536 if light else 1024 if sums <= 16 else 768 if sums <= 24 else 512
+        resident = 1536 if light else 1024 if sums <= 16 else 768 if sums <= 32 else 512
         return min(16, _ceil(resident, 32 * _ceil(self.threads, 32)))
 
     @property
@@ -924,8 +924,10 @@ def _one_part(samples: int, outputs: int, dtype: str, compensated: bool) -> Batc
         # Few rows: several vectors of each under way, so that the bytes read twice at the seams of tiles are few.
         lanes = min(_power_of_two(samples), max(sector, 8))
         threads_x = min(max((64 if small else 128) // lanes, 8 if small else 16), needed)
-        return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, 1, samples,
-                            vectors=4 if dtype == "float64" else 3, compensated=compensated)
+        # Compensated halves keep 16 registers of sums a vector: with three of them too few threads would be left.
+        vectors = 4 if dtype == "float64" else 2 if compensated and sector == 16 else 3
+        return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, 1, samples, vectors=vectors,
+                            compensated=compensated)
     threads = 64 if small else 256
     threads_x = min(max(4, needed), threads // max(sector, 8))
     lanes = threads // threads_x
