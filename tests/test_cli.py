@@ -368,7 +368,7 @@ def test_info_names_versions_and_cures(monkeypatch):
     monkeypatch.setattr(cli, "_installed", lambda package: "" if "cupy" in package else "1.2.3")
     result = run("info")
     assert result.exit_code == 0, result.output
-    for words in ("numba-cuda", "1.2.3", "simulator", "CuPy is missing", 'pip install "densegrad[cuda13]"'):
+    for words in ("numba-cuda", "1.2.3", "simulator", "CuPy is missing", 'pip install "numba-cuda[cu13]" cupy-cuda13x'):
         assert words in result.output
 
 

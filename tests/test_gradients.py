@@ -103,6 +103,17 @@ def test_every_size_around_a_tile(xp, function, samples):
         Layer(function, (samples, in_features, out_features), "float32").check(xp)
 
 
+@pytest.mark.parametrize(("dtype", "batch_axis"), [("float32", 0), ("float32", 1), ("bfloat16", 1)])
+def test_one_output_or_one_sample_beside_any_length(xp, dtype, batch_axis):
+    """The stride of the axis of length 1 means nothing, and nothing may be made of it."""
+    for length in (1, 3, 6):
+        for sizes in ((length, 2, 1), (2, length, 1), (1, length, 6), (1, 6, length), (length, 1, 2)):
+            for function in ("weight_grad", "input_grad"):
+                layer = Layer(function, sizes, dtype, batch_axis=batch_axis)
+                layer.plan = None
+                layer.check(xp)
+
+
 @pytest.mark.parametrize("samples", SIZES)
 def test_bias_grad_of_every_size(xp, samples):
     for out_features, axis in itertools.product(SIZES, (0, 1)):

@@ -352,6 +352,12 @@ def test_leading_batch_axes(xp):
 
 WRONG = {
     "rellu": (ValueError, "activation must be one of identity, relu,", lambda a: dg.activation_grad(a, a, "rellu")),
+    "z and activation": (ValueError, r"the order is da, z, activation", lambda a: dg.activation_grad(a, "relu", a)),
+    "one-hot": (ShapeError, r"one-hot\? then pass labels.argmax\(axis=-1\)", lambda a: dg.cross_entropy_grad(a, a)),
+    "compensated": (TypeError, "compensated must be True or False; got 2", lambda a: dg.bias_grad(a, compensated=2)),
+    "keepdims": (TypeError, "keepdims must be True or False; got 'no'", lambda a: dg.bias_grad(a, keepdims="no")),
+    "accumulate": (TypeError, "accumulate must be True or False; got 1", lambda a: dg.weight_grad(a, a, accumulate=1)),
+    "need": (ValueError, 'need must name some of "dx", "dw" and "db"; got None', lambda a: dg.dense_grads(a, a, a, need=None)),
     "no z": (TypeError, "activation='relu' needs z", lambda a: dg.activation_grad(a, None, "relu")),
     "z alone": (TypeError, "z is of no use without an activation", lambda a: dg.activation_grad(a, a)),
     "shape of z": (ShapeError, r"z must have the shape of da, \(6, 4\); got \(5, 4\)",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .launch import Launch, Variant
 
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"
-_INSTALL = 'pip install "densegrad[cuda13]"  (cuda12 for drivers of CUDA 12)'
+_INSTALL = 'pip install "numba-cuda[cu13]" cupy-cuda13x  (cu12 and cupy-cuda12x for drivers of CUDA 12)'
 
 
 class _OneLineErrors(typer.core.TyperGroup):
@@ -237,6 +237,8 @@ def grads(
     """
     import numpy as np
 
+    if any(path is not None and out.resolve() == path.resolve() for path in (x, w, dz)):
+        raise ValueError(f"--out {out} is one of the inputs (choose another name)")
     if out.exists() and not force:
         raise ValueError(f"--out {out} exists (--force overwrites it)")
     arrays = [None if path is None else _load(name, path) for name, path in (("x", x), ("w", w), ("dz", dz))]

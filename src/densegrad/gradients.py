@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from . import launch
 from .errors import PlanError
-from .operands import Inputs, Target, accept, accept_bias_out, accept_number, accept_out, accept_tuple, check_apart
+from .operands import Inputs, Target, accept, accept_bias_out, accept_flag, accept_number, accept_out, accept_tuple, check_apart
 from .plans import (
     BatchSumPlan,
     MatmulPlan,
@@ -98,7 +98,7 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
     >>> bias_grad(numpy.array([[1e8], [1], [-1e8]], dtype="float32"), compensated=True)
     array([1.], dtype=float32)
     """
-    alpha = accept_number("alpha", alpha)
+    alpha, compensated = accept_number("alpha", alpha), accept_flag("compensated", compensated)
     inputs = accept(dz=dz, batch_axis=batch_axis)
     target = accept_bias_out("out", out, inputs, keepdims, accumulate)
     plan = _bias_plan(plan, inputs, compensated)
@@ -297,7 +297,8 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
         Which gradients to compute.
     activation, z, negative_slope, sample_weight
         As in `activation_grad`, with dz for da: the gradient below the activation, weighted, is formed in one pass over
-        memory while db is summed, and goes into dx and dw.
+        memory while db is summed, and goes into dx and dw. Samples that a mask leaves out have a gradient of zero; for dw
+        their rows of x must be finite.
     batch_axis, weight_layout, keepdims, alpha, precision, stream
         As in `bias_grad` and `weight_grad`; alpha scales all three.
     out : DenseGrads of arrays or None, optional
@@ -368,7 +369,7 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
 
 
 def _needed(need: Iterable[str], x: Any, w: Any) -> set[str]:
-    needed = {need} if isinstance(need, str) else set(need)
+    needed = {need} if isinstance(need, str) or not isinstance(need, Iterable) else set(need)
     unknown = needed - set(DenseGrads._fields)
     if unknown or not needed:
         raise ValueError(f'need must name some of "dx", "dw" and "db"; got {need!r}')

@@ -342,10 +342,13 @@ def _part_bits(plan: Tiling, *sides: Operand) -> int:
 
 
 def _side(operand: Operand, vector: int) -> _Side:
-    """Contiguous along the depth if it can be: a vector along it counts as that."""
+    """Contiguous along the depth if it can be: a vector along it counts as that.
+
+    Where there is nothing to step to, the stride is 0, whatever the array's says.
+    """
     if operand.row_stride == 1 and (operand.rows > 1 or operand.col_stride != 1):
-        return _Side(False, operand.col_stride, operand.T.access(vector))
-    return _Side(True, operand.row_stride, operand.access(vector))
+        return _Side(False, operand.col_stride if operand.cols > 1 else 0, operand.T.access(vector))
+    return _Side(True, operand.row_stride if operand.rows > 1 else 0, operand.access(vector))
 
 
 @dataclass(frozen=True)

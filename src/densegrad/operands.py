@@ -310,7 +310,7 @@ def accept_sample_weight(array: Any, inputs: Inputs) -> Argument:
                               "astype('bool') if they choose samples")
 
 
-def accept_labels(array: Any, inputs: Inputs, ignored: int, sample_weight: Any) -> Argument:
+def accept_labels(array: Any, inputs: Inputs, batch_axis: int, ignored: int, sample_weight: Any) -> Argument:
     """Check the classes of the samples; their values only where they lie on the host, and of samples that a mask chooses.
 
     Raises
@@ -318,6 +318,9 @@ def accept_labels(array: Any, inputs: Inputs, ignored: int, sample_weight: Any) 
     ShapeError, DTypeError, DeviceError, TypeError, ValueError
         As for any array of one value for each sample; ValueError if one is no class.
     """
+    if getattr(array, "shape", None) == inputs.dz.memory.shape:
+        raise ShapeError(f"labels must be the class of each sample, shape {inputs.batch_shape}; got the shape of z, "
+                         f"{array.shape}: one-hot? then pass labels.argmax(axis={1 - batch_axis if batch_axis else -1})")
     labels = _accept_per_sample("labels", array, inputs, ("int64", "int32"), "astype('int64')")
     if isinstance(array, np.ndarray):
         wrong = (array != ignored) & ((array < 0) | (array >= inputs.out_features))
@@ -342,6 +345,19 @@ def accept_number(name: str, value: Any) -> float:
     if scalar and not isinstance(value, (bool, np.bool_)):
         return float(value)
     raise TypeError(f"{name} must be a number; got {type(value).__name__} (bring one from a GPU to the host with float({name}))")
+
+
+def accept_flag(name: str, value: Any) -> bool:
+    """True or False.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+    return bool(value)
 
 
 def accept_integer(name: str, value: Any) -> int:
@@ -396,9 +412,10 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
         Naming the argument, what was expected, what came and the cure.
     """
     if out is None:
-        if accumulate:
+        if accept_flag("accumulate", accumulate):
             raise OutError(f"accumulate=True adds into {name}, which was not given (pass {name}=, or accumulate=False)")
         return Target(name, shape, inputs.dtype, None, False)
+    accumulate = accept_flag("accumulate", accumulate)
     memory = _memory(inputs.device, name, out)
     dtype = _dtype(name, memory.dtype)
     if inputs.dtype == "float64" and dtype in ("float16", "bfloat16"):
@@ -427,7 +444,8 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
 
 def accept_bias_out(name: str, out: Any, inputs: Inputs, keepdims: bool, accumulate: bool) -> Target:
     """Check an array that db is to be written to, as `accept_out` does."""
-    return accept_out(name, out, inputs, (1, inputs.out_features) if keepdims else (inputs.out_features,), accumulate)
+    shape = (1, inputs.out_features) if accept_flag("keepdims", keepdims) else (inputs.out_features,)
+    return accept_out(name, out, inputs, shape, accumulate)
 
 
 def accept_tuple(name: str, given: Any, kind: type[Named]) -> Named:

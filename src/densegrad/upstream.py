@@ -71,8 +71,9 @@ def accept_activation(inputs: Inputs, activation: str | None, z: Any, batch_axis
         Naming the argument, what was expected, what came and the cure.
     """
     name = "identity" if activation is None else activation
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {activation!r}")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        got = repr(name) if isinstance(name, str) else f"{type(name).__name__} (the order is da, z, activation)"
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {got}")
     if z is None and name != "identity":
         raise TypeError(f"activation={name!r} needs z, what it was applied to; got None (pass z=, the layer's output)")
     if z is not None and name == "identity":
@@ -223,7 +224,7 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
     inputs = accept(dz=z, batch_axis=batch_axis, name="z")
     above = Above("cross_entropy", label_smoothing, None,
                   None if sample_weight is None else accept_sample_weight(sample_weight, inputs),
-                  accept_labels(labels, inputs, ignore_index, sample_weight), ignore_index)
+                  accept_labels(labels, inputs, batch_axis, ignore_index, sample_weight), ignore_index)
     return _output_grads(inputs, above, batch_axis, keepdims, alpha, out, accumulate, plan, stream)
 
 
