@@ -16,8 +16,8 @@ import numpy as np
 
 from .errors import DeviceError
 
-NO_DEVICE = ("densegrad found no GPU ({reason}): install CuPy on a machine with one "
-             "(pip install 'numba-cuda[cu13]' cupy-cuda13x), or set NUMBA_ENABLE_CUDASIM=1 before Python starts to run on the CPU in Numba's CUDA simulator")
+NO_DEVICE = ("densegrad found no GPU ({reason}): install CuPy on a machine with one (pip install 'numba-cuda[cu13]' "
+             "cupy-cuda13x), or set NUMBA_ENABLE_CUDASIM=1 before Python starts to run on the CPU in Numba's CUDA simulator")
 
 #: dynamic shared memory that every kernel may have
 SHARED_BYTES_UNASKED = 49152
