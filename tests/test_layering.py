@@ -11,13 +11,13 @@ import densegrad
 SOURCE = Path(densegrad.__file__).parent
 KERNELS = Path(__file__).parents[1] / "kernels"
 
-#: module -> those of the package that it may import; kernels are one more of them
+#: module -> those beside it that it may import, and with a dot those beside its folder; kernels are one more of them
 ARROWS = {
     "__init__": {"errors", "gradients", "upstream"},
     "__main__": {"cli"},
     "errors": set(),
     "reference": set(),
-    "plans": {"errors"},
+    "plans/__init__": {".errors"},
     "layers": set(),
     "device": {"errors"},
     "operands": {"device", "errors"},
@@ -55,7 +55,7 @@ def imports(path, package):
         for level, name in names:
             head, _, rest = name.partition(".")
             if level or head == package:
-                own.add((name if level else rest).partition(".")[0])
+                own.add("." * (level - 1) + (name if level else rest).partition(".")[0])
             else:
                 outside.add(head)
     return own, {name for name in outside if name != "__future__"}
@@ -70,7 +70,8 @@ def test_arrows_go_one_way(module):
 
 
 def test_every_module_has_its_arrows():
-    assert {path.stem for path in SOURCE.glob("*.py")} <= ARROWS.keys() | COMMANDS
+    paths = [*SOURCE.glob("*.py"), *(SOURCE / "plans").glob("*.py")]
+    assert {path.relative_to(SOURCE).with_suffix("").as_posix() for path in paths} <= ARROWS.keys() | COMMANDS
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.stem)

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from math import gcd, isqrt, prod
 from typing import Any, TypeVar
 
-from .errors import PlanError
+from ..errors import PlanError
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
