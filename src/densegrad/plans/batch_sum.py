@@ -1,0 +1,328 @@
+"""Plans of sums over the batch, dL/db."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from math import gcd, isqrt
+
+from ..errors import PlanError
+from .common import ITEM_BYTES, _ceil, _power_of_two, accumulator_of
+
+#: How the matrix of (samples, outputs) lies in memory: outputs side by side; that without gaps between the samples; samples
+#: side by side.
+LAYOUTS = ("rows", "flat", "features_first")
+
+
+@dataclass(frozen=True)
+class BatchSumPlan:
+    """How the sum over the samples of a matrix (samples, outputs) is computed.
+
+    threads_x threads side by side read memory that lies side by side, `lanes` of such groups work in a block, each thread with
+    `in_flight` times `vectors` loads of 16 bytes under way. Which field means what in detail is told by `explain`.
+    """
+
+    samples: int
+    outputs: int
+    dtype: str
+    layout: str
+    threads_x: int
+    lanes: int
+    in_flight: int
+    samples_per_part: int
+    vectors: int = 1
+    runs_per_block: int = 1
+    folders: int = 1
+    compensated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise PlanError(f"plan: dtype must be one of {', '.join(ITEM_BYTES)}; got {self.dtype!r}")
+        if self.layout not in LAYOUTS:
+            raise PlanError(f"plan: layout must be one of {', '.join(LAYOUTS)}; got {self.layout!r}")
+        for name in ("threads_x", "lanes", "in_flight", "samples_per_part", "vectors", "runs_per_block", "folders"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"plan: {name} must be at least 1; got {getattr(self, name)}")
+        if self.threads > 1024:
+            raise PlanError(f"plan: threads_x * lanes must be at most 1024; got {self.threads}")
+        if self.tile * ITEM_BYTES[self.dtype] % (16 if self.layout == "flat" else 32) or self.tile < 2 * self.sector:
+            raise PlanError(f"plan: a line of {self.tile} elements must be 64 bytes or a greater multiple of 32 (of 16 if flat)")
+        if self.samples_per_part * self.period + (self.in_flight + 1) * self.tile >= 2 ** 31:
+            raise PlanError(f"plan: a part of {self.samples_per_part} samples is too long for a block, which counts to 2^31")
+        if self.layout != "rows" and self.folders * self.period > self.tile:
+            raise PlanError(f"plan: folders times the period {self.period} must not exceed the line of {self.tile} elements")
+        if self.parts > 65535:
+            raise PlanError(f"plan: at most 65535 parts; got {self.parts}")
+        if self.shared_bytes > 49152:
+            raise PlanError(f"plan: at most 49152 bytes of shared memory; got {self.shared_bytes}")
+        if self.layout == "rows":
+            if self.lanes % self.sector and self.samples_per_part > self.lanes:
+                raise PlanError(f"plan: lanes must be a multiple of {self.sector} or as many as samples_per_part; "
+                                f"got {self.lanes}")
+        elif self.layout == "flat":
+            if self.lanes > 1 or self.runs_per_block > 1:
+                raise PlanError("plan: a flat matrix is one run: lanes and runs_per_block must be 1")
+            if self.tile % self.outputs or (self.parts > 1 and self.samples_per_part * self.outputs % self.tile):
+                raise PlanError(f"plan: a line of {self.tile} elements must be a multiple of the {self.outputs} outputs, and "
+                                "a part a multiple of lines")
+        elif self.runs_per_block % self.lanes or (self.parts > 1 and self.samples_per_part % self.tile):
+            raise PlanError(f"plan: runs_per_block must be a multiple of the {self.lanes} lanes, and a part one of lines of "
+                            f"{self.tile}")
+
+    @property
+    def accumulator(self) -> str:
+        """The type of the sums."""
+        return accumulator_of(self.dtype)
+
+    @property
+    def vector(self) -> int:
+        """Elements in a load of 16 bytes."""
+        return 16 // ITEM_BYTES[self.dtype]
+
+    @property
+    def sector(self) -> int:
+        """Elements in 32 bytes: what memory is moved in, and where shifted loads begin."""
+        return 32 // ITEM_BYTES[self.dtype]
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.threads_x * self.lanes
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        """How many blocks the registers have to leave room for: the fewer sums a thread keeps, the more threads."""
+        sums = self.vectors * self.vector * (1 + self.compensated) * ITEM_BYTES[self.accumulator] // 4
+        light = sums <= 8 and _light(self.dtype, self.compensated)
+        resident = 1536 if light else 1024 if sums <= 16 else 768 if sums <= 32 else 512
+        return min(16, _ceil(resident, 32 * _ceil(self.threads, 32)))
+
+    @property
+    def tile(self) -> int:
+        """Elements that threads_x threads read side by side."""
+        return self.threads_x * self.vectors * self.vector
+
+    @property
+    def period(self) -> int:
+        """Elements after which the columns repeat along a run."""
+        return self.outputs if self.layout == "flat" else 1
+
+    @property
+    def parts(self) -> int:
+        """Parts of the batch; more than one are added by a second launch."""
+        return max(1, _ceil(self.samples, self.samples_per_part))
+
+    @cached_property
+    def second(self) -> BatchSumPlan | None:
+        """The plan by which the parts are added, if there are several."""
+        if self.parts == 1:
+            return None
+        return _one_part(self.parts * (1 + self.compensated), self.outputs, self.accumulator, self.compensated)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks: (along the outputs, parts); of "rows", where all rows begin at a multiple of 32 bytes."""
+        if self.layout == "rows":
+            return _ceil(self.outputs, self.tile), self.parts
+        return (1 if self.layout == "flat" else _ceil(self.outputs, self.runs_per_block)), self.parts
+
+    @property
+    def pitch(self) -> int:
+        """Elements from one row of the workspace to the next."""
+        size = 32 // ITEM_BYTES[self.accumulator]
+        return _ceil(self.outputs, size) * size
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What the sums of the parts take, with what was lost by rounding if compensated."""
+        if self.parts == 1:
+            return 0
+        return self.parts * (1 + self.compensated) * self.pitch * ITEM_BYTES[self.accumulator]
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        cells = self.lanes * self.line_pitch
+        if self.layout != "rows":
+            cells += self.folders * self.period * self.fold_pitch
+        return cells * (1 + self.compensated) * ITEM_BYTES[self.accumulator]
+
+    @property
+    def line_pitch(self) -> int:
+        """Cells from one lane's line of sums in shared memory to the next.
+
+        Behind a line of "flat" or "features_first" is room for what shifts move there, and so much more that lanes which
+        fold together meet other banks.
+        """
+        if self.layout == "rows":
+            return self.tile
+        banks, folded = 128 // ITEM_BYTES[self.accumulator], self.folders * self.period
+        if self.lanes == 1:
+            return self.tile + self.sector
+        return self.tile + folded + max(0, _ceil(self.sector - folded, banks)) * banks
+
+    @property
+    def fold_pitch(self) -> int:
+        """Cells from one folder's sums to the next folder's, likewise."""
+        if self.lanes == 1:
+            return 1
+        together = max(1, 128 // ITEM_BYTES[self.accumulator] // self.folders)
+        return together * (_ceil(self.lanes, together) | 1)
+
+    @property
+    def chain(self) -> int:
+        """The longest chain of additions that one result goes through."""
+        # Sums of sums take in what was lost beside each sum as well.
+        halves = 1 + self.compensated
+        if self.layout == "rows":
+            chain = _ceil(self.samples_per_part, self.lanes) + halves * self.lanes
+        else:
+            copies = self.tile // self.period
+            chain = _ceil(self.samples_per_part, copies) + halves * (_ceil(copies, self.folders) + self.folders)
+        return chain + (self.second.chain if self.second else 0)
+
+    def explain(self) -> str:
+        """The plan in words, with reasons."""
+        item = ITEM_BYTES[self.dtype]
+        if self.layout == "rows":
+            how = (f"{self.lanes} lanes of {self.threads_x} threads: a lane adds every {_nth(self.lanes)} sample of its part, "
+                   f"{self.tile * item} contiguous bytes of it (32 fewer where rows begin between multiples of 32 "
+                   f"bytes), {self.in_flight} samples in flight; the lanes are added in order")
+        else:
+            what = f"the samples of {self.runs_per_block} outputs, {self.lanes} of them at a time"
+            if self.layout == "flat":
+                what = f"the matrix as one run, whose columns repeat every {self.outputs} elements"
+            how = (f"a block reads {what}, in lines of {self.tile * item} contiguous bytes, {self.in_flight} in "
+                   f"flight; {self.folders} threads fold the sums of a line")
+        lines = [f"sum of {self.samples} samples of {self.outputs} outputs, {self.dtype}, {self.layout}: each element "
+                 f"read once, {self.samples * self.outputs * item} bytes",
+                 how,
+                 f"grid {self.grid[0]} x {self.grid[1]} blocks of {self.threads} threads, {self.shared_bytes} bytes of shared "
+                 f"memory; registers for {self.blocks_per_multiprocessor} blocks a multiprocessor"]
+        if self.second:
+            lines.append(f"{self.parts} parts of {self.samples_per_part} samples, so that the blocks fill a GPU; a second "
+                         f"launch adds them from a workspace of {self.workspace_bytes} bytes")
+        rounding = f"{self.chain + 1} u sum |dz|"
+        if self.compensated:
+            lines.append("compensated: what additions round away is added up beside the sums, 7 additions for one")
+            rounding = f"({self.chain + 1} u)^2 sum |dz|"
+        lines.append(f"sums in {self.accumulator}; longest chain of additions {self.chain}: |error| <= {rounding}, "
+                     "then the result is rounded")
+        return "\n".join(lines)
+
+
+#: Blocks of 256 threads for large sums: two at least for each of 132 multiprocessors, and six at most for each of 108.
+LEAST_BLOCKS, MOST_BLOCKS = 280, 648
+#: Loads of 16 bytes that a thread has under way: of 1,024 threads they fill the memory's pipe, 64 KiB on the largest GPUs.
+IN_FLIGHT = 4
+#: Up to so many elements, what counts is how few threads there are, not how much memory they have under way.
+SMALL = 2 ** 14
+
+
+@lru_cache(maxsize=4096)
+def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensated: bool = False) -> BatchSumPlan:
+    """The plan for these sizes, this dtype and this layout (one of LAYOUTS)."""
+    if not samples or not outputs:
+        return replace(_one_part(samples or 1, outputs or 1, dtype, compensated), samples=samples, outputs=outputs)
+    if layout == "features_first":
+        return _plan_runs(samples, outputs, dtype, compensated)
+    flat = _flat_threads(samples, outputs, dtype) if layout == "flat" else 0
+    if flat:
+        return _plan_flat(samples, outputs, dtype, flat, compensated)
+    plan = _one_part(samples, outputs, dtype, compensated)
+    if samples * outputs <= SMALL or plan.vectors > 1:
+        return plan
+    tiles, shifted_tiles = _ceil(outputs, plan.tile), _ceil(outputs, plan.tile - plan.sector)
+    most = _most_blocks(samples * outputs, dtype, compensated)
+    steps = _cut(_ceil(samples, plan.lanes), _ceil(_blocks(samples * outputs, most), tiles),
+                 max(most // shifted_tiles, LEAST_BLOCKS // tiles))
+    return replace(plan, samples_per_part=min(samples, steps * plan.lanes), in_flight=min(plan.in_flight, steps))
+
+
+def _light(dtype: str, compensated: bool) -> bool:
+    """Whether a vector's sums take so few registers that 1,536 threads fit on a multiprocessor, and not only 1,024."""
+    return dtype != "float64" and not compensated
+
+
+def _most_blocks(elements: int, dtype: str, compensated: bool) -> int:
+    """As many blocks as 108 multiprocessors hold at once, where they have much to do: more were a small second wave."""
+    fewer = MOST_BLOCKS * 2 // 3
+    return MOST_BLOCKS if _light(dtype, compensated) or elements < 16384 * fewer else fewer
+
+
+def _blocks(elements: int, most: int = MOST_BLOCKS) -> int:
+    """How many blocks are worth their while: two for each of 132 multiprocessors from a million elements, most from nine."""
+    return min(most * 8 // 9, max(min(LEAST_BLOCKS, _ceil(elements, 3584)), elements // 16384))
+
+
+def _cut(steps: int, wanted: int, most: int) -> int:
+    """Steps of a part, so that about `wanted` parts result and at most `most`."""
+    return max(1, _ceil(steps, max(most, 1)), steps // wanted)
+
+
+def _one_part(samples: int, outputs: int, dtype: str, compensated: bool) -> BatchSumPlan:
+    """The plan for rows, by a single launch."""
+    vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
+    small = samples * outputs <= SMALL
+    needed = _power_of_two(_ceil(outputs + sector - 1, vector))
+    if samples <= 64 and outputs > 16 * vector:
+        # Few rows: several vectors of each under way, so that the bytes read twice at the seams of tiles are few.
+        lanes = min(_power_of_two(samples), max(sector, 8))
+        threads_x = min(max((64 if small else 128) // lanes, 8 if small else 16), needed)
+        # Compensated halves keep 16 registers of sums a vector: with three of them too few threads would be left.
+        vectors = 4 if dtype == "float64" else 2 if compensated and sector == 16 else 3
+        return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, 1, samples, vectors=vectors,
+                            compensated=compensated)
+    threads = 64 if small else 256
+    threads_x = min(max(4, needed), threads // max(sector, 8))
+    lanes = threads // threads_x
+    return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, min(_ceil(samples, lanes), IN_FLIGHT),
+                        samples, compensated=compensated)
+
+
+def _plan_runs(samples: int, outputs: int, dtype: str, compensated: bool) -> BatchSumPlan:
+    """The plan for outputs whose samples lie side by side: runs as long as the batch."""
+    vector = 16 // ITEM_BYTES[dtype]
+    small = samples * outputs <= SMALL
+    threads = 64 if small else 256
+    threads_x = min(max(4 if small else 8, _power_of_two(samples // (4 * vector) // 2 + 1)), threads)
+    lanes = min(threads // threads_x, _power_of_two(outputs))
+    tile = threads_x * vector
+    lines, groups = _ceil(samples, tile), _ceil(outputs, lanes)
+    most = _most_blocks(samples * outputs, dtype, compensated)
+    if not small:
+        lines = _cut(lines, _ceil(_blocks(samples * outputs, most), groups), most // groups)
+    return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, min(lines, IN_FLIGHT),
+                        min(samples, lines * tile), runs_per_block=_ceil(groups, 32 if small else most) * lanes,
+                        folders=_folders(tile), compensated=compensated)
+
+
+def _plan_flat(samples: int, outputs: int, dtype: str, threads: int, compensated: bool) -> BatchSumPlan:
+    """The plan for a narrow matrix without gaps: one run."""
+    tile = threads * 16 // ITEM_BYTES[dtype]
+    lines = _ceil(samples * outputs, tile)
+    if samples * outputs > SMALL:
+        most = _most_blocks(samples * outputs, dtype, compensated)
+        lines = _cut(lines, _blocks(samples * outputs, most), most)
+    return BatchSumPlan(samples, outputs, dtype, "flat", threads, 1, min(lines, IN_FLIGHT),
+                        min(samples, lines * tile // outputs), folders=_folders(tile // outputs), compensated=compensated)
+
+
+def _flat_threads(samples: int, outputs: int, dtype: str) -> int:
+    """Threads whose vectors are a multiple of the outputs and of 32 bytes, with few idle lanes; 0 if there are none."""
+    if outputs > 256:
+        return 0
+    unit = outputs // gcd(outputs, 16 // ITEM_BYTES[dtype])
+    if samples * outputs <= SMALL:
+        return 64 // unit * unit
+    # Eight warps; an odd number of threads only if need be, since every other line then begins inside of 32 bytes.
+    fitting = [256 // step * step for step in (unit * (1 + unit % 2), unit)]
+    return next((threads for threads in fitting if threads > 7 * 32), 0)
+
+
+def _folders(copies: int) -> int:
+    """Threads that fold so many copies, so that neither they nor the one that adds them up has much to do."""
+    return min(32, _power_of_two(isqrt(copies) // 2 + 1))
+
+
+def _nth(number: int) -> str:
+    return f"{number}{'th' if 10 < number % 100 < 20 else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"

@@ -1,0 +1,46 @@
+"""What every family of plans needs: sizes of dtypes and grids, whole steps, and the check of a plan that a user made."""
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import PlanError
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+#: the largest grid along y and z
+GRID_Y = 65535
+
+
+def accumulator_of(dtype: str) -> str:
+    """The type that sums of this dtype are kept in."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def check_plan(plan: Any, kind: type | tuple[type, ...], sizes: dict[str, Any]) -> Any:
+    """The plan that a user passed, or None.
+
+    Raises
+    ------
+    PlanError
+        If it was made for other sizes than these.
+    TypeError
+        If it is no plan of this kind, or of one of these.
+    """
+    if plan is None:
+        return None
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(plan, kinds):
+        raise TypeError(f"plan must be a {' or a '.join(kind.__name__ for kind in kinds)}; got {type(plan).__name__}")
+    for name, wanted in sizes.items():
+        if getattr(plan, name) != wanted:
+            raise PlanError(f"plan was made for {name} {getattr(plan, name)}, but the inputs have {wanted} (make one for them, "
+                            f"for example with dataclasses.replace(plan, {name}={wanted!r}))")
+    return plan
+
+
+def _ceil(length: int, step: int) -> int:
+    return -(-length // step)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,160 @@
+"""Plans of matrix products on FMA units."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ..errors import PlanError
+from .common import GRID_Y, ITEM_BYTES, _ceil
+from .tiling import (
+    MODEL_BLOCK,
+    MODEL_LATENCY,
+    MODEL_MULTIPROCESSORS,
+    MODEL_REGISTERS,
+    MODEL_SHARED_ACCESS,
+    MatmulCost,
+    Tiling,
+    _memory_cycles,
+    _parts_cycles,
+)
+
+#: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols), from large to small; their transposes are tried too
+MATMUL_TILES = (
+    (256, 128, 16, 8, 16),
+    (128, 128, 8, 8, 8),
+    (128, 64, 8, 8, 8),
+    (64, 64, 8, 8, 8),
+    (64, 32, 8, 8, 4),
+    (32, 32, 8, 4, 4),
+    (128, 16, 8, 8, 4),
+    (64, 16, 8, 8, 4),
+    (128, 4, 8, 4, 4),
+    (16, 16, 8, 4, 4),
+)
+#: what two stages may take of shared memory that a kernel declares
+SHARED_BYTES = 49152
+
+
+@dataclass(frozen=True)
+class MatmulPlan(Tiling):
+    """How result (rows, cols) = left (rows, depth) @ right (depth, cols) is computed on FMA units.
+
+    Parameters
+    ----------
+    rows, cols, depth : int
+        Sizes. For dL/dW: in_features, out_features, samples; for dL/dX: samples, in_features, out_features.
+    dtype : str
+        Of the operands.
+    tile_rows, tile_cols, tile_depth : int
+        What a block multiplies at a time; powers of two.
+    thread_rows, thread_cols : int
+        The results of one thread; powers of two, whole vectors of 16 bytes.
+    parts : int
+        How many pieces the depth is cut into, which are added in ascending order afterwards.
+
+    Raises
+    ------
+    PlanError
+        If no kernel can carry it out.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    dtype: str
+    tile_rows: int
+    tile_cols: int
+    tile_depth: int
+    thread_rows: int
+    thread_cols: int
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise PlanError(f"dtype must be one of {', '.join(ITEM_BYTES)}; got {self.dtype!r}")
+        for name in ("tile_rows", "tile_cols", "tile_depth", "thread_rows", "thread_cols"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise PlanError(f"{name} must be a power of two; got {value}")
+        vector = 16 // ITEM_BYTES[self.accumulator]
+        for name, thread, tile in (("rows", self.thread_rows, self.tile_rows), ("cols", self.thread_cols, self.tile_cols)):
+            if not vector <= thread <= tile:
+                raise PlanError(f"thread_{name} must be between {vector} and tile_{name}, {tile}; got {thread}")
+        if self.tile_depth < vector:
+            raise PlanError(f"tile_depth must be at least {vector}; got {self.tile_depth}")
+        if self.threads > 1024:
+            raise PlanError(f"a block has at most 1024 threads; got tiles for {self.threads}")
+        if self.shared_bytes > SHARED_BYTES:
+            raise PlanError(f"two stages of these tiles take {self.shared_bytes} bytes of shared memory; at most "
+                            f"{SHARED_BYTES} fit (make the tiles smaller)")
+        if not 1 <= self.parts <= GRID_Y:
+            raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
+        if self.depth_per_part > 2**30:
+            raise PlanError(f"a part has at most {2**30} depths; got {self.depth_per_part} (take more parts)")
+
+    @property
+    def T(self) -> MatmulPlan:
+        """The plan of the transposed result, right.T @ left.T."""
+        tile_rows, tile_cols, _, thread_rows, thread_cols = transposed_tile(
+            (self.tile_rows, self.tile_cols, self.tile_depth, self.thread_rows, self.thread_cols))
+        return replace(self, rows=self.cols, cols=self.rows, tile_rows=tile_rows, tile_cols=tile_cols,
+                       thread_rows=thread_rows, thread_cols=thread_cols)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.tile_rows // self.thread_rows * (self.tile_cols // self.thread_cols)
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        """How many blocks the registers have to leave room for: 512 threads, or 256 with over 64 registers of sums.
+
+        384 of smaller blocks: a few more than 128 registers keep the linked code from spilling.
+        """
+        sums = self.thread_rows * self.thread_cols * ITEM_BYTES[self.accumulator] // 4
+        resident = 256 if sums > 64 else 512 if self.threads >= 256 else 384
+        return max(min(resident // self.threads, 16), 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: two stages of both tiles."""
+        return 2 * self.tile_depth * (self.tile_rows + self.tile_cols) * ITEM_BYTES[self.accumulator]
+
+    @cached_property
+    def cost(self) -> MatmulCost:
+        """What the model says this plan takes."""
+        return _matmul_cost(self)
+
+    def explain(self) -> str:
+        """The plan in words, with its reasons and what the model says."""
+        threads = f"{self.thread_rows} x {self.thread_cols} results a thread, {self.threads} threads a block"
+        return self._explain("FMA units", threads, f"{self.chain + 1} u", self.cost)
+
+
+def _matmul_cost(plan: MatmulPlan) -> MatmulCost:
+    """Cycles on the nominal GPU, when nothing else runs there."""
+    sum_bytes = ITEM_BYTES[plan.accumulator]
+    blocks = plan.tiles * plan.parts
+    warps = _ceil(plan.threads, 32)
+    # A warp's issue slots for one step of tile_depth, of which a float64 multiply-add takes two; or, if that is longer,
+    # the cycles in which shared memory, which the four schedulers share, serves its accesses of 16 bytes a thread.
+    fragments = (plan.thread_rows + plan.thread_cols) * sum_bytes // 16
+    copies = _ceil((plan.tile_rows + plan.tile_cols) * plan.tile_depth * sum_bytes // 16, plan.threads)
+    step = max(plan.tile_depth * (plan.thread_rows * plan.thread_cols * sum_bytes // 4 + fragments) + 4 * copies + 16,
+               MODEL_SHARED_ACCESS * (plan.tile_depth * fragments + copies))
+    # Blocks that share a multiprocessor share its four schedulers, and hide one another's latency.
+    each = _ceil(blocks, MODEL_MULTIPROCESSORS)
+    registers = plan.thread_rows * plan.thread_cols * sum_bytes // 4 + 64
+    resident = max(min(each, MODEL_REGISTERS // (registers * warps * 32), 32), 1)
+    steps = _ceil(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
+    busy = max(step * _ceil(warps * resident, 4), MODEL_LATENCY)
+    arithmetic = _ceil(each, resident) * (steps * busy + MODEL_BLOCK)
+    return MatmulCost(arithmetic, _memory_cycles(plan), _parts_cycles(plan))
+
+
+def transposed_tile(tile: tuple[int, int, int, int, int]) -> tuple[int, int, int, int, int]:
+    """The tile of the transposed result. 8 x 16 results a thread stay so: 16 x 8 do not fit into 255 registers."""
+    rows, cols, depth, thread_rows, thread_cols = tile
+    if (thread_rows, thread_cols) == (8, 16) and rows % 16 == 0:
+        return cols, rows, depth, thread_rows, thread_cols
+    return cols, rows, depth, thread_cols, thread_rows

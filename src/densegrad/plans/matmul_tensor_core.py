@@ -1,0 +1,177 @@
+"""Plans of matrix products on tensor cores."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ..errors import PlanError
+from .common import GRID_Y, ITEM_BYTES, _ceil
+from .tiling import (
+    MODEL_BLOCK,
+    MODEL_LATENCY,
+    MODEL_MMA,
+    MODEL_MULTIPROCESSORS,
+    MODEL_REGISTERS,
+    MODEL_SHARED,
+    MatmulCost,
+    Tiling,
+    _memory_cycles,
+    _parts_cycles,
+)
+
+#: how float32 can be multiplied on tensor cores
+TF32 = ("tf32", "tf32x3")
+#: (tile_rows, tile_cols, warp_rows, warp_cols, stages), from large to small; their transposes are tried too
+TENSOR_CORE_TILES = (
+    (128, 256, 64, 64, 3),
+    (128, 128, 64, 64, 3),
+    (128, 128, 64, 32, 3),
+    (128, 64, 64, 32, 4),
+    (64, 64, 32, 32, 4),
+    (64, 32, 32, 32, 4),
+    (32, 32, 32, 32, 4),
+)
+#: what stages may take of shared memory that a launch asks for, on every GPU with all of these instructions
+DYNAMIC_SHARED_BYTES = 99 * 1024
+#: the first compute capability with bfloat16, TF32, 16 depths of float16 an instruction and asynchronous copies
+TENSOR_CORE_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class TensorCorePlan(Tiling):
+    """How result (rows, cols) = left (rows, depth) @ right (depth, cols) is computed on tensor cores.
+
+    Parameters
+    ----------
+    rows, cols, depth : int
+        Sizes, as of a MatmulPlan.
+    dtype : str
+        Of the operands: float16, bfloat16 or float32.
+    precision : str or None
+        What float32 is multiplied as: "tf32" or "tf32x3". None for float16 and bfloat16, whose products are exact.
+    tile_rows, tile_cols, tile_depth : int
+        What a block multiplies at a time; powers of two, the depth 64 bytes.
+    warp_rows, warp_cols : int
+        The results of one warp; powers of two, at least 32.
+    stages : int
+        Slots for tiles in shared memory, all but one of which are on their way while one is multiplied.
+    parts : int
+        How many pieces the depth is cut into, which are added in ascending order afterwards.
+
+    Raises
+    ------
+    PlanError
+        If no kernel can carry it out.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    dtype: str
+    precision: str | None
+    tile_rows: int
+    tile_cols: int
+    tile_depth: int
+    warp_rows: int
+    warp_cols: int
+    stages: int
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        wanted: tuple[str | None, ...] = {"float16": (None,), "bfloat16": (None,), "float32": TF32}.get(self.dtype, ())
+        if self.precision not in wanted:
+            raise PlanError(f"tensor cores take float16 and bfloat16 with precision None, float32 with one of {TF32}; "
+                            f"got {self.dtype} with {self.precision!r}")
+        for name in ("tile_rows", "tile_cols", "warp_rows", "warp_cols"):
+            value = getattr(self, name)
+            if value < 32 or value & (value - 1):
+                raise PlanError(f"{name} must be a power of two, at least 32; got {value}")
+        if self.warp_rows > self.tile_rows or self.warp_cols > self.tile_cols:
+            raise PlanError(f"warps must fit into tiles of {self.tile_rows} x {self.tile_cols}; got {self.warp_rows} x "
+                            f"{self.warp_cols}")
+        item = ITEM_BYTES[self.dtype]
+        if self.tile_depth * item != 64:
+            raise PlanError(f"tile_depth must be 64 bytes, {64 // item} of {self.dtype}; got {self.tile_depth}")
+        if self.sums > 128:
+            raise PlanError(f"a thread has registers for 128 sums; got warps with {self.sums} (make them smaller)")
+        most, least = 4 * min(self.tile_rows, self.tile_cols), max(self.tile_rows, self.tile_cols) * item // 16
+        if not least <= self.threads <= min(most, 1024):
+            raise PlanError(f"these tiles are copied by {least} to {min(most, 1024)} threads; got {self.threads} "
+                            "(change the warps' tiles)")
+        if self.stages < 2 or self.shared_bytes > DYNAMIC_SHARED_BYTES:
+            raise PlanError(f"stages must be at least 2 and take at most {DYNAMIC_SHARED_BYTES} bytes of shared memory; "
+                            f"got {self.stages}, which take {self.shared_bytes}")
+        if not 1 <= self.parts <= GRID_Y:
+            raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
+        if self.depth_per_part > 2**30:
+            raise PlanError(f"a part has at most {2**30} depths; got {self.depth_per_part} (take more parts)")
+
+    @property
+    def T(self) -> TensorCorePlan:
+        """The plan of the transposed result, right.T @ left.T."""
+        return replace(self, rows=self.cols, cols=self.rows, tile_rows=self.tile_cols, tile_cols=self.tile_rows,
+                       warp_rows=self.warp_cols, warp_cols=self.warp_rows)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * (self.tile_rows // self.warp_rows) * (self.tile_cols // self.warp_cols)
+
+    @property
+    def sums(self) -> int:
+        """Registers of a thread for sums; "tf32x3" keeps its corrections apart."""
+        return self.warp_rows * self.warp_cols // 32 * (2 if self.precision == "tf32x3" else 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: the stages."""
+        return self.stages * 64 * (self.tile_rows + self.tile_cols)
+
+    @property
+    def chain(self) -> int:
+        """The longest chain of additions that one result goes through."""
+        return super().chain + (self.precision == "tf32x3")
+
+    @property
+    def product_error(self) -> float:
+        """What each product may be off by, of its magnitude.
+
+        "tf32" rounds each factor by 2⁻¹¹. "tf32x3" rounds what is left of each by 2⁻¹¹ again, and leaves out the
+        product of what is left; the sums of what is left are rounded, too, each addition by 2⁻²⁴ of 2⁻¹⁰.
+        """
+        if self.precision == "tf32":
+            return 2.0 ** -10 + 2.0 ** -22
+        return 3.01 * 2.0 ** -22 + self.chain * 2.0 ** -33 if self.precision == "tf32x3" else 0.0
+
+    @cached_property
+    def cost(self) -> MatmulCost:
+        """What the model says this plan takes."""
+        return _tensor_core_cost(self)
+
+    def explain(self) -> str:
+        """The plan in words, with its reasons and what the model says."""
+        error = f"{self.chain + 1} u"
+        if self.precision is not None:
+            error = f"({error} + {self.product_error:.2g})"
+        return self._explain("tensor cores" + (f" in {self.precision}" if self.precision else ""),
+                             f"{self.warp_rows} x {self.warp_cols} results a warp, {self.threads} threads a block, "
+                             f"{self.stages} stages", error, self.cost)
+
+
+def _tensor_core_cost(plan: TensorCorePlan) -> MatmulCost:
+    """Cycles on the nominal GPU, when nothing else runs there."""
+    warps, blocks = plan.threads // 32, plan.tiles * plan.parts
+    # Instructions of a warp for a tile's two steps: products, fragments and what rounds them, copies, counting.
+    products = 2 * plan.warp_rows // 16 * plan.warp_cols // 8
+    fragments = 2 * (plan.warp_rows + plan.warp_cols) // 4  # registers
+    copies = 4 * (plan.tile_rows + plan.tile_cols) // plan.threads
+    products, rounding = {None: (products, 0), "tf32": (products, 2), "tf32x3": (3 * products, 6)}[plan.precision]
+    issue = products + fragments // 4 + rounding * fragments + 3 * copies + 20
+    each = _ceil(blocks, MODEL_MULTIPROCESSORS)
+    registers = plan.sums + fragments + 40
+    fitting = min(MODEL_REGISTERS // (registers * plan.threads), MODEL_SHARED // (plan.shared_bytes + 1024), 32)
+    resident = max(min(each, fitting), 1)
+    tiles = _ceil(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
+    busy = max(max(products * MODEL_MMA, issue) * _ceil(warps * resident, 4), MODEL_LATENCY / (plan.stages - 1))
+    arithmetic = _ceil(each, resident) * (tiles * busy + MODEL_BLOCK)
+    return MatmulCost(arithmetic, _memory_cycles(plan), _parts_cycles(plan))

@@ -1,0 +1,161 @@
+"""Which plan a matrix product gets: the candidates of both kinds, and the choice among them by the model."""
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from math import prod
+from typing import TypeVar
+
+from ..errors import PlanError
+from .common import GRID_Y, ITEM_BYTES, _ceil
+from .matmul_simt import MATMUL_TILES, MatmulPlan, transposed_tile
+from .matmul_tensor_core import TENSOR_CORE_CAPABILITY, TENSOR_CORE_TILES, TF32, TensorCorePlan
+from .tiling import MODEL_DRAM_BYTES, MODEL_LAUNCH, MODEL_MULTIPROCESSORS
+
+Product = TypeVar("Product", MatmulPlan, TensorCorePlan)
+
+#: a part is at least this many tile depths long
+MIN_TILES_OF_A_PART = 4
+#: workspace traffic in bytes that always may be spent; beyond it, at most 2 % of the operands
+SMALL_WORKSPACE = 2**23
+
+
+@lru_cache(maxsize=4096)
+def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
+    """The plan for these sizes and this dtype: the fewest warps among those within 5 % of the model's best.
+
+    Depends on nothing else, so that it is the same on every device. Fewer warps leave room for what runs beside them. A
+    depth is cut only where that is cheaper than the best plan that leaves it whole, and then into enough parts for a
+    GPU if there are such plans.
+    """
+    return _cheapest(matmul_candidates(rows, cols, depth, dtype))
+
+
+@lru_cache(maxsize=4096)
+def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None) -> TensorCorePlan:
+    """The plan for these sizes, dtype and precision, chosen as by plan_matmul."""
+    return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision))
+
+
+def _cheapest(candidates: list[Product]) -> Product:
+    costs = {plan: plan.cost.total for plan in candidates}
+    fewest = min(plan.parts for plan in costs)
+    whole = min(cost for plan, cost in costs.items() if plan.parts == fewest)
+    worthy = {plan: cost for plan, cost in costs.items() if plan.parts == fewest or cost < whole}
+    good = [plan for plan, cost in worthy.items() if cost <= 1.05 * min(worthy.values())]
+
+    def order(plan: Product) -> tuple[bool, int, int, float]:
+        idle = plan.parts > fewest and prod(plan.grid) < MODEL_MULTIPROCESSORS
+        return idle, prod(plan.grid) * _ceil(plan.threads, 32), plan.tile_rows * plan.tile_cols, costs[plan]
+
+    return min(good, key=order)
+
+
+def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
+                 capability: tuple[int, int]) -> MatmulPlan | TensorCorePlan:
+    """The plan for these sizes and dtype at a precision on a GPU of this compute capability.
+
+    Depends on nothing else of the GPU than whether it has the instructions: from 8.0 on.
+
+    Parameters
+    ----------
+    precision : None, "ieee", "tf32" or "tf32x3"
+        "ieee" multiplies on FMA units, and is what None means for float32 and float64. float16 and bfloat16 go to
+        tensor cores by default, where there are any with the instructions.
+
+    Raises
+    ------
+    ValueError
+        If precision is none of these.
+    PlanError
+        If the dtype cannot be multiplied so, or the GPU cannot do it.
+    """
+    if _on_tensor_cores(dtype, precision, capability):
+        return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None)
+    return plan_matmul(rows, cols, depth, dtype)
+
+
+def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, int]) -> bool:
+    half, able = dtype in ("float16", "bfloat16"), capability >= TENSOR_CORE_CAPABILITY
+    if precision not in (None, "ieee", *TF32):
+        raise ValueError(f'precision must be None, "ieee", "tf32" or "tf32x3"; got {precision!r}')
+    if precision not in TF32:
+        return precision is None and half and able
+    if dtype != "float32":
+        cure = "float16 and bfloat16 are multiplied exactly" if half else "float64 is multiplied as it is"
+        raise PlanError(f'precision="{precision}" is a way to multiply float32; the inputs are {dtype} ({cure}: leave '
+                        'precision out)')
+    if not able:
+        raise PlanError(f'precision="{precision}" needs compute capability 8.0; this GPU has '
+                        f'{capability[0]}.{capability[1]} (take precision="ieee")')
+    return True
+
+
+def check_precision(plan: MatmulPlan | TensorCorePlan, precision: str | None, capability: tuple[int, int]) -> None:
+    """Hold a user's plan to the precision that was asked for beside it, and to the GPU.
+
+    Raises
+    ------
+    ValueError, PlanError
+        As plan_product; PlanError too if the plan multiplies in another way, or with instructions that the GPU has not.
+    """
+    _on_tensor_cores(plan.dtype, precision, capability)
+    own = plan.precision if isinstance(plan, TensorCorePlan) else "ieee"
+    if precision not in (None, own):
+        raise PlanError(f'plan multiplies with precision {own!r}, but precision={precision!r} was asked for (leave one '
+                        'of them out)')
+    if isinstance(plan, TensorCorePlan) and capability < TENSOR_CORE_CAPABILITY:
+        raise PlanError("plan needs tensor cores of compute capability 8.0; this GPU has "
+                        f"{capability[0]}.{capability[1]} (pass a MatmulPlan, or none)")
+
+
+def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[MatmulPlan]:
+    """Every plan that plan_matmul chooses from."""
+    double = dtype == "float64"
+    tiles = dict.fromkeys(tile for r, c, k, i, j in MATMUL_TILES for tile in ((r, c, k, i, j), transposed_tile((r, c, k, i, j))))
+    plans: list[MatmulPlan] = []
+    for tile_rows, tile_cols, tile_depth, thread_rows, thread_cols in tiles:
+        if double and thread_rows * thread_cols > 32:
+            continue
+        whole = MatmulPlan(rows, cols, depth, dtype, tile_rows, tile_cols, tile_depth, thread_rows, thread_cols,
+                           _ceil(max(depth, 1), 2**30))
+        plans += _cut_into_parts(whole)
+    return plans
+
+
+def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None) -> list[TensorCorePlan]:
+    """Every plan that plan_tensor_core chooses from."""
+    tiles = dict.fromkeys(tile for r, c, i, j, stages in TENSOR_CORE_TILES
+                          for tile in ((r, c, i, j, stages), (c, r, j, i, stages)))
+    plans: list[TensorCorePlan] = []
+    for tile_rows, tile_cols, warp_rows, warp_cols, stages in tiles:
+        if warp_rows * warp_cols > 64 * (32 if precision == "tf32x3" else 64):
+            continue
+        plans += _cut_into_parts(TensorCorePlan(
+            rows, cols, depth, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype], warp_rows, warp_cols, stages,
+            _ceil(max(depth, 1), 2**30)))
+    return plans
+
+
+def _cut_into_parts(whole: Product) -> list[Product]:
+    """The plan and those with more parts whose workspace is small beside the operands."""
+    plans = [whole]
+    input_bytes = (whole.rows + whole.cols) * whole.depth * ITEM_BYTES[whole.dtype]
+    waves = {_ceil(number * MODEL_MULTIPROCESSORS, whole.tiles) for number in range(1, 9)} if whole.tiles else set()
+    for parts in sorted(waves | {2, 3, 4, 6, 9}):
+        if whole.parts < parts <= min(whole.depth // (MIN_TILES_OF_A_PART * whole.tile_depth), GRID_Y):
+            plan = replace(whole, parts=parts)
+            if 2 * plan.workspace_bytes <= max(input_bytes // 50, SMALL_WORKSPACE):
+                plans.append(plan)
+    return plans
+
+
+def bias_rides_along(plan: MatmulPlan | TensorCorePlan) -> bool:
+    """Whether adding dZ up within dL/dW's blocks is cheaper than reading it once more, by the model.
+
+    The blocks of the first tile row spend about 2 % more instructions on it, and they end up to that much later.
+    """
+    cost = plan.cost
+    extra = 0.02 * cost.arithmetic / _ceil(max(plan.rows, 1), plan.tile_rows)
+    again = plan.depth * plan.cols * ITEM_BYTES[plan.dtype] / (MODEL_DRAM_BYTES * MODEL_MULTIPROCESSORS)
+    return extra < again + MODEL_LAUNCH

@@ -1,0 +1,137 @@
+"""What plans of matrix products have in common: a result in tiles, a depth in parts, and the model of what that costs."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .common import GRID_Y, ITEM_BYTES, _ceil, accumulator_of
+
+#: A nominal GPU, so that plans are the same on every one: an H100's multiprocessors and bytes per clock cycle.
+MODEL_MULTIPROCESSORS = 132
+MODEL_DRAM_BYTES = 15.0  # per multiprocessor and cycle
+MODEL_L2_BYTES = 40.0
+MODEL_SHARED_ACCESS = 16  # cycles of a scheduler in which shared memory serves an access of 16 bytes a thread
+MODEL_LATENCY = 700.0  # cycles from a load to its data, which the next tile's loads take at the least
+MODEL_BLOCK = 1500.0  # cycles to start a block, fill its first stage and store its results
+MODEL_LAUNCH = 5000.0  # cycles of a second kernel; it has four parts in flight
+
+MODEL_MMA = 6.35  # cycles of an mma instruction, of which each of a multiprocessor's four schedulers has its own unit
+MODEL_REGISTERS = 65536
+MODEL_SHARED = 227 * 1024
+
+
+@dataclass(frozen=True)
+class MatmulCost:
+    """The model's cycles: of arithmetic and of memory, which overlap, and of adding up the parts, which does not."""
+
+    arithmetic: float
+    memory: float
+    parts: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return max(self.arithmetic, self.memory) + self.parts
+
+    @property
+    def bound(self) -> str:
+        """Which of the two that overlap is longer."""
+        return "arithmetic" if self.arithmetic >= self.memory else "memory"
+
+
+class Tiling:
+    """What the plans of matrix products have in common: the result in tiles, the depth in parts."""
+
+    rows: int
+    cols: int
+    depth: int
+    dtype: str
+    tile_rows: int
+    tile_cols: int
+    tile_depth: int
+    parts: int
+
+    @property
+    def accumulator(self) -> str:
+        """The type of sums."""
+        return accumulator_of(self.dtype)
+
+    @property
+    def depth_per_part(self) -> int:
+        """The depth of every part but the last, a multiple of tile_depth."""
+        return max(_ceil(_ceil(self.depth, self.parts), self.tile_depth), 1) * self.tile_depth
+
+    @property
+    def tiles(self) -> int:
+        """Of the result."""
+        return _ceil(self.rows, self.tile_rows) * _ceil(self.cols, self.tile_cols)
+
+    @cached_property
+    def group_bits(self) -> int:
+        """Binary logarithm of how many tile rows are walked together.
+
+        8 of them, less where that would leave blocks without a tile, more where a grid's y has no room.
+        """
+        down = _ceil(self.rows, self.tile_rows)
+        fits = [bits for bits in (3, 2, 1) if 16 * ((_ceil(down, 1 << bits) << bits) - down) <= down]
+        return max([*fits, (_ceil(down, GRID_Y) - 1).bit_length(), 0])
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks: (tile columns times group, groups of tile rows, parts)."""
+        group = 1 << self.group_bits
+        return _ceil(self.cols, self.tile_cols) * group, _ceil(_ceil(self.rows, self.tile_rows), group), self.parts
+
+    @property
+    def pitch(self) -> int:
+        """The length of a row of the workspace: cols in whole vectors of 16 bytes."""
+        vector = 16 // ITEM_BYTES[self.accumulator]
+        return _ceil(self.cols, vector) * vector
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory for the parts of the result."""
+        return self.parts * self.rows * self.pitch * ITEM_BYTES[self.accumulator] if self.parts > 1 else 0
+
+    @property
+    def chain(self) -> int:
+        """The longest chain of additions that one result goes through."""
+        return min(self.depth_per_part, max(self.depth, 1)) + self.parts - 1
+
+    @property
+    def loaded_bytes(self) -> int:
+        """What the blocks read from global memory, most of it from cache: each operand once per tile of the other axis."""
+        down, across = _ceil(self.rows, self.tile_rows), _ceil(self.cols, self.tile_cols)
+        return (self.rows * across + self.cols * down) * self.depth * ITEM_BYTES[self.dtype]
+
+    def _explain(self, unit: str, threads: str, error: str, cost: MatmulCost) -> str:
+        tiles = self.tiles
+        used = self.rows * self.cols / (tiles * self.tile_rows * self.tile_cols) if self.rows and self.cols else 0.0
+        lines = [
+            f"({self.rows}, {self.depth}) @ ({self.depth}, {self.cols}), {self.dtype}, {unit}, sums in {self.accumulator}",
+            f"tiles of {self.tile_rows} x {self.tile_cols}, {self.tile_depth} deep: {tiles} tiles, {used:.0%} of them results; "
+            + threads,
+        ]
+        if 1 in (self.rows, self.cols, self.depth):
+            kind = "an outer product" if self.depth == 1 else "a product of matrix and vector"
+            lines.append(f"{kind}, bound by memory: no path of its own, since these tiles read each operand once or "
+                         "nearly so")
+        if self.parts > 1:
+            lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, since {tiles} tiles alone would "
+                         f"leave multiprocessors idle; {self.workspace_bytes} bytes of workspace, added in ascending order")
+        else:
+            lines.append("the depth is not cut: the tiles alone are enough blocks, or cutting would cost more than it gains")
+        lines.append(f"longest chain of additions {self.chain}: |error| <= {error} (|left| @ |right|)")
+        lines.append(f"model, not measured: {cost.total:.0f} cycles on {MODEL_MULTIPROCESSORS} multiprocessors, bound by "
+                     f"{cost.bound} (arithmetic {cost.arithmetic:.0f}, memory {cost.memory:.0f}, parts {cost.parts:.0f})")
+        return "\n".join(lines)
+
+
+def _memory_cycles(plan: Tiling) -> float:
+    operands = (plan.rows * plan.depth + plan.depth * plan.cols + plan.rows * plan.cols) * ITEM_BYTES[plan.dtype]
+    return max((operands + 2 * plan.workspace_bytes) / MODEL_DRAM_BYTES,
+               (plan.loaded_bytes + 2 * plan.workspace_bytes) / MODEL_L2_BYTES) / MODEL_MULTIPROCESSORS
+
+
+def _parts_cycles(plan: Tiling) -> float:
+    return MODEL_LAUNCH + plan.parts * MODEL_LATENCY / 4 if plan.parts > 1 else 0.0
