@@ -6,10 +6,10 @@ from functools import cached_property, lru_cache
 from math import gcd, isqrt
 
 from ..errors import PlanError
-from .common import ITEM_BYTES, _ceil, _power_of_two, accumulator_of
+from .common import ITEM_BYTES, accumulator_of, ceil_div, power_of_two
 
-#: How the matrix of (samples, outputs) lies in memory: outputs side by side; that without gaps between the samples; samples
-#: side by side.
+#: How the matrix of (samples, outputs) lies in memory: outputs side by side; that without gaps between the samples;
+#: samples side by side.
 LAYOUTS = ("rows", "flat", "features_first")
 
 
@@ -17,8 +17,9 @@ LAYOUTS = ("rows", "flat", "features_first")
 class BatchSumPlan:
     """How the sum over the samples of a matrix (samples, outputs) is computed.
 
-    threads_x threads side by side read memory that lies side by side, `lanes` of such groups work in a block, each thread with
-    `in_flight` times `vectors` loads of 16 bytes under way. Which field means what in detail is told by `explain`.
+    threads_x threads side by side read memory that lies side by side, `lanes` of such groups work in a block, each
+    thread with `in_flight` times `vectors` loads of 16 bytes under way. Which field means what in detail is told by
+    `explain`.
     """
 
     samples: int
@@ -45,11 +46,14 @@ class BatchSumPlan:
         if self.threads > 1024:
             raise PlanError(f"plan: threads_x * lanes must be at most 1024; got {self.threads}")
         if self.tile * ITEM_BYTES[self.dtype] % (16 if self.layout == "flat" else 32) or self.tile < 2 * self.sector:
-            raise PlanError(f"plan: a line of {self.tile} elements must be 64 bytes or a greater multiple of 32 (of 16 if flat)")
+            raise PlanError(f"plan: a line of {self.tile} elements must be 64 bytes or a greater multiple of 32 (of 16 "
+                            "if flat)")
         if self.samples_per_part * self.period + (self.in_flight + 1) * self.tile >= 2 ** 31:
-            raise PlanError(f"plan: a part of {self.samples_per_part} samples is too long for a block, which counts to 2^31")
+            raise PlanError(f"plan: a part of {self.samples_per_part} samples is too long for a block, which counts to "
+                            "2^31")
         if self.layout != "rows" and self.folders * self.period > self.tile:
-            raise PlanError(f"plan: folders times the period {self.period} must not exceed the line of {self.tile} elements")
+            raise PlanError(f"plan: folders times the period {self.period} must not exceed the line of {self.tile} "
+                            "elements")
         if self.parts > 65535:
             raise PlanError(f"plan: at most 65535 parts; got {self.parts}")
         if self.shared_bytes > 49152:
@@ -62,11 +66,11 @@ class BatchSumPlan:
             if self.lanes > 1 or self.runs_per_block > 1:
                 raise PlanError("plan: a flat matrix is one run: lanes and runs_per_block must be 1")
             if self.tile % self.outputs or (self.parts > 1 and self.samples_per_part * self.outputs % self.tile):
-                raise PlanError(f"plan: a line of {self.tile} elements must be a multiple of the {self.outputs} outputs, and "
-                                "a part a multiple of lines")
+                raise PlanError(f"plan: a line of {self.tile} elements must be a multiple of the {self.outputs} "
+                                "outputs, and a part a multiple of lines")
         elif self.runs_per_block % self.lanes or (self.parts > 1 and self.samples_per_part % self.tile):
-            raise PlanError(f"plan: runs_per_block must be a multiple of the {self.lanes} lanes, and a part one of lines of "
-                            f"{self.tile}")
+            raise PlanError(f"plan: runs_per_block must be a multiple of the {self.lanes} lanes, and a part one of "
+                            f"lines of {self.tile}")
 
     @property
     def accumulator(self) -> str:
@@ -94,7 +98,7 @@ class BatchSumPlan:
         sums = self.vectors * self.vector * (1 + self.compensated) * ITEM_BYTES[self.accumulator] // 4
         light = sums <= 8 and _light(self.dtype, self.compensated)
         resident = 1536 if light else 1024 if sums <= 16 else 768 if sums <= 32 else 512
-        return min(16, _ceil(resident, 32 * _ceil(self.threads, 32)))
+        return min(16, ceil_div(resident, 32 * ceil_div(self.threads, 32)))
 
     @property
     def tile(self) -> int:
@@ -109,7 +113,7 @@ class BatchSumPlan:
     @property
     def parts(self) -> int:
         """Parts of the batch; more than one are added by a second launch."""
-        return max(1, _ceil(self.samples, self.samples_per_part))
+        return max(1, ceil_div(self.samples, self.samples_per_part))
 
     @cached_property
     def second(self) -> BatchSumPlan | None:
@@ -122,14 +126,14 @@ class BatchSumPlan:
     def grid(self) -> tuple[int, int]:
         """Blocks: (along the outputs, parts); of "rows", where all rows begin at a multiple of 32 bytes."""
         if self.layout == "rows":
-            return _ceil(self.outputs, self.tile), self.parts
-        return (1 if self.layout == "flat" else _ceil(self.outputs, self.runs_per_block)), self.parts
+            return ceil_div(self.outputs, self.tile), self.parts
+        return (1 if self.layout == "flat" else ceil_div(self.outputs, self.runs_per_block)), self.parts
 
     @property
     def pitch(self) -> int:
         """Elements from one row of the workspace to the next."""
         size = 32 // ITEM_BYTES[self.accumulator]
-        return _ceil(self.outputs, size) * size
+        return ceil_div(self.outputs, size) * size
 
     @property
     def workspace_bytes(self) -> int:
@@ -150,15 +154,15 @@ class BatchSumPlan:
     def line_pitch(self) -> int:
         """Cells from one lane's line of sums in shared memory to the next.
 
-        Behind a line of "flat" or "features_first" is room for what shifts move there, and so much more that lanes which
-        fold together meet other banks.
+        Behind a line of "flat" or "features_first" is room for what shifts move there, and so much more that lanes
+        which fold together meet other banks.
         """
         if self.layout == "rows":
             return self.tile
         banks, folded = 128 // ITEM_BYTES[self.accumulator], self.folders * self.period
         if self.lanes == 1:
             return self.tile + self.sector
-        return self.tile + folded + max(0, _ceil(self.sector - folded, banks)) * banks
+        return self.tile + folded + max(0, ceil_div(self.sector - folded, banks)) * banks
 
     @property
     def fold_pitch(self) -> int:
@@ -166,7 +170,7 @@ class BatchSumPlan:
         if self.lanes == 1:
             return 1
         together = max(1, 128 // ITEM_BYTES[self.accumulator] // self.folders)
-        return together * (_ceil(self.lanes, together) | 1)
+        return together * (ceil_div(self.lanes, together) | 1)
 
     @property
     def chain(self) -> int:
@@ -174,19 +178,19 @@ class BatchSumPlan:
         # Sums of sums take in what was lost beside each sum as well.
         halves = 1 + self.compensated
         if self.layout == "rows":
-            chain = _ceil(self.samples_per_part, self.lanes) + halves * self.lanes
+            chain = ceil_div(self.samples_per_part, self.lanes) + halves * self.lanes
         else:
             copies = self.tile // self.period
-            chain = _ceil(self.samples_per_part, copies) + halves * (_ceil(copies, self.folders) + self.folders)
+            chain = ceil_div(self.samples_per_part, copies) + halves * (ceil_div(copies, self.folders) + self.folders)
         return chain + (self.second.chain if self.second else 0)
 
     def explain(self) -> str:
         """The plan in words, with reasons."""
         item = ITEM_BYTES[self.dtype]
         if self.layout == "rows":
-            how = (f"{self.lanes} lanes of {self.threads_x} threads: a lane adds every {_nth(self.lanes)} sample of its part, "
-                   f"{self.tile * item} contiguous bytes of it (32 fewer where rows begin between multiples of 32 "
-                   f"bytes), {self.in_flight} samples in flight; the lanes are added in order")
+            how = (f"{self.lanes} lanes of {self.threads_x} threads: a lane adds every {_nth(self.lanes)} sample of "
+                   f"its part, {self.tile * item} contiguous bytes of it (32 fewer where rows begin between multiples "
+                   f"of 32 bytes), {self.in_flight} samples in flight; the lanes are added in order")
         else:
             what = f"the samples of {self.runs_per_block} outputs, {self.lanes} of them at a time"
             if self.layout == "flat":
@@ -196,11 +200,11 @@ class BatchSumPlan:
         lines = [f"sum of {self.samples} samples of {self.outputs} outputs, {self.dtype}, {self.layout}: each element "
                  f"read once, {self.samples * self.outputs * item} bytes",
                  how,
-                 f"grid {self.grid[0]} x {self.grid[1]} blocks of {self.threads} threads, {self.shared_bytes} bytes of shared "
-                 f"memory; registers for {self.blocks_per_multiprocessor} blocks a multiprocessor"]
+                 f"grid {self.grid[0]} x {self.grid[1]} blocks of {self.threads} threads, {self.shared_bytes} bytes of "
+                 f"shared memory; registers for {self.blocks_per_multiprocessor} blocks a multiprocessor"]
         if self.second:
-            lines.append(f"{self.parts} parts of {self.samples_per_part} samples, so that the blocks fill a GPU; a second "
-                         f"launch adds them from a workspace of {self.workspace_bytes} bytes")
+            lines.append(f"{self.parts} parts of {self.samples_per_part} samples, so that the blocks fill a GPU; a "
+                         f"second launch adds them from a workspace of {self.workspace_bytes} bytes")
         rounding = f"{self.chain + 1} u sum |dz|"
         if self.compensated:
             lines.append("compensated: what additions round away is added up beside the sums, 7 additions for one")
@@ -212,7 +216,8 @@ class BatchSumPlan:
 
 #: Blocks of 256 threads for large sums: two at least for each of 132 multiprocessors, and six at most for each of 108.
 LEAST_BLOCKS, MOST_BLOCKS = 280, 648
-#: Loads of 16 bytes that a thread has under way: of 1,024 threads they fill the memory's pipe, 64 KiB on the largest GPUs.
+#: Loads of 16 bytes that a thread has under way: of 1,024 threads they fill the memory's pipe, 64 KiB on the largest
+#: GPUs.
 IN_FLIGHT = 4
 #: Up to so many elements, what counts is how few threads there are, not how much memory they have under way.
 SMALL = 2 ** 14
@@ -231,9 +236,9 @@ def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensa
     plan = _one_part(samples, outputs, dtype, compensated)
     if samples * outputs <= SMALL or plan.vectors > 1:
         return plan
-    tiles, shifted_tiles = _ceil(outputs, plan.tile), _ceil(outputs, plan.tile - plan.sector)
+    tiles, shifted_tiles = ceil_div(outputs, plan.tile), ceil_div(outputs, plan.tile - plan.sector)
     most = _most_blocks(samples * outputs, dtype, compensated)
-    steps = _cut(_ceil(samples, plan.lanes), _ceil(_blocks(samples * outputs, most), tiles),
+    steps = steps_of_a_part(ceil_div(samples, plan.lanes), ceil_div(worthy_blocks(samples * outputs, most), tiles),
                  max(most // shifted_tiles, LEAST_BLOCKS // tiles))
     return replace(plan, samples_per_part=min(samples, steps * plan.lanes), in_flight=min(plan.in_flight, steps))
 
@@ -249,24 +254,24 @@ def _most_blocks(elements: int, dtype: str, compensated: bool) -> int:
     return MOST_BLOCKS if _light(dtype, compensated) or elements < 16384 * fewer else fewer
 
 
-def _blocks(elements: int, most: int = MOST_BLOCKS) -> int:
-    """How many blocks are worth their while: two for each of 132 multiprocessors from a million elements, most from nine."""
-    return min(most * 8 // 9, max(min(LEAST_BLOCKS, _ceil(elements, 3584)), elements // 16384))
+def worthy_blocks(elements: int, most: int = MOST_BLOCKS) -> int:
+    """How many blocks are worth it: two for each of 132 multiprocessors from a million elements, most from nine."""
+    return min(most * 8 // 9, max(min(LEAST_BLOCKS, ceil_div(elements, 3584)), elements // 16384))
 
 
-def _cut(steps: int, wanted: int, most: int) -> int:
+def steps_of_a_part(steps: int, wanted: int, most: int) -> int:
     """Steps of a part, so that about `wanted` parts result and at most `most`."""
-    return max(1, _ceil(steps, max(most, 1)), steps // wanted)
+    return max(1, ceil_div(steps, max(most, 1)), steps // wanted)
 
 
 def _one_part(samples: int, outputs: int, dtype: str, compensated: bool) -> BatchSumPlan:
     """The plan for rows, by a single launch."""
     vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
     small = samples * outputs <= SMALL
-    needed = _power_of_two(_ceil(outputs + sector - 1, vector))
+    needed = power_of_two(ceil_div(outputs + sector - 1, vector))
     if samples <= 64 and outputs > 16 * vector:
         # Few rows: several vectors of each under way, so that the bytes read twice at the seams of tiles are few.
-        lanes = min(_power_of_two(samples), max(sector, 8))
+        lanes = min(power_of_two(samples), max(sector, 8))
         threads_x = min(max((64 if small else 128) // lanes, 8 if small else 16), needed)
         # Compensated halves keep 16 registers of sums a vector: with three of them too few threads would be left.
         vectors = 4 if dtype == "float64" else 2 if compensated and sector == 16 else 3
@@ -275,7 +280,7 @@ def _one_part(samples: int, outputs: int, dtype: str, compensated: bool) -> Batc
     threads = 64 if small else 256
     threads_x = min(max(4, needed), threads // max(sector, 8))
     lanes = threads // threads_x
-    return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, min(_ceil(samples, lanes), IN_FLIGHT),
+    return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, min(ceil_div(samples, lanes), IN_FLIGHT),
                         samples, compensated=compensated)
 
 
@@ -284,27 +289,28 @@ def _plan_runs(samples: int, outputs: int, dtype: str, compensated: bool) -> Bat
     vector = 16 // ITEM_BYTES[dtype]
     small = samples * outputs <= SMALL
     threads = 64 if small else 256
-    threads_x = min(max(4 if small else 8, _power_of_two(samples // (4 * vector) // 2 + 1)), threads)
-    lanes = min(threads // threads_x, _power_of_two(outputs))
+    threads_x = min(max(4 if small else 8, power_of_two(samples // (4 * vector) // 2 + 1)), threads)
+    lanes = min(threads // threads_x, power_of_two(outputs))
     tile = threads_x * vector
-    lines, groups = _ceil(samples, tile), _ceil(outputs, lanes)
+    lines, groups = ceil_div(samples, tile), ceil_div(outputs, lanes)
     most = _most_blocks(samples * outputs, dtype, compensated)
     if not small:
-        lines = _cut(lines, _ceil(_blocks(samples * outputs, most), groups), most // groups)
+        lines = steps_of_a_part(lines, ceil_div(worthy_blocks(samples * outputs, most), groups), most // groups)
     return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, min(lines, IN_FLIGHT),
-                        min(samples, lines * tile), runs_per_block=_ceil(groups, 32 if small else most) * lanes,
+                        min(samples, lines * tile), runs_per_block=ceil_div(groups, 32 if small else most) * lanes,
                         folders=_folders(tile), compensated=compensated)
 
 
 def _plan_flat(samples: int, outputs: int, dtype: str, threads: int, compensated: bool) -> BatchSumPlan:
     """The plan for a narrow matrix without gaps: one run."""
     tile = threads * 16 // ITEM_BYTES[dtype]
-    lines = _ceil(samples * outputs, tile)
+    lines = ceil_div(samples * outputs, tile)
     if samples * outputs > SMALL:
         most = _most_blocks(samples * outputs, dtype, compensated)
-        lines = _cut(lines, _blocks(samples * outputs, most), most)
+        lines = steps_of_a_part(lines, worthy_blocks(samples * outputs, most), most)
     return BatchSumPlan(samples, outputs, dtype, "flat", threads, 1, min(lines, IN_FLIGHT),
-                        min(samples, lines * tile // outputs), folders=_folders(tile // outputs), compensated=compensated)
+                        min(samples, lines * tile // outputs), folders=_folders(tile // outputs),
+                        compensated=compensated)
 
 
 def _flat_threads(samples: int, outputs: int, dtype: str) -> int:
@@ -321,7 +327,7 @@ def _flat_threads(samples: int, outputs: int, dtype: str) -> int:
 
 def _folders(copies: int) -> int:
     """Threads that fold so many copies, so that neither they nor the one that adds them up has much to do."""
-    return min(32, _power_of_two(isqrt(copies) // 2 + 1))
+    return min(32, power_of_two(isqrt(copies) // 2 + 1))
 
 
 def _nth(number: int) -> str:

@@ -1,4 +1,4 @@
-"""What every family of plans needs: sizes of dtypes and grids, whole steps, and the check of a plan that a user made."""
+"""What every family of plans needs: sizes of dtypes and grids, whole steps, and the check of a user's plan."""
 from __future__ import annotations
 
 from typing import Any
@@ -32,15 +32,16 @@ def check_plan(plan: Any, kind: type | tuple[type, ...], sizes: dict[str, Any]) 
         raise TypeError(f"plan must be a {' or a '.join(kind.__name__ for kind in kinds)}; got {type(plan).__name__}")
     for name, wanted in sizes.items():
         if getattr(plan, name) != wanted:
-            raise PlanError(f"plan was made for {name} {getattr(plan, name)}, but the inputs have {wanted} (make one for them, "
-                            f"for example with dataclasses.replace(plan, {name}={wanted!r}))")
+            raise PlanError(f"plan was made for {name} {getattr(plan, name)}, but the inputs have {wanted} (make one "
+                            f"for them, for example with dataclasses.replace(plan, {name}={wanted!r}))")
     return plan
 
 
-def _ceil(length: int, step: int) -> int:
+def ceil_div(length: int, step: int) -> int:
+    """How many steps cover the length."""
     return -(-length // step)
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """The smallest power of two that is not smaller."""
     return 1 << (number - 1).bit_length()

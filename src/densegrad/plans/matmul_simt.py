@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..errors import PlanError
-from .common import GRID_Y, ITEM_BYTES, _ceil
+from .common import GRID_Y, ITEM_BYTES, ceil_div
 from .tiling import (
     MODEL_BLOCK,
     MODEL_LATENCY,
@@ -14,8 +14,8 @@ from .tiling import (
     MODEL_SHARED_ACCESS,
     MatmulCost,
     Tiling,
-    _memory_cycles,
-    _parts_cycles,
+    memory_cycles,
+    parts_cycles,
 )
 
 #: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols), from large to small; their transposes are tried too
@@ -77,7 +77,8 @@ class MatmulPlan(Tiling):
             if value < 1 or value & (value - 1):
                 raise PlanError(f"{name} must be a power of two; got {value}")
         vector = 16 // ITEM_BYTES[self.accumulator]
-        for name, thread, tile in (("rows", self.thread_rows, self.tile_rows), ("cols", self.thread_cols, self.tile_cols)):
+        for name, thread, tile in (("rows", self.thread_rows, self.tile_rows),
+                                   ("cols", self.thread_cols, self.tile_cols)):
             if not vector <= thread <= tile:
                 raise PlanError(f"thread_{name} must be between {vector} and tile_{name}, {tile}; got {thread}")
         if self.tile_depth < vector:
@@ -135,21 +136,21 @@ def _matmul_cost(plan: MatmulPlan) -> MatmulCost:
     """Cycles on the nominal GPU, when nothing else runs there."""
     sum_bytes = ITEM_BYTES[plan.accumulator]
     blocks = plan.tiles * plan.parts
-    warps = _ceil(plan.threads, 32)
+    warps = ceil_div(plan.threads, 32)
     # A warp's issue slots for one step of tile_depth, of which a float64 multiply-add takes two; or, if that is longer,
     # the cycles in which shared memory, which the four schedulers share, serves its accesses of 16 bytes a thread.
     fragments = (plan.thread_rows + plan.thread_cols) * sum_bytes // 16
-    copies = _ceil((plan.tile_rows + plan.tile_cols) * plan.tile_depth * sum_bytes // 16, plan.threads)
+    copies = ceil_div((plan.tile_rows + plan.tile_cols) * plan.tile_depth * sum_bytes // 16, plan.threads)
     step = max(plan.tile_depth * (plan.thread_rows * plan.thread_cols * sum_bytes // 4 + fragments) + 4 * copies + 16,
                MODEL_SHARED_ACCESS * (plan.tile_depth * fragments + copies))
     # Blocks that share a multiprocessor share its four schedulers, and hide one another's latency.
-    each = _ceil(blocks, MODEL_MULTIPROCESSORS)
+    each = ceil_div(blocks, MODEL_MULTIPROCESSORS)
     registers = plan.thread_rows * plan.thread_cols * sum_bytes // 4 + 64
     resident = max(min(each, MODEL_REGISTERS // (registers * warps * 32), 32), 1)
-    steps = _ceil(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
-    busy = max(step * _ceil(warps * resident, 4), MODEL_LATENCY)
-    arithmetic = _ceil(each, resident) * (steps * busy + MODEL_BLOCK)
-    return MatmulCost(arithmetic, _memory_cycles(plan), _parts_cycles(plan))
+    steps = ceil_div(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
+    busy = max(step * ceil_div(warps * resident, 4), MODEL_LATENCY)
+    arithmetic = ceil_div(each, resident) * (steps * busy + MODEL_BLOCK)
+    return MatmulCost(arithmetic, memory_cycles(plan), parts_cycles(plan))
 
 
 def transposed_tile(tile: tuple[int, int, int, int, int]) -> tuple[int, int, int, int, int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..errors import PlanError
-from .common import GRID_Y, ITEM_BYTES, _ceil
+from .common import GRID_Y, ITEM_BYTES, ceil_div
 from .tiling import (
     MODEL_BLOCK,
     MODEL_LATENCY,
@@ -15,8 +15,8 @@ from .tiling import (
     MODEL_SHARED,
     MatmulCost,
     Tiling,
-    _memory_cycles,
-    _parts_cycles,
+    memory_cycles,
+    parts_cycles,
 )
 
 #: how float32 can be multiplied on tensor cores
@@ -99,8 +99,8 @@ class TensorCorePlan(Tiling):
             raise PlanError(f"these tiles are copied by {least} to {min(most, 1024)} threads; got {self.threads} "
                             "(change the warps' tiles)")
         if self.stages < 2 or self.shared_bytes > DYNAMIC_SHARED_BYTES:
-            raise PlanError(f"stages must be at least 2 and take at most {DYNAMIC_SHARED_BYTES} bytes of shared memory; "
-                            f"got {self.stages}, which take {self.shared_bytes}")
+            raise PlanError(f"stages must be at least 2 and take at most {DYNAMIC_SHARED_BYTES} bytes of shared "
+                            f"memory; got {self.stages}, which take {self.shared_bytes}")
         if not 1 <= self.parts <= GRID_Y:
             raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
         if self.depth_per_part > 2**30:
@@ -167,11 +167,11 @@ def _tensor_core_cost(plan: TensorCorePlan) -> MatmulCost:
     copies = 4 * (plan.tile_rows + plan.tile_cols) // plan.threads
     products, rounding = {None: (products, 0), "tf32": (products, 2), "tf32x3": (3 * products, 6)}[plan.precision]
     issue = products + fragments // 4 + rounding * fragments + 3 * copies + 20
-    each = _ceil(blocks, MODEL_MULTIPROCESSORS)
+    each = ceil_div(blocks, MODEL_MULTIPROCESSORS)
     registers = plan.sums + fragments + 40
     fitting = min(MODEL_REGISTERS // (registers * plan.threads), MODEL_SHARED // (plan.shared_bytes + 1024), 32)
     resident = max(min(each, fitting), 1)
-    tiles = _ceil(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
-    busy = max(max(products * MODEL_MMA, issue) * _ceil(warps * resident, 4), MODEL_LATENCY / (plan.stages - 1))
-    arithmetic = _ceil(each, resident) * (tiles * busy + MODEL_BLOCK)
-    return MatmulCost(arithmetic, _memory_cycles(plan), _parts_cycles(plan))
+    tiles = ceil_div(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
+    busy = max(max(products * MODEL_MMA, issue) * ceil_div(warps * resident, 4), MODEL_LATENCY / (plan.stages - 1))
+    arithmetic = ceil_div(each, resident) * (tiles * busy + MODEL_BLOCK)
+    return MatmulCost(arithmetic, memory_cycles(plan), parts_cycles(plan))

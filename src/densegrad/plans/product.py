@@ -7,7 +7,7 @@ from math import prod
 from typing import TypeVar
 
 from ..errors import PlanError
-from .common import GRID_Y, ITEM_BYTES, _ceil
+from .common import GRID_Y, ITEM_BYTES, ceil_div
 from .matmul_simt import MATMUL_TILES, MatmulPlan, transposed_tile
 from .matmul_tensor_core import TENSOR_CORE_CAPABILITY, TENSOR_CORE_TILES, TF32, TensorCorePlan
 from .tiling import MODEL_DRAM_BYTES, MODEL_LAUNCH, MODEL_MULTIPROCESSORS
@@ -46,7 +46,7 @@ def _cheapest(candidates: list[Product]) -> Product:
 
     def order(plan: Product) -> tuple[bool, int, int, float]:
         idle = plan.parts > fewest and prod(plan.grid) < MODEL_MULTIPROCESSORS
-        return idle, prod(plan.grid) * _ceil(plan.threads, 32), plan.tile_rows * plan.tile_cols, costs[plan]
+        return idle, prod(plan.grid) * ceil_div(plan.threads, 32), plan.tile_rows * plan.tile_cols, costs[plan]
 
     return min(good, key=order)
 
@@ -112,13 +112,13 @@ def check_precision(plan: MatmulPlan | TensorCorePlan, precision: str | None, ca
 def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[MatmulPlan]:
     """Every plan that plan_matmul chooses from."""
     double = dtype == "float64"
-    tiles = dict.fromkeys(tile for r, c, k, i, j in MATMUL_TILES for tile in ((r, c, k, i, j), transposed_tile((r, c, k, i, j))))
+    tiles = dict.fromkeys(tile for listed in MATMUL_TILES for tile in (listed, transposed_tile(listed)))
     plans: list[MatmulPlan] = []
     for tile_rows, tile_cols, tile_depth, thread_rows, thread_cols in tiles:
         if double and thread_rows * thread_cols > 32:
             continue
         whole = MatmulPlan(rows, cols, depth, dtype, tile_rows, tile_cols, tile_depth, thread_rows, thread_cols,
-                           _ceil(max(depth, 1), 2**30))
+                           ceil_div(max(depth, 1), 2**30))
         plans += _cut_into_parts(whole)
     return plans
 
@@ -132,8 +132,8 @@ def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precisi
         if warp_rows * warp_cols > 64 * (32 if precision == "tf32x3" else 64):
             continue
         plans += _cut_into_parts(TensorCorePlan(
-            rows, cols, depth, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype], warp_rows, warp_cols, stages,
-            _ceil(max(depth, 1), 2**30)))
+            rows, cols, depth, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype], warp_rows, warp_cols,
+            stages, ceil_div(max(depth, 1), 2**30)))
     return plans
 
 
@@ -141,7 +141,7 @@ def _cut_into_parts(whole: Product) -> list[Product]:
     """The plan and those with more parts whose workspace is small beside the operands."""
     plans = [whole]
     input_bytes = (whole.rows + whole.cols) * whole.depth * ITEM_BYTES[whole.dtype]
-    waves = {_ceil(number * MODEL_MULTIPROCESSORS, whole.tiles) for number in range(1, 9)} if whole.tiles else set()
+    waves = {ceil_div(number * MODEL_MULTIPROCESSORS, whole.tiles) for number in range(1, 9)} if whole.tiles else set()
     for parts in sorted(waves | {2, 3, 4, 6, 9}):
         if whole.parts < parts <= min(whole.depth // (MIN_TILES_OF_A_PART * whole.tile_depth), GRID_Y):
             plan = replace(whole, parts=parts)
@@ -156,6 +156,6 @@ def bias_rides_along(plan: MatmulPlan | TensorCorePlan) -> bool:
     The blocks of the first tile row spend about 2 % more instructions on it, and they end up to that much later.
     """
     cost = plan.cost
-    extra = 0.02 * cost.arithmetic / _ceil(max(plan.rows, 1), plan.tile_rows)
+    extra = 0.02 * cost.arithmetic / ceil_div(max(plan.rows, 1), plan.tile_rows)
     again = plan.depth * plan.cols * ITEM_BYTES[plan.dtype] / (MODEL_DRAM_BYTES * MODEL_MULTIPROCESSORS)
     return extra < again + MODEL_LAUNCH

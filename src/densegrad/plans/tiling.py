@@ -1,10 +1,10 @@
-"""What plans of matrix products have in common: a result in tiles, a depth in parts, and the model of what that costs."""
+"""What plans of matrix products have in common: a result in tiles, a depth in parts, and a model of the cost."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
-from .common import GRID_Y, ITEM_BYTES, _ceil, accumulator_of
+from .common import GRID_Y, ITEM_BYTES, accumulator_of, ceil_div
 
 #: A nominal GPU, so that plans are the same on every one: an H100's multiprocessors and bytes per clock cycle.
 MODEL_MULTIPROCESSORS = 132
@@ -59,12 +59,12 @@ class Tiling:
     @property
     def depth_per_part(self) -> int:
         """The depth of every part but the last, a multiple of tile_depth."""
-        return max(_ceil(_ceil(self.depth, self.parts), self.tile_depth), 1) * self.tile_depth
+        return max(ceil_div(ceil_div(self.depth, self.parts), self.tile_depth), 1) * self.tile_depth
 
     @property
     def tiles(self) -> int:
         """Of the result."""
-        return _ceil(self.rows, self.tile_rows) * _ceil(self.cols, self.tile_cols)
+        return ceil_div(self.rows, self.tile_rows) * ceil_div(self.cols, self.tile_cols)
 
     @cached_property
     def group_bits(self) -> int:
@@ -72,21 +72,22 @@ class Tiling:
 
         8 of them, less where that would leave blocks without a tile, more where a grid's y has no room.
         """
-        down = _ceil(self.rows, self.tile_rows)
-        fits = [bits for bits in (3, 2, 1) if 16 * ((_ceil(down, 1 << bits) << bits) - down) <= down]
-        return max([*fits, (_ceil(down, GRID_Y) - 1).bit_length(), 0])
+        down = ceil_div(self.rows, self.tile_rows)
+        fits = [bits for bits in (3, 2, 1) if 16 * ((ceil_div(down, 1 << bits) << bits) - down) <= down]
+        return max([*fits, (ceil_div(down, GRID_Y) - 1).bit_length(), 0])
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Blocks: (tile columns times group, groups of tile rows, parts)."""
         group = 1 << self.group_bits
-        return _ceil(self.cols, self.tile_cols) * group, _ceil(_ceil(self.rows, self.tile_rows), group), self.parts
+        down, across = ceil_div(self.rows, self.tile_rows), ceil_div(self.cols, self.tile_cols)
+        return across * group, ceil_div(down, group), self.parts
 
     @property
     def pitch(self) -> int:
         """The length of a row of the workspace: cols in whole vectors of 16 bytes."""
         vector = 16 // ITEM_BYTES[self.accumulator]
-        return _ceil(self.cols, vector) * vector
+        return ceil_div(self.cols, vector) * vector
 
     @property
     def workspace_bytes(self) -> int:
@@ -100,38 +101,44 @@ class Tiling:
 
     @property
     def loaded_bytes(self) -> int:
-        """What the blocks read from global memory, most of it from cache: each operand once per tile of the other axis."""
-        down, across = _ceil(self.rows, self.tile_rows), _ceil(self.cols, self.tile_cols)
+        """What blocks read from global memory, most of it from cache: each operand once per tile of the other axis."""
+        down, across = ceil_div(self.rows, self.tile_rows), ceil_div(self.cols, self.tile_cols)
         return (self.rows * across + self.cols * down) * self.depth * ITEM_BYTES[self.dtype]
 
     def _explain(self, unit: str, threads: str, error: str, cost: MatmulCost) -> str:
         tiles = self.tiles
         used = self.rows * self.cols / (tiles * self.tile_rows * self.tile_cols) if self.rows and self.cols else 0.0
         lines = [
-            f"({self.rows}, {self.depth}) @ ({self.depth}, {self.cols}), {self.dtype}, {unit}, sums in {self.accumulator}",
-            f"tiles of {self.tile_rows} x {self.tile_cols}, {self.tile_depth} deep: {tiles} tiles, {used:.0%} of them results; "
-            + threads,
+            f"({self.rows}, {self.depth}) @ ({self.depth}, {self.cols}), {self.dtype}, {unit}, "
+            f"sums in {self.accumulator}",
+            f"tiles of {self.tile_rows} x {self.tile_cols}, {self.tile_depth} deep: {tiles} tiles, {used:.0%} of them "
+            f"results; {threads}",
         ]
         if 1 in (self.rows, self.cols, self.depth):
             kind = "an outer product" if self.depth == 1 else "a product of matrix and vector"
             lines.append(f"{kind}, bound by memory: no path of its own, since these tiles read each operand once or "
                          "nearly so")
         if self.parts > 1:
-            lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, since {tiles} tiles alone would "
-                         f"leave multiprocessors idle; {self.workspace_bytes} bytes of workspace, added in ascending order")
+            lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, since {tiles} tiles "
+                         f"alone would leave multiprocessors idle; {self.workspace_bytes} bytes of workspace, added in "
+                         "ascending order")
         else:
-            lines.append("the depth is not cut: the tiles alone are enough blocks, or cutting would cost more than it gains")
+            lines.append("the depth is not cut: the tiles alone are enough blocks, or cutting would cost more than it "
+                         "gains")
         lines.append(f"longest chain of additions {self.chain}: |error| <= {error} (|left| @ |right|)")
-        lines.append(f"model, not measured: {cost.total:.0f} cycles on {MODEL_MULTIPROCESSORS} multiprocessors, bound by "
-                     f"{cost.bound} (arithmetic {cost.arithmetic:.0f}, memory {cost.memory:.0f}, parts {cost.parts:.0f})")
+        lines.append(f"model, not measured: {cost.total:.0f} cycles on {MODEL_MULTIPROCESSORS} multiprocessors, bound "
+                     f"by {cost.bound} (arithmetic {cost.arithmetic:.0f}, memory {cost.memory:.0f}, parts "
+                     f"{cost.parts:.0f})")
         return "\n".join(lines)
 
 
-def _memory_cycles(plan: Tiling) -> float:
+def memory_cycles(plan: Tiling) -> float:
+    """What moving the operands, the result and the workspace takes, from memory or from cache."""
     operands = (plan.rows * plan.depth + plan.depth * plan.cols + plan.rows * plan.cols) * ITEM_BYTES[plan.dtype]
     return max((operands + 2 * plan.workspace_bytes) / MODEL_DRAM_BYTES,
                (plan.loaded_bytes + 2 * plan.workspace_bytes) / MODEL_L2_BYTES) / MODEL_MULTIPROCESSORS
 
 
-def _parts_cycles(plan: Tiling) -> float:
+def parts_cycles(plan: Tiling) -> float:
+    """What adding up the parts takes."""
     return MODEL_LAUNCH + plan.parts * MODEL_LATENCY / 4 if plan.parts > 1 else 0.0
