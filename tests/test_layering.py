@@ -20,7 +20,7 @@ ARROWS = {
     "plans/__init__": {"batch_sum", "common", "matmul_simt", "matmul_tensor_core", "product", "tiling", "upstream"},
     "plans/common": {".errors"},
     "plans/batch_sum": {".errors", "common"},
-    "plans/upstream": {"batch_sum", "common"},
+    "plans/upstream": {".errors", "batch_sum", "common"},
     "plans/tiling": {"common"},
     "plans/matmul_simt": {".errors", "common", "tiling"},
     "plans/matmul_tensor_core": {".errors", "common", "tiling"},

@@ -10,7 +10,8 @@ import densegrad as dg
 from densegrad import reference
 from densegrad.device import dtype_of
 from densegrad.errors import DTypeError, OutError, PlanError, ShapeError
-from densegrad.plans import BatchSumPlan, accumulator_of, plan_upstream
+from densegrad.launch import recorded
+from densegrad.plans import ACTIVATIONS, BatchSumPlan, UpstreamPlan, accumulator_of, plan_upstream
 from densegrad.testing import (
     LAYOUTS,
     ROUNDINGS,
@@ -25,22 +26,22 @@ from densegrad.testing import (
     normal,
     poisoned,
 )
-from densegrad.upstream import ACTIVATIONS
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+
 
 def data(shape, dtype, seed=0):
     """Normal numbers times 3, so that activations bend."""
     return (3 * normal(shape, "float64", seed)).astype(dtype_of(dtype))
 
 
-def small_plan(samples, outputs, dtype, features_first, parts=1):
+def small_plan(above, samples, outputs, dtype, features_first, parts=1):
     """A plan of few threads with several lanes and parts."""
     if features_first:
         line = 4 * 16 // np.dtype(dtype_of(dtype)).itemsize
-        return BatchSumPlan(samples, outputs, dtype, "features_first", 4, 4, 2, -(-samples // (line * parts)) * line,
-                            runs_per_block=4, folders=4)
-    return BatchSumPlan(samples, outputs, dtype, "rows", 4, 16, 2, -(-samples // parts))
+        return UpstreamPlan(above, BatchSumPlan(samples, outputs, dtype, "features_first", 4, 4, 2,
+                                                -(-samples // (line * parts)) * line, runs_per_block=4, folders=4))
+    return UpstreamPlan(above, BatchSumPlan(samples, outputs, dtype, "rows", 4, 16, 2, -(-samples // parts)))
 
 
 def on(xp, *arrays):
@@ -92,13 +93,13 @@ def test_every_activation(activation, dtype, batch_axis, xp):
     da, z = data(shape, dtype, 1), data(shape, dtype, 2)
     z.flat[:5] = 0, 30, -30, 200, -200
     given = None if activation == "identity" else z
-    plan = small_plan(37, 9, dtype, batch_axis, parts=2)
+    plan = small_plan(activation, 37, 9, dtype, batch_axis, parts=2)
     out = poisoned(shape, dtype, module=xp)
     options = {"batch_axis": batch_axis, "alpha": 0.75, "negative_slope": 0.3}
     _, db = dg.activation_grad(*on(xp, da, given), activation, out=dg.OutputGrads(dz=out.array), plan=plan, **options)
     exact, _ = reference.activation_grad(da, given, activation, **options)
     check_within(out.read(), exact, dz_bound(exact, np.abs(0.75 * da.astype(float)), ROUNDINGS[activation], dtype))
-    assert (bits(db) == bits(dg.bias_grad(out.array, batch_axis=batch_axis, plan=plan))).all()
+    assert (bits(db) == bits(dg.bias_grad(out.array, batch_axis=batch_axis, plan=plan.sum))).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
@@ -122,8 +123,8 @@ def test_samples_are_weighted_or_chosen(shape, weights, batch_axis, xp):
     exact, _ = reference.activation_grad(given, sample_weight=weight, batch_axis=batch_axis)
     found = dg.activation_grad(xp.asarray(given), sample_weight=xp.asarray(weight), batch_axis=batch_axis)
     check_within(found.dz, exact, dz_bound(exact, np.abs(exact), 0, "float32"))
-    plan = plan_upstream(samples, outputs, "float32", "features_first" if batch_axis else "flat")
-    assert (bits(found.db) == bits(dg.bias_grad(found.dz, batch_axis=batch_axis, plan=plan))).all()
+    plan = plan_upstream(samples, outputs, "float32", "features_first" if batch_axis else "flat", "identity")
+    assert (bits(found.db) == bits(dg.bias_grad(found.dz, batch_axis=batch_axis, plan=plan.sum))).all()
 
 
 @pytest.mark.parametrize("batch_axis", [0, 1])
@@ -153,7 +154,7 @@ def test_cross_entropy(dtype, labels, batch_axis, xp):
     weights = None if labels == "int32" else np.abs(normal((21,), "float32", 9))
     options = {"batch_axis": batch_axis, "ignore_index": -1, "label_smoothing": 0.1, "alpha": 0.5}
     given = np.ascontiguousarray(z.T) if batch_axis else z
-    plan = small_plan(21, 40, dtype, batch_axis, parts=2)
+    plan = small_plan("cross_entropy", 21, 40, dtype, batch_axis, parts=2)
     out = poisoned(given.shape, dtype, module=xp)
     _, db = dg.cross_entropy_grad(*on(xp, given, label), sample_weight=on(xp, weights)[0],
                                   out=dg.OutputGrads(dz=out.array), plan=plan, **options)
@@ -164,7 +165,7 @@ def test_cross_entropy(dtype, labels, batch_axis, xp):
     check_within(out.read(), exact, dz_bound(exact, largest, roundings, dtype))
     dz = host(out.array).T if batch_axis else host(out.array)
     assert (dz[[3, 20]] == 0).all()
-    assert (bits(db) == bits(dg.bias_grad(out.array, batch_axis=batch_axis, plan=plan))).all()
+    assert (bits(db) == bits(dg.bias_grad(out.array, batch_axis=batch_axis, plan=plan.sum))).all()
 
 
 def test_large_logits_neither_overflow_nor_lose_their_softmax(xp):
@@ -200,11 +201,11 @@ def test_what_is_left_out_is_zero_whatever_its_factors_are(batch_axis, xp):
 
 def test_an_f_ordered_gradient_gives_an_f_ordered_dz(xp):
     da = xp.asarray(data((20, 3), "float32", 24).T.copy()).T
-    plan = plan_upstream(20, 3, "float32", "features_first")
+    plan = plan_upstream(20, 3, "float32", "features_first", "identity")
     dz, db = dg.activation_grad(da, alpha=0.5, plan=plan)
     assert dz.strides == da.strides
     np.testing.assert_array_equal(host(dz), host(da) / 2)
-    assert (bits(db) == bits(dg.bias_grad(dz, plan=plan))).all()
+    assert (bits(db) == bits(dg.bias_grad(dz, plan=plan.sum))).all()
 
 
 def test_few_samples_of_many_classes(xp):
@@ -231,7 +232,7 @@ def test_memory_layouts_leave_the_bits_alone(layout, features_first, xp):
     """Each of the matrices lies otherwise once; with samples side by side all of them are handed over transposed."""
     shape = (16, 24)
     da, z = data(shape, "float32", 11), data(shape, "float32", 12)
-    plan = small_plan(24, 16, "float32", True, 2) if features_first else small_plan(16, 24, "float32", False, 2)
+    plan = small_plan("silu", *((24, 16) if features_first else (16, 24)), "float32", features_first, 2)
     options = {"batch_axis": int(features_first), "sample_weight": xp.arange(24 if features_first else 16, dtype="float32")}
     if layout in ("F", "padded F"):
         options["sample_weight"] = xp.asarray(np.repeat(host(options["sample_weight"]), 2))[::2]
@@ -268,7 +269,7 @@ def test_drawn_shapes_and_memory(dtype, activation, weights, batch_axis, xp):
         da, z = data(shape, dtype, samples), data(shape, dtype, outputs)
         spread = data((step * samples,), "float32", 5)
         weight = None if weights is None else spread > 0 if weights == "bool" else spread.astype(dtype_of(weights))
-        plan = small_plan(samples, outputs, dtype, batch_axis, parts)
+        plan = small_plan(activation, samples, outputs, dtype, batch_axis, parts)
         out = poisoned(shape, dtype, kinds[2], xp)
         below = {"identity": da, "relu": np.where(z <= 0, 0, da),
                  "leaky_relu": np.where(z > 0, da, da.astype(wide) * wide(0.01))}[activation].astype(wide)
@@ -284,7 +285,7 @@ def test_drawn_shapes_and_memory(dtype, activation, weights, batch_axis, xp):
                                    batch_axis=batch_axis, out=dg.OutputGrads(dz=out.array))
         np.testing.assert_array_equal(bits(out.read()), bits(below.astype(da.dtype)))
         dense = xp.asarray(np.ascontiguousarray(out.read()))
-        np.testing.assert_array_equal(bits(db), bits(dg.bias_grad(dense, batch_axis=batch_axis, plan=plan)))
+        np.testing.assert_array_equal(bits(db), bits(dg.bias_grad(dense, batch_axis=batch_axis, plan=plan.sum)))
 
     holds()
 
@@ -320,7 +321,7 @@ def test_a_long_batch_is_cut_into_parts(xp):
     dz, db = dg.activation_grad(*on(xp, 2 * np.ones_like(z), z), "relu")
     np.testing.assert_array_equal(host(db), [5000, 5000, 5000, 2500, 5000, 5000, 5000])
     assert host(dz)[:2, 3].tolist() == [0, 2]
-    assert plan_upstream(2500, 7, "float32", "flat").parts > 1
+    assert plan_upstream(2500, 7, "float32", "flat", "relu").sum.parts > 1
 
 
 @pytest.mark.parametrize("batch_axis", [0, 1])
@@ -388,8 +389,16 @@ WRONG = {
         a[:4].copy(), sample_weight=a[0], out=dg.OutputGrads(db=a[0]))),
     "nothing to add to": (OutError, "accumulate=True adds into out.db", lambda a: dg.activation_grad(a, a, "relu", accumulate=True)),
     "not a tuple": (TypeError, r"out must be OutputGrads\(dz=, db=\)", lambda a: dg.activation_grad(a, a, "relu", out=a)),
-    "other plan": (PlanError, "plan was made for samples 7", lambda a: dg.activation_grad(
-        a, a, "relu", plan=replace(plan_upstream(6, 4, "float32", "flat"), samples=7))),
+    "other plan": (PlanError, r"plan.sum was made for samples 7, .*dataclasses.replace\(plan.sum, samples=6\)",
+                   lambda a: dg.activation_grad(a, a, "relu", plan=plan_upstream(7, 4, "float32", "flat", "relu"))),
+    "plan for another activation": (
+        PlanError, r'plan forms dz below gelu, but it is relu that lies above .*replace\(plan, above="relu"\)',
+        lambda a: dg.activation_grad(a, a, "relu", plan=plan_upstream(6, 4, "float32", "flat", "gelu"))),
+    "plan of a sum": (TypeError, r'plan must be an UpstreamPlan, .*; got BatchSumPlan .*UpstreamPlan\("relu", plan\)',
+                      lambda a: dg.activation_grad(a, a, "relu", plan=plan_upstream(6, 4, "float32", "flat", "relu").sum)),
+    "no plan": (TypeError, "plan must be an UpstreamPlan; got str", lambda a: dg.activation_grad(a, plan="fast")),
+    "plan of dz for a sum": (TypeError, "plan must be a BatchSumPlan; got UpstreamPlan", lambda a: dg.bias_grad(
+        a, plan=plan_upstream(6, 4, "float32", "flat", "relu"))),
 }
 
 
@@ -403,8 +412,59 @@ def test_mistakes_are_answered_before_anything_runs(mistake, xp):
     np.testing.assert_array_equal(host(array), before)
 
 
-def test_a_plan_whose_lines_are_folded_otherwise_is_refused(xp):
-    plan = plan_upstream(64, 4, "float32", "features_first")
-    with pytest.raises(PlanError, match="folders must be threads_x, 32, and runs_per_block the 2 lanes"):
-        dg.activation_grad(xp.asarray(data((4, 64), "float32")), sample_weight=xp.asarray(np.ones(64, "float32")), batch_axis=1,
-                           plan=replace(plan, folders=16))
+@pytest.mark.parametrize(("layout", "change", "message"), [
+    ("features_first", {"folders": 16}, "folders of the sum must be 32; got 16"),
+    ("features_first", {"runs_per_block": 4}, "runs_per_block of the sum must be 2; got 4"),
+    ("flat", {"in_flight": 4}, "in_flight of the sum must be 2; got 4"),
+    ("flat", {"vectors": 2}, "vectors of the sum must be 1; got 2"),
+    ("flat", {"compensated": True}, "compensated of the sum must be False; got True"),
+    ("flat", {"layout": "flat", "threads_x": 4, "lanes": 1}, 'the layout of the sum must be "rows" or "features_first"'),
+])
+def test_sums_that_no_kernel_carries_out_are_refused(layout, change, message):
+    plan = plan_upstream(64, 4, "float32", layout, "relu")
+    with pytest.raises(PlanError, match=message):
+        UpstreamPlan("relu", replace(plan.sum, **change))
+
+
+def test_a_plan_for_nothing_that_lies_above_is_refused():
+    with pytest.raises(PlanError, match=r"above must be one of identity, relu, .* or cross_entropy; got 'softmax'"):
+        UpstreamPlan("softmax", plan_upstream(6, 4, "float32", "flat", "relu").sum)
+
+
+@pytest.mark.parametrize(("above", "dtype", "layout", "outputs", "elements", "threads"), [
+    ("identity", "float32", "rows", 3072, 4, 1536), ("identity", "float32", "features_first", 3072, 4, 1024),
+    ("relu", "bfloat16", "rows", 3072, 8, 1024), ("gelu", "bfloat16", "rows", 3072, 8, 512),
+    ("gelu", "bfloat16", "rows", 10, 2, 1024), ("cross_entropy", "float32", "rows", 3072, 4, 1024),
+])
+def test_registers_leave_room_for_threads(above, dtype, layout, outputs, elements, threads):
+    """Exponentials of eight elements take most, one matrix alone takes fewest."""
+    plan = plan_upstream(8192, outputs, dtype, layout, above)
+    assert plan.elements == elements
+    # As many whole blocks as have room.
+    assert plan.blocks_per_multiprocessor == threads // plan.threads
+
+
+@pytest.mark.parametrize(("above", "words"), [
+    ("identity", "da is read once, dz is written once: 201326592 bytes"),
+    ("gelu", "da and z are read once, dz is written once: 301989888 bytes"),
+    ("cross_entropy", "reads z for each sample's log-sum-exp, by blocks of 8 samples and 32 threads for each"),
+])
+def test_a_plan_says_what_is_formed_and_what_it_takes(above, words):
+    plan = plan_upstream(8192, 3072, "float32", "rows", above)
+    said = plan.explain()
+    assert said.startswith(f"dz of 8192 samples of 3072 outputs, float32, rows, below {above}: formed, written and summed")
+    for fact in (words, "4 elements a thread, in accesses of 16 bytes", f"blocks of {plan.threads} threads",
+                 f"{plan.shared_bytes} bytes of shared memory", f"{plan.blocks_per_multiprocessor} blocks a multiprocessor",
+                 f"workspace of {plan.sum.workspace_bytes} bytes", f"longest chain of additions {plan.chain}"):
+        assert fact in said
+
+
+def test_what_is_launched_is_what_the_plan_says(xp):
+    z, labels = data((37, 9), "float32"), np.zeros(37, "int64")
+    plan = small_plan("cross_entropy", 37, 9, "float32", False, parts=2)
+    with recorded() as launches:
+        dg.cross_entropy_grad(*on(xp, z, labels), plan=plan)
+    threads, samples = plan.log_sum_exp_block
+    assert [(one.kernel, one.grid, one.block, one.plan) for one in launches] == [
+        ("log_sum_exp", (-(-37 // samples),), threads * samples, plan), ("upstream_sum", plan.grid, plan.threads, plan),
+        ("sum_strided", plan.sum.second.grid, plan.sum.second.threads, plan.sum.second)]

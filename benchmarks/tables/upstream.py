@@ -49,13 +49,17 @@ class Formed:
         """Execute it, and check that db is the sum of dz."""
         import cupy
 
-        plan = plan_upstream(self.samples, self.outputs, self.dtype, "features_first" if self.batch_axis else "flat")
-        if plan.layout == "features_first":
-            part = replace(plan, outputs=min(self.outputs, plan.runs_per_block))
-        elif self.outputs > plan.tile:
-            part = replace(plan, outputs=plan.tile)
+        activation = "identity" if self.above == "weights" else self.above
+        plan = plan_upstream(self.samples, self.outputs, self.dtype, "features_first" if self.batch_axis else "flat",
+                             activation)
+        whole = plan.sum
+        if plan.features_first:
+            part = replace(whole, outputs=min(self.outputs, whole.runs_per_block))
+        elif self.outputs > whole.tile:
+            part = replace(whole, outputs=whole.tile)
         else:
-            part = replace(plan, samples=min(self.samples, 8 * plan.samples_per_part))
+            part = replace(whole, samples=min(self.samples, 8 * whole.samples_per_part))
+        plan = replace(plan, sum=part)
         shape = (part.outputs, part.samples) if self.batch_axis else (part.samples, part.outputs)
         draw = np.random.default_rng(0)
         above, z = (cupy.asarray(draw.integers(-2, 3, shape).astype(dtype_of(self.dtype))) for _ in range(2))
@@ -65,11 +69,11 @@ class Formed:
 
         def call() -> None:
             if self.above == "cross_entropy":
-                results.append(dg.cross_entropy_grad(z, labels, batch_axis=self.batch_axis, plan=part))
+                results.append(dg.cross_entropy_grad(z, labels, batch_axis=self.batch_axis, plan=plan))
             else:
-                activation = None if self.above == "weights" else self.above
-                results.append(dg.activation_grad(above, z if activation else None, activation, sample_weight=weights,
-                                                  batch_axis=self.batch_axis, plan=part))
+                given = None if activation == "identity" else z
+                results.append(dg.activation_grad(above, given, activation, sample_weight=weights,
+                                                  batch_axis=self.batch_axis, plan=plan))
 
         counts = total(machine.count(call))
         dz, db = (np.asarray(result.get(), float) for result in results[0])
@@ -77,9 +81,9 @@ class Formed:
             raise SystemExit(f"{self.name}: db is not the sum of dz")
         matrix = part.samples * part.outputs * ITEM_BYTES[self.dtype] / 32
         return {
-            "shape": f"{self.samples}x{self.outputs}", "dtype": self.dtype, "above": self.above, "layout": plan.layout,
-            "cut": "" if part == plan else f"{part.samples}x{part.outputs}", "kernels": counts.kernel,
-            "blocks": plan.grid[0] * plan.grid[1], "threads": plan.threads,
+            "shape": f"{self.samples}x{self.outputs}", "dtype": self.dtype, "above": self.above, "layout": whole.layout,
+            "cut": "" if part == whole else f"{part.samples}x{part.outputs}", "kernels": counts.kernel,
+            "blocks": whole.grid[0] * whole.grid[1], "threads": whole.threads,
             "wide_loads": counts.wide_loads, "read": counts.load_sectors / matrix, "written": counts.store_sectors / matrix,
             "moved": (counts.load_sectors + counts.store_sectors) / matrix, "active_lanes": counts.active_lanes,
             "shared_load_degree": counts.shared_load_degree, "shared_store_degree": counts.shared_store_degree,

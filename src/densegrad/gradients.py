@@ -347,7 +347,7 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     if "db" in needed:
         targets["db"] = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
     if "db" in needed or above.arguments:
-        steps["db"] = (upstream_plan if above.arguments else _bias_plan)(plans.db, inputs)
+        steps["db"] = upstream_plan(plans.db, inputs, above) if above.arguments else _bias_plan(plans.db, inputs)
     check_apart(list(targets.values()))
     rides = not above.arguments and {"dw", "db"} <= needed and plans.db is None and bias_rides_along(steps["dw"])
     with launch.session(inputs, stream) as session:

@@ -12,6 +12,7 @@ import numpy as np
 
 from .operands import Argument, Inputs, Operand, Target
 from .plans import (
+    CROSS_ENTROPY,
     ITEM_BYTES,
     MATMUL_TILES,
     TENSOR_CORE_CAPABILITY,
@@ -20,8 +21,8 @@ from .plans import (
     MatmulPlan,
     TensorCorePlan,
     Tiling,
+    UpstreamPlan,
     accumulator_of,
-    log_sum_exp_block,
     plan_batch_sum,
     plan_upstream,
     transposed_tile,
@@ -250,49 +251,43 @@ def _launch_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, tar
     session.launch(kernel, grid, plan.threads, arguments + written, plan)
 
 
-def run_upstream(session: Session, plan: BatchSumPlan, above: str, parameter: float, gradient: Operand | None,
+def run_upstream(session: Session, plan: UpstreamPlan, parameter: float, gradient: Operand | None,
                  z: Operand | None, dz: Operand, result: Operand, *, weights: Operand | None = None,
                  labels: Operand | None = None, ignored: int = 0, alpha: float = 1.0, accumulate: bool = False) -> None:
-    """dz = alpha * weights * what `above`, an activation or cross-entropy, makes of the gradient and z, and result its sum.
+    """dz = alpha * weights * what the plan's activation or cross-entropy makes of the gradient and z, result its sum.
 
-    All but result (1, outputs) are (samples, outputs), weights and labels (samples, 1). With accumulate, the sum is added
-    into result.
+    All but result (1, outputs) are (samples, outputs), weights and labels (samples, 1). With accumulate, the sum is
+    added into result.
     """
     if not dz.cols or (accumulate and not dz.rows):
         return
     from .kernels.log_sum_exp import make_log_sum_exp
     from .kernels.upstream import make_upstream_sum
 
-    second, features_first, wide = plan.second, plan.layout == "features_first", np.dtype(plan.accumulator).type
+    cut, second, features_first = plan.sum, plan.sum.second, plan.features_first
     totals: Operand | None = None
-    if gradient is None and z is not None:
-        adders, rows = log_sum_exp_block(dz.rows, dz.cols, features_first)
-        totals = session.scratch("totals", 2, max(dz.rows, 1), plan.accumulator)
-        session.launch(make_log_sum_exp(plan.dtype, plan.accumulator, adders, rows, features_first),
+    if plan.above == CROSS_ENTROPY and z is not None:
+        adders, rows = plan.log_sum_exp_block
+        totals = session.scratch("totals", 2, max(dz.rows, 1), cut.accumulator)
+        session.launch(make_log_sum_exp(cut.dtype, cut.accumulator, adders, rows, features_first),
                        (max(-(-dz.rows // rows), 1),), adders * rows,
                        (z.address, z.row_stride, z.col_stride, dz.rows, dz.cols, totals.address), plan)
-    # Threads of narrow rows take as few elements as leave none without: a power of two.
-    elements = plan.vector if features_first else min(plan.vector, 1 << (-(-plan.outputs // plan.threads_x) - 1).bit_length())
-    width = min((matrix.T if features_first else matrix).access(elements)
+    width = min((matrix.T if features_first else matrix).access(plan.elements)
                 for matrix in (gradient, z, dz) if matrix is not None)
     of_pieces = weights is not None and features_first and weights.T.access(width) == width
-    # How many threads the registers leave room for: exponentials of eight elements take many, one matrix alone takes few.
-    simple = above in ("identity", "relu", "leaky_relu")
-    resident = 1024 if simple or elements < 8 else 512
-    if above == "identity" and elements < 8 and not features_first:
-        resident = min(16 * plan.threads, 1536)
-    target = result if second is None else _parts_of_sum(session, plan, second)
-    kernel = make_upstream_sum(above, plan.dtype, plan.accumulator, target.dtype, elements, width, plan.threads_x, plan.lanes,
-                               features_first, max(1, resident // plan.threads),
-                               weights.dtype if weights else "", width if of_pieces else 1, labels.dtype if labels else "",
-                               accumulate and second is None, second is not None)
+    target = result if second is None else _parts_of_sum(session, cut, second)
+    kernel = make_upstream_sum(plan.above, cut.dtype, cut.accumulator, target.dtype, plan.elements, width, cut.threads_x,
+                               cut.lanes, features_first, plan.blocks_per_multiprocessor,
+                               weights.dtype if weights else "", width if of_pieces else 1,
+                               labels.dtype if labels else "", accumulate and second is None, second is not None)
+    wide = np.dtype(cut.accumulator).type
 
     def placed(matrix: Operand | None) -> tuple:
         return (matrix.address, matrix.row_stride, matrix.col_stride) if matrix else (0, 0, 0)
 
     session.launch(kernel, plan.grid, plan.threads, (
         *placed(gradient), *placed(z), *placed(dz), *placed(weights)[:2], *placed(labels)[:2], *placed(totals)[:1], ignored,
-        wide(parameter), wide(alpha), dz.rows, dz.cols, plan.samples_per_part, target.address,
+        wide(parameter), wide(alpha), dz.rows, dz.cols, cut.samples_per_part, target.address,
         target.row_stride if second else 0, target.col_stride), plan)
     if second is not None:
         _launch_batch_sum(session, second, target, result, accumulate, 1.0)
@@ -433,10 +428,11 @@ class _Catalogue(Session):
         turned = layout == "features_first"
         matrix = Operand("dz", None, 0, dtype, samples, outputs, *((1, samples) if turned else (outputs, 1)))
         column = Operand("weights", None, 0, weights or "int64", samples, 1, 1, 1)
-        labels = above == "cross_entropy"
-        run_upstream(self, plan_upstream(samples, outputs, dtype, layout), above, 0.0, None if labels else matrix,
-                     None if above == "identity" else matrix, matrix, Operand("db", None, 0, dtype, 1, outputs, outputs, 1),
-                     weights=column if weights else None, labels=replace(column, dtype="int64") if labels else None)
+        labels = above == CROSS_ENTROPY
+        run_upstream(self, plan_upstream(samples, outputs, dtype, layout, above), 0.0, None if labels else matrix,
+                     None if above == "identity" else matrix, matrix,
+                     Operand("db", None, 0, dtype, 1, outputs, outputs, 1), weights=column if weights else None,
+                     labels=replace(column, dtype="int64") if labels else None)
 
 
 def kernel_variants() -> dict[str, Variant]:

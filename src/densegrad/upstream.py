@@ -21,9 +21,7 @@ from .operands import (
     accept_tuple,
     check_apart,
 )
-from .plans import BatchSumPlan, check_plan, plan_upstream
-
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh")
+from .plans import ACTIVATIONS, CROSS_ENTROPY, BatchSumPlan, UpstreamPlan, check_plan, plan_upstream
 
 
 class OutputGrads(NamedTuple):
@@ -49,7 +47,7 @@ class Above:
         """The arrays that it reads beside the gradient."""
         return tuple(argument for argument in (self.z, self.weights, self.labels) if argument is not None)
 
-    def run(self, session: launch.Session, plan: BatchSumPlan, dz: Operand, db: Operand, alpha: float,
+    def run(self, session: launch.Session, plan: UpstreamPlan, dz: Operand, db: Operand, alpha: float,
             accumulate: bool) -> None:
         """Form dz and sum it into db."""
         def placed(argument: Argument | None) -> Operand | None:
@@ -57,7 +55,7 @@ class Above:
 
         source = session.place(session.inputs.dz)
         z, gradient = (source, None) if self.labels is not None else (placed(self.z), source)
-        launch.run_upstream(session, plan, self.name, self.parameter, gradient, z, dz, db, weights=placed(self.weights),
+        launch.run_upstream(session, plan, self.parameter, gradient, z, dz, db, weights=placed(self.weights),
                             labels=placed(self.labels), ignored=self.ignored, alpha=alpha, accumulate=accumulate)
 
 
@@ -83,26 +81,32 @@ def accept_activation(inputs: Inputs, activation: str | None, z: Any, batch_axis
                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs))
 
 
-def upstream_plan(plan: BatchSumPlan | None, inputs: Inputs) -> BatchSumPlan:
-    """The plan that a user passed, checked, or the one for these inputs.
+def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: Above) -> UpstreamPlan:
+    """The plan that a user passed, checked, or the one for these inputs and what lies above them.
 
     Raises
     ------
     PlanError, TypeError
-        If it was made for other sizes, or is no plan of a sum.
+        If it was made for other sizes or something else above, or is no plan of forming dz.
     """
-    usual = plan_upstream(inputs.samples, inputs.out_features, inputs.dtype, inputs.dz.layout)
-    sizes = {name: getattr(usual, name) for name in ("samples", "outputs", "dtype", "layout", "vectors", "compensated")}
-    plan = check_plan(plan, BatchSumPlan, sizes) or usual
-    if plan.layout == "features_first" and (plan.folders, plan.runs_per_block) != (plan.threads_x, plan.lanes):
-        raise PlanError(f"plan: to form dz with samples side by side, folders must be threads_x, {plan.threads_x}, and "
-                        f"runs_per_block the {plan.lanes} lanes; got {plan.folders} and {plan.runs_per_block}")
+    usual = plan_upstream(inputs.samples, inputs.out_features, inputs.dtype, inputs.dz.layout, above.name)
+    if plan is None:
+        return usual
+    if isinstance(plan, BatchSumPlan):
+        raise TypeError("plan must be an UpstreamPlan, which says what dz is formed from; got BatchSumPlan (pass "
+                        f'densegrad.plans.UpstreamPlan("{above.name}", plan))')
+    check_plan(plan, UpstreamPlan, {})
+    if plan.above != above.name:
+        raise PlanError(f"plan forms dz below {plan.above}, but it is {above.name} that lies above (make one for "
+                        f'that, for example with dataclasses.replace(plan, above="{above.name}"))')
+    sizes = {name: getattr(usual.sum, name) for name in ("samples", "outputs", "dtype", "layout")}
+    check_plan(plan.sum, BatchSumPlan, sizes, "plan.sum")
     return plan
 
 
 def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sample_weight: Any = None,
                     negative_slope: float = 0.01, batch_axis: int = 0, keepdims: bool = False, alpha: float = 1.0,
-                    out: OutputGrads | None = None, accumulate: bool = False, plan: BatchSumPlan | None = None,
+                    out: OutputGrads | None = None, accumulate: bool = False, plan: UpstreamPlan | None = None,
                     stream: Any = None) -> OutputGrads:
     """Gradients of the loss below an activation a = f(z), and of the bias, in one pass over memory.
 
@@ -131,7 +135,7 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
         Where to write dz and db. `out.dz` has the dtype of da, and may be da or z itself.
     accumulate : bool
         Whether db is added into `out.db`; dz is overwritten always.
-    plan : BatchSumPlan, optional
+    plan : UpstreamPlan, optional
         How to cut the work, instead of what `plans.plan_upstream` says.
     stream : CuPy stream, Numba stream, int or object with `__cuda_stream__`, optional
         Where to queue the work instead of CuPy's current stream. Nothing is synchronised.
@@ -149,7 +153,7 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
     Notes
     -----
     Computed in float32, in float64 for float64, and rounded once; db is the sum of dz as it is stored, with the bits that
-    `bias_grad(dz, plan=plan)` has. Each element of da and z is read once and each of dz written once. Equal inputs give equal
+    `bias_grad(dz, plan=plan.sum)` has. Each element of da and z is read once and each of dz written once. Equal inputs give equal
     bits on every run; on different devices too for identity, relu and leaky_relu, while exponentials may differ in their last
     bits between the simulator and GPUs. relu has derivative 0 at 0; where z is NaN, relu passes da on, leaky_relu
     scales it, and the others give NaN. A new dz has the memory order of da; z or `out.dz` in another order
@@ -170,7 +174,7 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
 
 def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_smoothing: float = 0.0,
                        sample_weight: Any = None, batch_axis: int = 0, keepdims: bool = False, alpha: float = 1.0,
-                       out: OutputGrads | None = None, accumulate: bool = False, plan: BatchSumPlan | None = None,
+                       out: OutputGrads | None = None, accumulate: bool = False, plan: UpstreamPlan | None = None,
                        stream: Any = None) -> OutputGrads:
     """Gradients of softmax cross-entropy with respect to a layer's output, the logits, and its bias.
 
@@ -222,21 +226,21 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
         raise ValueError(f"label_smoothing must be between 0 and 1; got {label_smoothing}")
     ignore_index = accept_integer("ignore_index", ignore_index)
     inputs = accept(dz=z, batch_axis=batch_axis, name="z")
-    above = Above("cross_entropy", label_smoothing, None,
+    above = Above(CROSS_ENTROPY, label_smoothing, None,
                   None if sample_weight is None else accept_sample_weight(sample_weight, inputs),
                   accept_labels(labels, inputs, batch_axis, ignore_index, sample_weight), ignore_index)
     return _output_grads(inputs, above, batch_axis, keepdims, alpha, out, accumulate, plan, stream)
 
 
 def _output_grads(inputs: Inputs, above: Above, batch_axis: int, keepdims: bool, alpha: float, out: Any, accumulate: bool,
-                  plan: BatchSumPlan | None, stream: Any) -> OutputGrads:
+                  plan: UpstreamPlan | None, stream: Any) -> OutputGrads:
     alpha, outs = accept_number("alpha", alpha), accept_tuple("out", out, OutputGrads)
     inputs = replace(inputs, beside=above.arguments)
     dz = accept_out("out.dz", outs.dz, inputs, inputs.dz.memory.shape, False, in_place=(inputs.dz, above.z))
     dz = replace(dz, turned=inputs.dz.memory.shape != () and inputs.dz.layout == "features_first" and not batch_axis)
     db = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
     check_apart([dz, db])
-    plan = upstream_plan(plan, inputs)
+    plan = upstream_plan(plan, inputs, above)
     with launch.session(inputs, stream) as session:
         matrix = session.result(dz)
         above.run(session, plan, matrix.T if batch_axis else matrix, session.result(db), alpha, accumulate)

@@ -22,9 +22,11 @@ from .product import (
     tensor_core_candidates,
 )
 from .tiling import MODEL_MULTIPROCESSORS, MatmulCost, Tiling
-from .upstream import log_sum_exp_block, plan_upstream
+from .upstream import ACTIVATIONS, CROSS_ENTROPY, UpstreamPlan, log_sum_exp_block, plan_upstream
 
 __all__ = [
+    "ACTIVATIONS",
+    "CROSS_ENTROPY",
     "DYNAMIC_SHARED_BYTES",
     "GRID_Y",
     "ITEM_BYTES",
@@ -40,6 +42,7 @@ __all__ = [
     "MatmulPlan",
     "TensorCorePlan",
     "Tiling",
+    "UpstreamPlan",
     "accumulator_of",
     "bias_rides_along",
     "check_plan",

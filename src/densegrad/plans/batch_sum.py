@@ -6,7 +6,7 @@ from functools import cached_property, lru_cache
 from math import gcd, isqrt
 
 from ..errors import PlanError
-from .common import ITEM_BYTES, accumulator_of, ceil_div, power_of_two
+from .common import ITEM_BYTES, accumulator_of, ceil_div, nth, power_of_two
 
 #: How the matrix of (samples, outputs) lies in memory: outputs side by side; that without gaps between the samples;
 #: samples side by side.
@@ -188,30 +188,40 @@ class BatchSumPlan:
         """The plan in words, with reasons."""
         item = ITEM_BYTES[self.dtype]
         if self.layout == "rows":
-            how = (f"{self.lanes} lanes of {self.threads_x} threads: a lane adds every {_nth(self.lanes)} sample of "
+            how = (f"{self.lanes} lanes of {self.threads_x} threads: a lane adds every {nth(self.lanes)} sample of "
                    f"its part, {self.tile * item} contiguous bytes of it (32 fewer where rows begin between multiples "
                    f"of 32 bytes), {self.in_flight} samples in flight; the lanes are added in order")
         else:
-            what = f"the samples of {self.runs_per_block} outputs, {self.lanes} of them at a time"
+            source = f"the samples of {self.runs_per_block} outputs, {self.lanes} of them at a time"
             if self.layout == "flat":
-                what = f"the matrix as one run, whose columns repeat every {self.outputs} elements"
-            how = (f"a block reads {what}, in lines of {self.tile * item} contiguous bytes, {self.in_flight} in "
+                source = f"the matrix as one run, whose columns repeat every {self.outputs} elements"
+            how = (f"a block reads {source}, in lines of {self.tile * item} contiguous bytes, {self.in_flight} in "
                    f"flight; {self.folders} threads fold the sums of a line")
-        lines = [f"sum of {self.samples} samples of {self.outputs} outputs, {self.dtype}, {self.layout}: each element "
-                 f"read once, {self.samples * self.outputs * item} bytes",
-                 how,
-                 f"grid {self.grid[0]} x {self.grid[1]} blocks of {self.threads} threads, {self.shared_bytes} bytes of "
-                 f"shared memory; registers for {self.blocks_per_multiprocessor} blocks a multiprocessor"]
-        if self.second:
-            lines.append(f"{self.parts} parts of {self.samples_per_part} samples, so that the blocks fill a GPU; a "
-                         f"second launch adds them from a workspace of {self.workspace_bytes} bytes")
-        rounding = f"{self.chain + 1} u sum |dz|"
-        if self.compensated:
-            lines.append("compensated: what additions round away is added up beside the sums, 7 additions for one")
-            rounding = f"({self.chain + 1} u)^2 sum |dz|"
-        lines.append(f"sums in {self.accumulator}; longest chain of additions {self.chain}: |error| <= {rounding}, "
-                     "then the result is rounded")
-        return "\n".join(lines)
+        what = (f"sum of {self.samples} samples of {self.outputs} outputs, {self.dtype}, {self.layout}: each element "
+                f"read once, {self.samples * self.outputs * item} bytes")
+        blocks = explain_blocks(self.grid, self.threads, self.shared_bytes, self.blocks_per_multiprocessor)
+        return "\n".join([what, how, blocks, *explain_sums(self)])
+
+
+def explain_blocks(grid: tuple[int, int], threads: int, shared_bytes: int, blocks_per_multiprocessor: int) -> str:
+    """What a launch takes, in words."""
+    return (f"grid {grid[0]} x {grid[1]} blocks of {threads} threads, {shared_bytes} bytes of shared memory; registers "
+            f"for {blocks_per_multiprocessor} blocks a multiprocessor")
+
+
+def explain_sums(plan: BatchSumPlan) -> list[str]:
+    """The parts of the batch and the rounding of the sums, in words."""
+    lines = []
+    if plan.second:
+        lines.append(f"{plan.parts} parts of {plan.samples_per_part} samples, so that the blocks fill a GPU; a second "
+                     f"launch adds them from a workspace of {plan.workspace_bytes} bytes")
+    rounding = f"{plan.chain + 1} u sum |dz|"
+    if plan.compensated:
+        lines.append("compensated: what additions round away is added up beside the sums, 7 additions for one")
+        rounding = f"({plan.chain + 1} u)^2 sum |dz|"
+    lines.append(f"sums in {plan.accumulator}; longest chain of additions {plan.chain}: |error| <= {rounding}, then the "
+                 "result is rounded")
+    return lines
 
 
 #: Blocks of 256 threads for large sums: two at least for each of 132 multiprocessors, and six at most for each of 108.
@@ -328,7 +338,3 @@ def _flat_threads(samples: int, outputs: int, dtype: str) -> int:
 def _folders(copies: int) -> int:
     """Threads that fold so many copies, so that neither they nor the one that adds them up has much to do."""
     return min(32, power_of_two(isqrt(copies) // 2 + 1))
-
-
-def _nth(number: int) -> str:
-    return f"{number}{'th' if 10 < number % 100 < 20 else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"

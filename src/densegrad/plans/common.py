@@ -15,8 +15,8 @@ def accumulator_of(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def check_plan(plan: Any, kind: type | tuple[type, ...], sizes: dict[str, Any]) -> Any:
-    """The plan that a user passed, or None.
+def check_plan(plan: Any, kind: type | tuple[type, ...], sizes: dict[str, Any], name: str = "plan") -> Any:
+    """The plan that a user passed under this name, or None.
 
     Raises
     ------
@@ -29,11 +29,12 @@ def check_plan(plan: Any, kind: type | tuple[type, ...], sizes: dict[str, Any]) 
         return None
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(plan, kinds):
-        raise TypeError(f"plan must be a {' or a '.join(kind.__name__ for kind in kinds)}; got {type(plan).__name__}")
-    for name, wanted in sizes.items():
-        if getattr(plan, name) != wanted:
-            raise PlanError(f"plan was made for {name} {getattr(plan, name)}, but the inputs have {wanted} (make one "
-                            f"for them, for example with dataclasses.replace(plan, {name}={wanted!r}))")
+        wanted = " or ".join(f"a{'n' * kind.__name__.startswith('U')} {kind.__name__}" for kind in kinds)
+        raise TypeError(f"{name} must be {wanted}; got {type(plan).__name__}")
+    for size, wanted in sizes.items():
+        if getattr(plan, size) != wanted:
+            raise PlanError(f"{name} was made for {size} {getattr(plan, size)}, but the inputs have {wanted} (make one "
+                            f"for them, for example with dataclasses.replace({name}, {size}={wanted!r}))")
     return plan
 
 
@@ -45,3 +46,8 @@ def ceil_div(length: int, step: int) -> int:
 def power_of_two(number: int) -> int:
     """The smallest power of two that is not smaller."""
     return 1 << (number - 1).bit_length()
+
+
+def nth(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, ..."""
+    return f"{number}{'th' if 10 < number % 100 < 20 else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"

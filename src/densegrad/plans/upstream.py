@@ -1,12 +1,142 @@
 """Plans of dL/dZ: how it is formed from what lies above the layer, and summed to dL/db on the way."""
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
-from .batch_sum import MOST_BLOCKS, SMALL, BatchSumPlan, steps_of_a_part, worthy_blocks
-from .common import ITEM_BYTES, ceil_div, power_of_two
+from ..errors import PlanError
+from .batch_sum import (
+    MOST_BLOCKS,
+    SMALL,
+    BatchSumPlan,
+    explain_blocks,
+    explain_sums,
+    steps_of_a_part,
+    worthy_blocks,
+)
+from .common import ITEM_BYTES, ceil_div, nth, power_of_two
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh")
+#: what lies above beside activations: softmax and cross-entropy
+CROSS_ENTROPY = "cross_entropy"
+#: whose derivatives take no exponentials
+_WITHOUT_EXPONENTIALS = ("identity", "relu", "leaky_relu")
+
+
+@dataclass(frozen=True)
+class UpstreamPlan:
+    """How dZ (samples, outputs) is formed from what lies above it, written, and summed over the samples in one pass.
+
+    Parameters
+    ----------
+    above : str
+        What lies above the layer: one of ACTIVATIONS, or CROSS_ENTROPY.
+    sum : BatchSumPlan
+        How the work is cut, and the order of additions: dL/db has the bits of `bias_grad(dz, plan=plan.sum)`. Its layout
+        is "rows" or "features_first", and a thread has one vector of each of two steps under way.
+
+    Raises
+    ------
+    PlanError
+        If no kernel can carry it out.
+    """
+
+    above: str
+    sum: BatchSumPlan
+
+    def __post_init__(self) -> None:
+        if self.above not in (*ACTIVATIONS, CROSS_ENTROPY):
+            raise PlanError(f"plan: above must be one of {', '.join(ACTIVATIONS)} or {CROSS_ENTROPY}; "
+                            f"got {self.above!r}")
+        if self.sum.layout == "flat":
+            raise PlanError('plan: to form dz, the layout of the sum must be "rows" or "features_first"; got "flat"')
+        wanted = {"vectors": 1, "in_flight": 2, "compensated": False}
+        if self.features_first:
+            wanted |= {"folders": self.sum.threads_x, "runs_per_block": self.sum.lanes}
+        for name, value in wanted.items():
+            if getattr(self.sum, name) != value:
+                raise PlanError(f"plan: to form dz in {self.sum.layout} by {self.sum.lanes} lanes of "
+                                f"{self.sum.threads_x} threads, {name} of the sum must be {value}; got "
+                                f"{getattr(self.sum, name)} (dataclasses.replace(plan, {name}={value}) makes it so)")
+        if self.shared_bytes > 49152:
+            raise PlanError(f"plan: at most 49152 bytes of shared memory; got {self.shared_bytes}")
+
+    @property
+    def features_first(self) -> bool:
+        """Whether the samples of an output lie side by side, and not the outputs of a sample."""
+        return self.sum.layout == "features_first"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.sum.threads
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks: (tiles of outputs, parts of the batch)."""
+        return self.sum.grid
+
+    @property
+    def elements(self) -> int:
+        """Elements of a thread in each step, which an access takes at most: fewer where rows are too narrow for all."""
+        if self.features_first:
+            return self.sum.vector
+        return min(self.sum.vector, power_of_two(ceil_div(self.sum.outputs, self.sum.threads_x)))
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        """How many blocks the registers have to leave room for.
+
+        Exponentials of eight elements take many registers, one matrix alone takes few.
+        """
+        if self.above == "identity" and self.elements < 8 and not self.features_first:
+            resident = min(16 * self.threads, 1536)
+        else:
+            resident = 1024 if self.above in _WITHOUT_EXPONENTIALS or self.elements < 8 else 512
+        return max(1, resident // self.threads)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: each thread's sums, and the folds of every output's."""
+        cells = self.threads * self.elements
+        if self.features_first:
+            cells += self.sum.lanes * (self.sum.threads_x + 1)
+        return cells * ITEM_BYTES[self.sum.accumulator]
+
+    @property
+    def log_sum_exp_block(self) -> tuple[int, int]:
+        """Of the launch before this one, below cross-entropy: (threads that add up one sample, samples of a block)."""
+        return log_sum_exp_block(self.sum.samples, self.sum.outputs, self.features_first)
+
+    @property
+    def chain(self) -> int:
+        """The longest chain of additions that an entry of dL/db goes through."""
+        return self.sum.chain
+
+    def explain(self) -> str:
+        """The plan in words, with reasons."""
+        cut, width = self.sum, self.elements * ITEM_BYTES[self.sum.dtype]
+        lines = [f"dz of {cut.samples} samples of {cut.outputs} outputs, {cut.dtype}, {cut.layout}, below {self.above}: "
+                 "formed, written and summed over the samples in one pass"]
+        reads, matrices = {"identity": ("da is", 2), CROSS_ENTROPY: ("z is", 2)}.get(self.above, ("da and z are", 3))
+        moved = matrices * cut.samples * cut.outputs * ITEM_BYTES[cut.dtype]
+        lines.append(f"{reads} read once, dz is written once: {moved} bytes")
+        if self.above == CROSS_ENTROPY:
+            threads, samples = self.log_sum_exp_block
+            lines.append(f"before that another launch reads z for each sample's log-sum-exp, by blocks of {samples} "
+                         f"samples and {threads} threads for each")
+        what = f"{self.elements} elements a thread, in accesses of {width} bytes where every matrix allows them"
+        if self.features_first:
+            lines.append(f"a block forms {cut.lanes} outputs, each by {cut.threads_x} threads side by side along the "
+                         f"samples: {what}; they fold the output's sums")
+        else:
+            lines.append(f"{cut.lanes} lanes of {cut.threads_x} threads: a lane forms every {nth(cut.lanes)} sample of "
+                         f"its part, {what}; the lanes are added in order")
+        lines.append("the next step's elements travel while dz is formed from this step's, and what is summed is dz as "
+                     "it is stored")
+        lines.append(explain_blocks(self.grid, self.threads, self.shared_bytes, self.blocks_per_multiprocessor))
+        return "\n".join(lines + explain_sums(cut))
 
 
 @lru_cache(maxsize=4096)
@@ -18,8 +148,9 @@ def log_sum_exp_block(samples: int, outputs: int, features_first: bool) -> tuple
     return (256, 1) if few else (32, 8)
 
 
-def plan_upstream(samples: int, outputs: int, dtype: str, layout: str) -> BatchSumPlan:
-    """The plan for forming dZ of these sizes in one of LAYOUTS, and summing it on the way.
+@lru_cache(maxsize=4096)
+def plan_upstream(samples: int, outputs: int, dtype: str, layout: str, above: str) -> UpstreamPlan:
+    """The plan for forming dZ of these sizes, in one of LAYOUTS, below one of ACTIVATIONS or CROSS_ENTROPY.
 
     A thread keeps the elements of two steps, so that 1,024 threads have as much under way as those of a sum.
     """
@@ -44,4 +175,5 @@ def plan_upstream(samples: int, outputs: int, dtype: str, layout: str) -> BatchS
     steps = ceil_div(rows, step)
     if not small:
         steps = steps_of_a_part(steps, ceil_div(worthy_blocks(rows * cols), tiles), MOST_BLOCKS // tiles)
-    return replace(plan, samples=samples, outputs=outputs, samples_per_part=min(rows, steps * step))
+    return UpstreamPlan(above, replace(plan, samples=samples, outputs=outputs,
+                                       samples_per_part=min(rows, steps * step)))
