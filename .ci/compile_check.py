@@ -1,8 +1,8 @@
 """Compiles every kernel variant and assembles it, without a GPU.
 
-Each variant is compiled to PTX for the least compute capability that has its instructions, which is refused if it has local
-memory, or float64 where neither operands nor result are. ptxas then assembles it for two of the architectures from there on in
-turn, for all of them with --all, and spills are refused.
+Each variant is compiled to PTX for the least compute capability that has its instructions, which is refused if it has
+local memory, or float64 where neither operands nor result are. ptxas then assembles it for two of the architectures
+from there on in turn, for all of them with --all, and spills are refused.
 """
 import argparse
 import os
@@ -22,8 +22,8 @@ def check(name: str, architectures: list[str]) -> str:
     from numba import cuda
 
     variant = variants()[name]
-    ptx, _ = cuda.compile(variant.kernel.py_func, variant.signature, cc=variant.min_cc, output="ptx", device=False, abi="numba",
-                          launch_bounds=(variant.threads, 1))
+    ptx, _ = cuda.compile(variant.kernel.py_func, variant.signature, cc=variant.min_cc, output="ptx", device=False,
+                          abi="numba", launch_bounds=(variant.threads, 1))
     ptx = ptx if isinstance(ptx, str) else ptx.decode()
     code = "\n".join(line.split("//")[0] for line in ptx.splitlines())
     if ".local" in code:
@@ -33,7 +33,8 @@ def check(name: str, architectures: list[str]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = pathlib.Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        able = [name for name in architectures if int(name.removeprefix("sm_")) >= 10 * variant.min_cc[0] + variant.min_cc[1]]
+        major, minor = variant.min_cc
+        able = [name for name in architectures if int(name.removeprefix("sm_")) >= 10 * major + minor]
         for architecture in able:
             done = subprocess.run([assembler(), "-v", f"-arch={architecture}", source, "-o", f"{folder}/out"],
                                   capture_output=True, text=True)
@@ -64,7 +65,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="assemble every variant for every architecture")
     everything = parser.parse_args().all
     names = list(variants())
-    chosen = [ARCHITECTURES if everything else [ARCHITECTURES[n % 7], ARCHITECTURES[(n + 3) % 7]] for n in range(len(names))]
+    chosen = [ARCHITECTURES if everything else [ARCHITECTURES[n % 7], ARCHITECTURES[(n + 3) % 7]]
+              for n in range(len(names))]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(check, names, chosen))
     for name, problem in zip(names, found, strict=True):

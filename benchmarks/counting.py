@@ -174,7 +174,7 @@ class Rehearsed:
         self.source = f"executed PTX, {self.capability}"
 
     def count(self, call: Callable[[], Any]) -> list[Counts]:
-        """Run a call and count what each of its launches does. Kernels that densegrad does not know go by their symbols."""
+        """Run a call and count what each of its launches does. Kernels not densegrad's own go by their symbols."""
         before = len(self._machine.launches)
         with recorded() as launches:
             call()

@@ -2,26 +2,27 @@
 
     result[m] = sum over s of source[s, m]      source (samples, outputs); for dL/db it is dZ
 
-Three kernels. `sum_strided` adds rows whose elements lie side by side, `sum_contiguous` adds runs along which the batch lies
-side by side, `add_parts` adds whole matrices that a split product left in a workspace.
+Three kernels. `sum_strided` adds rows whose elements lie side by side, `sum_contiguous` adds runs along which the batch
+lies side by side, `add_parts` adds whole matrices that a split product left in a workspace.
 
 How the work is cut
-    Every element is read once, in vectors of 16 bytes. Threads that sit side by side read memory that lies side by side; each
-    keeps one chain of additions for every column of its vectors and has several vectors in flight. The chains of a block
-    meet in shared memory. A long batch is cut into parts, one block each: their sums go to a workspace of one row for each
-    part, which a second launch of `sum_strided` adds.
+    Every element is read once, in vectors of 16 bytes. Threads that sit side by side read memory that lies side by
+    side; each keeps one chain of additions for every column of its vectors and has several vectors in flight. The
+    chains of a block meet in shared memory. A long batch is cut into parts, one block each: their sums go to a
+    workspace of one row for each part, which a second launch of `sum_strided` adds.
 Alignment
-    Vectors begin at multiples of 32 bytes, wherever the data begins: a row's vectors are shifted to the left by the elements
-    between such a place and its first column, and whoever reads the sums in shared memory reads as many places to the right.
-    Vectors that stick out of the data are read one element at a time, as far as they lie inside.
+    Vectors begin at multiples of 32 bytes, wherever the data begins: a row's vectors are shifted to the left by the
+    elements between such a place and its first column, and whoever reads the sums in shared memory reads as many places
+    to the right. Vectors that stick out of the data are read one element at a time, as far as they lie inside.
 Order of additions
     Set by the plan alone. The shift decides which thread adds a column, never in which order: the same numbers give the
     same bits wherever they lie.
 Bytes and flops
-    Reads samples * outputs elements and, where there are parts, 2 * parts * outputs accumulators more; that many additions.
+    Reads samples * outputs elements and, where there are parts, 2 * parts * outputs accumulators more; that many
+    additions.
 
-Source: Harris, "Optimizing Parallel Reduction in CUDA", 2007; Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM J.
-Sci. Comput. 26, 2005 (Sum2: the same sums as Neumaier's of 1974).
+Source: Harris, "Optimizing Parallel Reduction in CUDA", 2007; Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM
+J. Sci. Comput. 26, 2005 (Sum2: the same sums as Neumaier's of 1974).
 """
 from functools import cache
 
@@ -43,7 +44,7 @@ def _epilogue(accumulator, result):
 
 @cache
 def finish_column(accumulator, result, accumulate, compensated, partial):
-    """(sums of one column, target, index, lost step, alpha): writes alpha times the result, or a part's sum and what was lost."""
+    """(sums of one column, target, index, lost step, alpha): writes alpha times the result, or what a part sums to."""
     values = 1 + compensated
     wide = accumulator if partial else _epilogue(accumulator, result)
     tidy = primitives.tidy(wide, 1, compensated)
@@ -80,11 +81,13 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
     """The kernel that adds rows: source[s, m] lies at s * row_stride + m.
 
     Threads
-        threads_x side by side, times lanes. Lane y adds the rows y, y + lanes, ... of its part, `vectors` vectors of each row
-        and `in_flight` rows at a time; then the lanes are added in ascending order. Lanes are as many as 32 bytes have
-        elements or a multiple (or there is a row for each), so that a lane's shift is the same for all of its rows.
+        threads_x side by side, times lanes. Lane y adds the rows y, y + lanes, ... of its part, `vectors` vectors of
+        each row and `in_flight` rows at a time; then the lanes are added in ascending order. Lanes are as many as 32
+        bytes have elements or a multiple (or there is a row for each), so that a lane's shift is the same for all of
+        its rows.
     Grid
-        (tiles of columns, parts). A tile is tile_cols columns: all that a lane reads or, where rows are shifted, 32 bytes less.
+        (tiles of columns, parts). A tile is tile_cols columns: all that a lane reads or, where rows are shifted, 32
+        bytes less.
     Shared memory
         lanes * threads_x * vectors accumulators of 16 / itemsize each; twice that for compensated sums.
     """
@@ -153,24 +156,25 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
 
 
 @cache
-def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in_flight, folders, line_pitch, fold_pitch,
-                        blocks_per_multiprocessor, accumulate, compensated, partial):
-    """The kernel that adds along runs: element i of run r lies at r * run_stride + i and belongs to column r * period + i % period.
+def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in_flight, folders, line_pitch,
+                        fold_pitch, blocks_per_multiprocessor, accumulate, compensated, partial):
+    """The kernel that adds along runs: element i of run r belongs to column r * period + i % period.
 
-    With period 1 a run is one output's batch; with one run and period = outputs it is a whole matrix in C order.
+    It lies at r * run_stride + i. With period 1 a run is one output's batch; with one run and period = outputs it is a
+    whole matrix in C order.
 
     Threads
-        threads_x side by side on a run, times lanes, each of which has a run of its own. A line is what a lane reads at once,
-        a multiple of the period: a thread meets the same columns in every line. It adds the lines of its part in
-        ascending order, `in_flight` at a time. A shifted thread's first elements may belong to the line before; they are
-        left out at the start of the part and made up for at its end.
+        threads_x side by side on a run, times lanes, each of which has a run of its own. A line is what a lane reads at
+        once, a multiple of the period: a thread meets the same columns in every line. It adds the lines of its part in
+        ascending order, `in_flight` at a time. A shifted thread's first elements may belong to the line before; they
+        are left out at the start of the part and made up for at its end.
     Folding
         `folders` threads add every folders-th of a column's copies in a line, then one adds what the folders came to.
     Grid
         (groups of runs_per_block runs, parts).
     Shared memory
-        lanes * line_pitch and folders * period * fold_pitch accumulators; twice that for compensated sums. The pitches are such
-        that accesses which are served together meet different banks.
+        lanes * line_pitch and folders * period * fold_pitch accumulators; twice that for compensated sums. The pitches
+        are such that accesses which are served together meet different banks.
     """
     item = ITEM_BYTES[dtype]
     vector, sector = VECTOR_BYTES // item, SECTOR_BYTES // item
@@ -261,9 +265,9 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
 def make_add_parts(accumulator, result, access, threads, accumulate):
     """The kernel that adds `parts` matrices of (rows, cols) accumulators in ascending order, `in_flight` at a time.
 
-    Part p of element (r, c) lies at p * part_stride + r * row_pitch + c of the workspace, row_pitch a multiple of 16 bytes;
-    the result, alpha * sum (+ result, if accumulate), at r * row_stride + c * col_stride. It is stored `access` columns at a
-    time: more than one only where col_stride is 1 and all of the result is aligned to that.
+    Part p of element (r, c) lies at p * part_stride + r * row_pitch + c of the workspace, row_pitch a multiple of 16
+    bytes; the result, alpha * sum (+ result, if accumulate), at r * row_stride + c * col_stride. It is stored `access`
+    columns at a time: more than one only where col_stride is 1 and all of the result is aligned to that.
 
     Threads
         One for each vector of 16 bytes of a row.

@@ -4,10 +4,10 @@
     result[1, s] = log(sum over m of exp(z[s, m] - result[0, s]))               result (2, samples)
 
 How the work is cut
-    A block has a few samples, and `adders` threads for each: thread a adds the outputs a, a + adders, ..., keeping the largest
-    value so far and the sum of the exponentials of what the others are less than it; the first thread merges them in order.
-    The threads that lie side by side are those of one sample where outputs are contiguous, else those of neighbouring
-    samples: memory is read in whole lines.
+    A block has a few samples, and `adders` threads for each: thread a adds the outputs a, a + adders, ..., keeping the
+    largest value so far and the sum of the exponentials of what the others are less than it; the first thread merges
+    them in order. The threads that lie side by side are those of one sample where outputs are contiguous, else those of
+    neighbouring samples: memory is read in whole lines.
 Threads
     adders * samples of the block.
 Grid

@@ -5,18 +5,18 @@
     result[m] = sum over s of dZ[s, m]                                        all matrices (samples, outputs)
 
 softmax(Z[s])[m] = exp(Z[s, m] - largest[s] - log_total[s]), which log_sum_exp finds. target[s, m] is 1 - smoothing +
-smoothing / outputs where m is the label of s, smoothing / outputs elsewhere. Samples that are left out, by their label or by
-a mask, have a dZ of zero whatever all else is.
+smoothing / outputs where m is the label of s, smoothing / outputs elsewhere. Samples that are left out, by their label
+or by a mask, have a dZ of zero whatever all else is.
 
 How the work is cut
     One pass: every element is read once, and dZ is written while it is summed. Blocks walk down the batch like those of
-    batch_sum: each has one part of it and one tile of outputs. The next elements are on their way while dZ is formed from
-    those before. Parts leave their sums in a workspace, which batch_sum.sum_strided adds.
+    batch_sum: each has one part of it and one tile of outputs. The next elements are on their way while dZ is formed
+    from those before. Parts leave their sums in a workspace, which batch_sum.sum_strided adds.
 What is summed
     dZ as it is stored, rounded to its dtype: dL/db is the sum of the dZ that the caller gets.
 Alignment
-    Accesses are as wide as every matrix allows, up to 16 bytes. Where that is less, a thread's elements lie apart, so that
-    neighbouring threads still touch neighbouring memory; the order of additions stays the same.
+    Accesses are as wide as every matrix allows, up to 16 bytes. Where that is less, a thread's elements lie apart, so
+    that neighbouring threads still touch neighbouring memory; the order of additions stays the same.
 Threads
     threads_x side by side in memory, each with some elements, times lanes. With outputs side by side, lane y takes the
     samples y, y + lanes, ... and the lanes are added in ascending order. With samples side by side a lane is an output:
@@ -28,8 +28,8 @@ Shared memory
 Bytes and flops
     Reads one matrix, or two below an activation, and writes one. 3 flops an element, and 1 to 40 for f' or exp.
 
-Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, sections 6.2 and 6.5; Szegedy et al., "Rethinking the Inception
-Architecture for Computer Vision", 2016, section 7 (smoothing).
+Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, sections 6.2 and 6.5; Szegedy et al., "Rethinking the
+Inception Architecture for Computer Vision", 2016, section 7 (smoothing).
 """
 from functools import cache
 
@@ -93,9 +93,9 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
                       blocks_per_multiprocessor, weights, weights_width, labels, accumulate, partial):
     """The kernel for what lies above the layer: the name of an activation, or CROSS_ENTROPY.
 
-    A thread has `elements`, and an access takes `width` of them. weights and labels are dtypes, or empty where there are none;
-    weights of dtype "bool" choose samples: the others' dZ is zero, whatever their gradients are. weights_width is how many
-    weights an access takes, all of a piece or 1.
+    A thread has `elements`, and an access takes `width` of them. weights and labels are dtypes, or empty where there
+    are none; weights of dtype "bool" choose samples: the others' dZ is zero, whatever their gradients are.
+    weights_width is how many weights an access takes, all of a piece or 1.
     """
     threads, spacing, line = threads_x * lanes, threads_x * width, threads_x * elements
     tile, step = (lanes, line) if features_first else (line, lanes)
@@ -138,8 +138,8 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
         thread = cuda.threadIdx.x
         lane, place = thread // threads_x, thread % threads_x * width
 
-        # 1. This block's part of the samples and tile of outputs; this thread's first element, and how many are left from
-        #    there on along the axis on which its pieces lie.
+        # 1. This block's part of the samples and tile of outputs; this thread's first element, and how many are left
+        #    from there on along the axis on which its pieces lie.
         part, first_output = cuda.blockIdx.y, cuda.blockIdx.x * tile
         start = part * samples_per_part
         end = min(samples, start + samples_per_part)
@@ -160,7 +160,8 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
             this_gradient, this_z, this_sample, this_left = next_gradient, next_z, sample, left
             sample += step
             left = left - step if features_first else left if sample < end else 0
-            next_gradient = load_gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along, left)
+            next_gradient = load_gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along,
+                                          left)
             next_z = load_z(z, sample * z_down + output * z_across, z_along, left)
             label = load_labels(labels, this_sample * label_stride, label_stride, this_left, ignored)
             values = form(this_gradient, this_z, load_total(totals, this_sample, 1, this_left),
@@ -180,7 +181,7 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
             sums = turn(sums)
         cuda.syncthreads()
 
-        # 3. An output is the sum of its lanes, or of its line: folds[f] is the sum of places f, f + threads_x, ... of it.
+        # 3. An output is the sum of its lanes, or of its line, of which folds[f] has the places f, f + threads_x, ...
         if features_first:
             folds, fold = fold_array(), thread % threads_x
             store_sum(folds, lane * (threads_x + 1) + fold, add_places(zero(), lines, lane * line + fold))

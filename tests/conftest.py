@@ -1,4 +1,4 @@
-"""Lanes: where the tests' kernels run. `simulator` is Numba's CUDA simulator on the CPU, `gpu` whatever CuPy calls a device."""
+"""Lanes: where the tests' kernels run. `simulator` is Numba's CUDA simulator on the CPU, `gpu` a device to CuPy."""
 import os
 import sys
 
@@ -15,7 +15,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "only(lane): the test asks about what only this lane has, and is left out of the other")
+    config.addinivalue_line("markers", "only(lane): the test asks about what only this lane has, and is left out of "
+                                       "the other")
     config.addinivalue_line("markers", "large: takes 5 GB of memory, of which few pages are touched on the CPU")
     asked, missing = config.getoption("--lane"), device.gpu_missing()
     lane = asked or ("simulator" if missing else "gpu")
@@ -26,8 +27,9 @@ def pytest_configure(config):
     numba = sys.modules.get("numba")
     simulated = numba.config.ENABLE_CUDASIM if numba else os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
     if simulated != (lane == "simulator"):
-        raise pytest.UsageError(f"--lane {lane} cannot run here: Numba's CUDA simulator is {'on' if simulated else 'off'} "
-                                "(NUMBA_ENABLE_CUDASIM, read when numba is first imported)")
+        raise pytest.UsageError(f"--lane {lane} cannot run here: Numba's CUDA simulator is "
+                                f"{'on' if simulated else 'off'} (NUMBA_ENABLE_CUDASIM, read when numba is first "
+                                "imported)")
     config.lane = lane
 
 

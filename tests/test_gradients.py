@@ -88,7 +88,7 @@ def test_float64_reference_by_central_differences():
             parameter[index] = kept - step
             difference = (above - loss()) / (2 * step)
             parameter[index] = kept
-            # The third derivative is at most sum |dz_weight| |factor|³, and each loss is rounded in about 100 operations.
+            # The third derivative is at most sum |dz_weight| |factor|³; a loss is rounded in about 100 operations.
             steepest = max(1, np.abs(x).max(), np.abs(w).max()) ** 3 * np.abs(dz_weight).sum()
             assert abs(difference - gradient[index]) <= steepest * (step ** 2 / 6 + 100 * 2.0 ** -53 / step)
     assert (reference.bias_grad(dz.T, batch_axis=1, keepdims=True) == found[2][None]).all()
@@ -138,15 +138,16 @@ def test_every_dtype_and_orientation(xp, function, dtype):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(("dtype", "out_dtype"), [
-    ("float16", "float32"), ("bfloat16", "float32"), ("bfloat16", "float16"), ("float32", "float64"), ("float32", "bfloat16"),
-    ("float64", "float32")])
+    ("float16", "float32"), ("bfloat16", "float32"), ("bfloat16", "float16"), ("float32", "float64"),
+    ("float32", "bfloat16"), ("float64", "float32")])
 def test_out_of_another_dtype(xp, function, dtype, out_dtype):
     Layer(function, (13, 7, 9), dtype).check(xp, out_dtype=out_dtype)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize(("dtype", "out_dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
+@pytest.mark.parametrize(("dtype", "out_dtype"), [
+    ("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
 def test_accumulate_adds_to_what_was_there(xp, function, dtype, out_dtype, parts):
     layer = Layer(function, (13, 9, 7), dtype, parts=parts)
     old = normal(layer.exact.shape, out_dtype, 9)
@@ -201,7 +202,8 @@ def test_parts_are_added_in_ascending_order(xp):
 def test_not_finite_numbers_land_where_mathematics_puts_them(xp, function):
     """One infinity or NaN in the last row and column as well, where zeros that fill a tile up could meet it."""
     layer = Layer(function, (9, 9, 9), "float32")
-    for array in {"bias_grad": (layer.dz,), "weight_grad": (layer.x, layer.dz), "input_grad": (layer.w, layer.dz)}[function]:
+    arrays = {"bias_grad": (layer.dz,), "weight_grad": (layer.x, layer.dz), "input_grad": (layer.w, layer.dz)}
+    for array in arrays[function]:
         for bad, place in ((np.inf, (8, 8)), (np.nan, (0, 0)), (-np.inf, (4, 6))):
             array[place] = bad
             layer.check(xp)
@@ -220,7 +222,7 @@ def test_two_runs_give_the_same_bits(xp, function, dtype):
 
 @pytest.mark.parametrize("function", ["weight_grad", "input_grad"])
 def test_tiles_and_layouts_leave_the_bits_alone(xp, function):
-    """One part is one chain in ascending order, whatever the tiles are and however operands and result lie in memory."""
+    """One part is one chain in ascending order, whatever the tiles are and however operands and result lie."""
     layer = Layer(function, (29, 9, 10), "float32")
     first, _ = layer.run(layer.placed(xp))
     for layouts, out_layout in ((("F", "C"), "C"), (("C", "F"), "F"), (("spread", "padded F"), "spread")):
@@ -331,7 +333,8 @@ def test_elements_beyond_two_to_the_31st(xp):
     stride, rows, cols = 2 ** 30 + 8, 3, 5
     memory = xp.empty(2 * stride + cols, np.float16)
     far = xp.lib.stride_tricks.as_strided(memory, (rows, cols), (2 * stride, 2))
-    values, other, w = (integers(shape, "float16", seed) for seed, shape in enumerate([(rows, cols), (rows, 4), (4, cols)]))
+    shapes = (rows, cols), (rows, 4), (4, cols)
+    values, other, w = (integers(shape, "float16", seed) for seed, shape in enumerate(shapes))
     far[...] = xp.asarray(values)
     near, weights = xp.asarray(other), xp.asarray(w)
     check_within(densegrad.bias_grad(far), reference.bias_grad(values), 0)
@@ -355,7 +358,7 @@ def test_several_warps_share_their_tiles(xp, layouts):
     draw = np.random.default_rng(11)
     x, dz = (draw.integers(-4, 5, shape).astype("float32") for shape in ((29, 40), (29, 50)))
     plan = MatmulPlan(40, 50, 29, "float32", 32, 32, 8, 4, 4)
-    grads = densegrad.weight_bias_grad(*(xp.asarray(np.asarray(a, order=order)) for a, order in zip((x, dz), layouts, strict=True)),
-                                       plan=plan)
+    placed = (xp.asarray(np.asarray(a, order=order)) for a, order in zip((x, dz), layouts, strict=True))
+    grads = densegrad.weight_bias_grad(*placed, plan=plan)
     np.testing.assert_array_equal(host(grads.dw), x.T @ dz)
     np.testing.assert_array_equal(host(grads.db), dz.sum(axis=0))

@@ -91,7 +91,8 @@ def test_kernels_are_leaves(path):
 
 def test_only_the_device_knows_of_the_simulator():
     """The other exception is the one line that chooses between the two kinds of primitives."""
-    knowing = {path.relative_to(path.parents[1]).as_posix() for folder in (SOURCE, KERNELS) for path in folder.rglob("*.py")
+    knowing = {path.relative_to(path.parents[1]).as_posix()
+               for folder in (SOURCE, KERNELS) for path in folder.rglob("*.py")
                if "ENABLE_CUDASIM" in path.read_text() and path.stem not in COMMANDS}
     assert knowing == {"densegrad/device.py", "primitives/__init__.py"}
 

@@ -27,22 +27,27 @@ REFUSED = {
     "bias: list": (lambda: densegrad.bias_grad([[1.0]]), TypeError, None, ["dz must be", "got list", "asarray"]),
     "bias: scalar": (lambda: densegrad.bias_grad(1.0), TypeError, None, ["dz must be", "got float"]),
     "bias: None": (lambda: densegrad.bias_grad(None), TypeError, None, ["dz must be", "got NoneType"]),
-    "bias: masked": (lambda: densegrad.bias_grad(np.ma.masked_array(DZ)), TypeError, None, ["dz must be", "mask", "filled"]),
+    "bias: masked": (lambda: densegrad.bias_grad(np.ma.masked_array(DZ)), TypeError, None,
+                     ["dz must be", "mask", "filled"]),
     "bias: vector": (lambda: densegrad.bias_grad(zeros(6)), ValueError, densegrad.ShapeError,
                      ["dz must have at least 2 dimensions", "(6,)", "dz[None, :]"]),
     "bias: cube, axis 1": (lambda: densegrad.bias_grad(zeros(2, 3, 4), batch_axis=1), ValueError, densegrad.ShapeError,
                            ["dz must have 2 dimensions", "batch_axis=1", "(2, 3, 4)"]),
     "axis 2": (lambda: densegrad.bias_grad(DZ, batch_axis=2), ValueError, None, ["batch_axis must be 0", "got 2"]),
     "axis -1": (lambda: densegrad.bias_grad(DZ, batch_axis=-1), ValueError, None, ["batch_axis must be 0", "got -1"]),
-    "axis None": (lambda: densegrad.bias_grad(DZ, batch_axis=None), TypeError, None, ["batch_axis must be", "got None"]),
+    "axis None": (lambda: densegrad.bias_grad(DZ, batch_axis=None), TypeError, None,
+                  ["batch_axis must be", "got None"]),
     "weight layout": (lambda: densegrad.weight_grad(X, DZ, weight_layout="oi"), ValueError, None,
                       ["weight_layout must be", "in_out", "out_in", "'oi'"]),
     "integers": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="int64")), TypeError, densegrad.DTypeError,
                  ["dz must be float16", "got int64", "astype"]),
-    "complex": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="complex64")), TypeError, densegrad.DTypeError, ["dz", "complex64"]),
-    "object": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="object")), TypeError, densegrad.DTypeError, ["dz", "object"]),
+    "complex": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="complex64")), TypeError, densegrad.DTypeError,
+                ["dz", "complex64"]),
+    "object": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="object")), TypeError, densegrad.DTypeError,
+               ["dz", "object"]),
     "bool": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="bool")), TypeError, densegrad.DTypeError, ["dz", "bool"]),
-    "byte order": (lambda: densegrad.bias_grad(DZ.astype(">f4")), TypeError, densegrad.DTypeError, ["dz", "byte order"]),
+    "byte order": (lambda: densegrad.bias_grad(DZ.astype(">f4")), TypeError, densegrad.DTypeError,
+                   ["dz", "byte order"]),
     "mixed": (lambda: densegrad.weight_grad(X.astype("float64"), DZ), TypeError, densegrad.DTypeError,
               ["x and dz must have the same dtype", "float64", "float32", "astype"]),
     "mixed w": (lambda: densegrad.input_grad(DZ, W.astype("float16")), TypeError, densegrad.DTypeError,
@@ -54,10 +59,12 @@ REFUSED = {
     "other axis, back": (lambda: densegrad.weight_grad(X, DZ, batch_axis=1), ValueError, densegrad.ShapeError,
                          ["x has 6 samples", "did you mean batch_axis=0?"]),
     "x transposed": (lambda: densegrad.weight_grad(X.T, DZ), ValueError, densegrad.ShapeError, ["did you mean x.T?"]),
-    "x vector": (lambda: densegrad.weight_grad(zeros(6), DZ), ValueError, densegrad.ShapeError, ["x must have at least 2", "(6,)"]),
+    "x vector": (lambda: densegrad.weight_grad(zeros(6), DZ), ValueError, densegrad.ShapeError,
+                 ["x must have at least 2", "(6,)"]),
     "batch axes": (lambda: densegrad.weight_grad(zeros(3, 2, 4), DZ), ValueError, densegrad.ShapeError,
                    ["x and dz must have the same batch axes", "(3, 2)", "(6,)"]),
-    "w vector": (lambda: densegrad.input_grad(DZ, zeros(3)), ValueError, densegrad.ShapeError, ["w must have 2 dimensions"]),
+    "w vector": (lambda: densegrad.input_grad(DZ, zeros(3)), ValueError, densegrad.ShapeError,
+                 ["w must have 2 dimensions"]),
     "w transposed": (lambda: densegrad.input_grad(DZ, W.T), ValueError, densegrad.ShapeError,
                      ["w must have shape", "(3, 4)", 'did you mean weight_layout="out_in"?']),
     "w, other layout": (lambda: densegrad.input_grad(DZ, W, weight_layout="out_in"), ValueError, densegrad.ShapeError,
@@ -68,20 +75,24 @@ REFUSED = {
                     ["w must have shape (4, 3)", "(5, 3)"]),
     "need nothing": (lambda: densegrad.dense_grads(X, W, DZ, need=()), ValueError, None, ["need must name some of"]),
     "need unknown": (lambda: densegrad.dense_grads(X, W, DZ, need=("dy",)), ValueError, None, ["need must name", "dy"]),
-    "need without w": (lambda: densegrad.dense_grads(X, None, DZ), TypeError, None, ["w must be an array", "dx is needed", "None"]),
-    "out of one": (lambda: densegrad.dense_grads(X, W, DZ, out=zeros(4, 3)), TypeError, None, ["out must be DenseGrads("]),
+    "need without w": (lambda: densegrad.dense_grads(X, None, DZ), TypeError, None,
+                       ["w must be an array", "dx is needed", "None"]),
+    "out of one": (lambda: densegrad.dense_grads(X, W, DZ, out=zeros(4, 3)), TypeError, None,
+                   ["out must be DenseGrads("]),
     "accumulate, no out": (lambda: densegrad.bias_grad(DZ, accumulate=True), ValueError, densegrad.OutError,
                            ["accumulate=True", "out", "not given"]),
     "accumulate, no out.db": (lambda: densegrad.dense_grads(X, W, DZ, out=DenseGrads(dw=zeros(4, 3)), need=("dw", "db"),
-                                                            accumulate=True), ValueError, densegrad.OutError, ["out.db"]),
-    "plan of another kind": (lambda: densegrad.bias_grad(DZ, plan=PLAN), TypeError, None, ["plan must be a BatchSumPlan"]),
-    "plan of another shape": (lambda: densegrad.weight_grad(X, DZ, plan=replace(PLAN, rows=9)), ValueError, densegrad.PlanError,
-                              ["plan was made for rows 9", "have 4", "replace"]),
+                                                            accumulate=True),
+                              ValueError, densegrad.OutError, ["out.db"]),
+    "plan of another kind": (lambda: densegrad.bias_grad(DZ, plan=PLAN), TypeError, None,
+                             ["plan must be a BatchSumPlan"]),
+    "plan of another shape": (lambda: densegrad.weight_grad(X, DZ, plan=replace(PLAN, rows=9)), ValueError,
+                              densegrad.PlanError, ["plan was made for rows 9", "have 4", "replace"]),
     "plan of another dtype": (lambda: densegrad.weight_grad(X, DZ, plan=replace(PLAN, dtype="float16")), ValueError,
                               densegrad.PlanError, ["plan was made for dtype float16"]),
 }
 
-#: what is wrong with an output -> (output for a sum of three, class of the built-in error, class of ours, what the message says)
+#: what is wrong with an output -> (output for a sum of three, classes of the built-in error and of ours, what is said)
 REFUSED_OUTS = {
     "shape": (lambda: zeros(4), ValueError, densegrad.ShapeError, ["out must have shape (3,)", "(4,)"]),
     "dimensions": (lambda: zeros(1, 3), ValueError, densegrad.ShapeError, ["out must have shape (3,)", "(1, 3)"]),
@@ -115,8 +126,8 @@ def test_bad_outputs_are_named(case):
 
 
 def test_float64_does_not_go_into_half(xp):
-    refused(lambda: densegrad.bias_grad(DZ.astype("float64"), out=zeros(3, dtype="float16")), TypeError, densegrad.DTypeError,
-            ["out must be float64 or float32", "float16"])
+    refused(lambda: densegrad.bias_grad(DZ.astype("float64"), out=zeros(3, dtype="float16")), TypeError,
+            densegrad.DTypeError, ["out must be float64 or float32", "float16"])
 
 
 def test_interleaved_arrays_do_not_overlap(xp):
@@ -137,7 +148,8 @@ def test_an_output_next_to_the_input_does_not_overlap_but_one_byte_further_does(
         densegrad.bias_grad(dz, out=near)
         check_within(near, np.full(3, 4.0), 0)
     for touching in (memory[1:4], memory[14:17]):
-        refused(lambda out=touching: densegrad.bias_grad(dz, out=out), ValueError, densegrad.OutError, ["out overlaps dz"])
+        refused(lambda out=touching: densegrad.bias_grad(dz, out=out), ValueError, densegrad.OutError,
+                ["out overlaps dz"])
 
 
 def test_outputs_may_not_overlap_one_another(xp):
@@ -248,8 +260,8 @@ def test_work_and_memory_are_on_the_stream(xp, launched_on, kind):
     from numba import cuda
 
     stream = xp.cuda.Stream(non_blocking=True)
-    asked = {"CuPy": stream, "Numba": cuda.external_stream(stream.ptr), "int": stream.ptr, "protocol": Stream(stream.ptr),
-             "current": None, "default": 0}[kind]
+    asked = {"CuPy": stream, "Numba": cuda.external_stream(stream.ptr), "int": stream.ptr,
+             "protocol": Stream(stream.ptr), "current": None, "default": 0}[kind]
     pointer = 0 if kind == "default" else stream.ptr
     dz = integers((6, 3), "float32")
     if kind == "current":
@@ -267,7 +279,8 @@ def test_work_and_memory_are_on_the_stream(xp, launched_on, kind):
 @pytest.mark.only("gpu")
 @pytest.mark.parametrize("stream", ["fast", 1.5, True, object()])
 def test_what_is_no_stream_is_refused(xp, stream):
-    refused(lambda: densegrad.bias_grad(xp.asarray(DZ), stream=stream), TypeError, None, ["stream must be", "__cuda_stream__"])
+    refused(lambda: densegrad.bias_grad(xp.asarray(DZ), stream=stream), TypeError, None,
+            ["stream must be", "__cuda_stream__"])
 
 
 @pytest.mark.only("gpu")
@@ -302,7 +315,8 @@ def test_the_widest_access_is_aligned_in_every_row(cols, row_stride, address, ac
 
 def test_plans_know_their_sizes():
     sum_plan = plan_batch_sum(6, 3, "float32", "flat")
-    refused(lambda: densegrad.bias_grad(zeros(7, 3), plan=sum_plan), ValueError, densegrad.PlanError, ["plan was made for samples 6"])
+    refused(lambda: densegrad.bias_grad(zeros(7, 3), plan=sum_plan), ValueError, densegrad.PlanError,
+            ["plan was made for samples 6"])
 
 
 def test_every_error_is_of_one_family():

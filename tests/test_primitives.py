@@ -116,7 +116,8 @@ def special(dtype):
     with np.errstate(all="ignore"):
         neighbour = np.nextafter(near.astype(kind), np.array(np.inf, kind)).astype(wide)
         halfway = (near + neighbour) / np.array(2, wide)
-        edges = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.9, 65520, -65520, 3.4e38, 1e-45, 6e-8, 2.9e-8], wide)
+        edges = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.9, 65520, -65520, 3.4e38, 1e-45, 6e-8,
+                          2.9e-8], wide)
         values = np.concatenate([near, halfway, edges, normal((16,), wide)])
     return values[:len(values) // 8 * 8]
 
@@ -190,7 +191,8 @@ def test_predicated_loads_and_stores(xp, dtype):
 
 
 @pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize(("dtype", "count", "across"), [("float32", 4, 2), ("float16", 8, 1), ("bfloat16", 8, 1), ("float64", 2, 2)])
+@pytest.mark.parametrize(("dtype", "count", "across"), [
+    ("float32", 4, 2), ("float16", 8, 1), ("bfloat16", 8, 1), ("float64", 2, 2)])
 def test_rows_of_vectors_are_added_in_order(xp, dtype, count, across, compensated):
     """Whole vectors, and vectors of which only what lies inside may be touched."""
     wide, rows, spacing, step, advance = WIDE[dtype], 3, 16, 48, 5
@@ -227,14 +229,16 @@ def test_rows_of_vectors_are_added_in_order(xp, dtype, count, across, compensate
     run(whole, xp.asarray(sums), xp.asarray(values), out)
     same(out, meaning(np.ones((rows, width), bool)))
     offsets = np.array([vector * spacing + n for vector in range(across) for n in range(count)])
-    for left, position, end in ((3, 0, 100), (2, 0, 100), (0, 0, 100), (3, -1, 100), (3, -3, 7), (3, 2, 9), (3, 0, 17), (3, 1, 0)):
+    for left, position, end in ((3, 0, 100), (2, 0, 100), (0, 0, 100), (3, -1, 100), (3, -3, 7), (3, 2, 9), (3, 0, 17),
+                                (3, 1, 0)):
         stands = offsets + position + advance * np.arange(rows)[:, None]
         wanted = (stands >= 0) & (stands < end) & (np.arange(rows)[:, None] < left)
         run(partly, xp.asarray(sums), xp.asarray(values), left, position, end, out)
         same(out, meaning(wanted))
 
 
-@pytest.mark.parametrize(("dtype", "count", "across"), [("float32", 4, 2), ("float32", 8, 1), ("float64", 2, 1), ("float64", 4, 2)])
+@pytest.mark.parametrize(("dtype", "count", "across"), [
+    ("float32", 4, 2), ("float32", 8, 1), ("float64", 2, 1), ("float64", 4, 2)])
 def test_shared_memory(xp, dtype, count, across):
     threads, width = 8, across * count
     spacing = threads * count
@@ -457,7 +461,8 @@ def test_lines_are_stored_from_any_place_in_a_sector(xp, dtype, length, lanes, a
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "offsets", "stride"), [(4, (0, 12), 1), (2, (0, 8, 16), 1), (1, (0, 3, 5), 2), (1, (0, 3), -1)])
+@pytest.mark.parametrize(("width", "offsets", "stride"), [
+    (4, (0, 12), 1), (2, (0, 8, 16), 1), (1, (0, 3, 5), 2), (1, (0, 3), -1)])
 def test_pieces_are_touched_where_they_are_left(xp, dtype, width, offsets, stride):
     wide, count = WIDE[dtype], width * len(offsets)
     if width * np.dtype(dtype_of(dtype)).itemsize > 16:

@@ -1,4 +1,4 @@
-"""dL/dZ below activations and cross-entropy against float64, and dL/db, which is the sum of what was stored to the last bit."""
+"""dL/dZ below activations and cross-entropy against float64, and dL/db: the sum of what was stored, to the last bit."""
 from dataclasses import replace
 
 import numpy as np
@@ -81,13 +81,14 @@ def test_float64_cross_entropy_by_central_differences():
         z[index] = kept - step
         difference = (above - loss()) / (2 * step)
         z[index] = kept
-        # The third derivative is at most 1 times the weight, and each loss, below 100, is rounded in about 100 operations.
+        # The third derivative is at most 1 times the weight; a loss, below 100, is rounded in about 100 operations.
         assert abs(difference - dz[index]) <= 6 * step ** 2 / 6 + 100 * 100 * 2.0 ** -53 / step
     np.testing.assert_allclose(db, dz.sum(axis=0), rtol=1e-14)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("dtype", "batch_axis"), [("float32", 0), ("float32", 1), ("float64", 0), ("bfloat16", 1), ("float16", 0)])
+@pytest.mark.parametrize(("dtype", "batch_axis"), [
+    ("float32", 0), ("float32", 1), ("float64", 0), ("bfloat16", 1), ("float16", 0)])
 def test_every_activation(activation, dtype, batch_axis, xp):
     shape = (9, 37) if batch_axis else (37, 9)
     da, z = data(shape, dtype, 1), data(shape, dtype, 2)
@@ -133,20 +134,24 @@ def test_padding_contributes_exactly_nothing(activation, batch_axis, xp):
     da, z = data((29, 6), "float32", 5), data((29, 6), "float32", 6)
     mask = np.arange(29) % 3 > 0
     da[~mask], z[~mask] = np.nan, np.inf
-    weighted = dg.activation_grad(*(None if array is None else xp.asarray(array.T.copy() if batch_axis else array) for array in (
-        da, None if activation is None else z)), activation, sample_weight=xp.asarray(mask), batch_axis=batch_axis)
+
+    def grads(da, z, **options):
+        given = (da, None if activation is None else z)
+        oriented = (array.T.copy() if batch_axis and array is not None else array for array in given)
+        return dg.activation_grad(*on(xp, *oriented), activation, batch_axis=batch_axis, **options)
+
+    weighted = grads(da, z, sample_weight=xp.asarray(mask))
     dz = host(weighted.dz).T if batch_axis else host(weighted.dz)
     assert (dz[~mask] == 0).all()
     assert np.isfinite(host(weighted.db)).all()
     # Zeros in place of the padding give the same bits: adding them changes none.
     kept, kept_z = np.where(mask[:, None], da, 0).astype("float32"), np.where(mask[:, None], z, 0).astype("float32")
-    plain = dg.activation_grad(*(None if array is None else xp.asarray(array.T.copy() if batch_axis else array) for array in (
-        kept, None if activation is None else kept_z)), activation, batch_axis=batch_axis)
-    np.testing.assert_array_equal(host(weighted.db), host(plain.db))
+    np.testing.assert_array_equal(host(weighted.db), host(grads(kept, kept_z).db))
 
 
 @pytest.mark.parametrize(("dtype", "labels", "batch_axis"), [
-    ("float32", "int64", 0), ("float32", "int32", 1), ("float64", "int64", 1), ("float16", "int32", 0), ("bfloat16", "int64", 1)])
+    ("float32", "int64", 0), ("float32", "int32", 1), ("float64", "int64", 1), ("float16", "int32", 0),
+    ("bfloat16", "int64", 1)])
 def test_cross_entropy(dtype, labels, batch_axis, xp):
     z, label = data((21, 40), dtype, 7), np.random.default_rng(8).integers(0, 40, 21).astype(labels)
     label[[3, 20]], z[3] = -1, np.nan
@@ -179,9 +184,10 @@ def test_large_logits_neither_overflow_nor_lose_their_softmax(xp):
 
 
 def test_not_finite_logits_spoil_their_sample_alone(xp):
-    z = np.array([[np.inf, 1, 2], [np.inf, np.inf, 0], [np.nan, 0, 0], [-np.inf, -np.inf, -np.inf], [0, 0, -np.inf]], "float32")
+    inf, nan = np.inf, np.nan
+    z = np.array([[inf, 1, 2], [inf, inf, 0], [nan, 0, 0], [-inf, -inf, -inf], [0, 0, -inf]], "float32")
     dz, _ = dg.cross_entropy_grad(*on(xp, z, np.array([1, 0, 0, 0, 0])))
-    np.testing.assert_array_equal(host(dz), np.array([[np.nan] * 3] * 4 + [[-0.5, 0.5, 0]]))
+    np.testing.assert_array_equal(host(dz), np.array([[nan] * 3] * 4 + [[-0.5, 0.5, 0]]))
 
 
 @pytest.mark.parametrize("batch_axis", [0, 1])
@@ -195,7 +201,8 @@ def test_what_is_left_out_is_zero_whatever_its_factors_are(batch_axis, xp):
     dz, db = dg.activation_grad(xp.asarray(z), sample_weight=xp.asarray(mask), alpha=np.inf, batch_axis=batch_axis)
     lost = host(dz)[:, 1] if batch_axis else host(dz)[1]
     np.testing.assert_array_equal(lost, 0)
-    masked, _ = dg.cross_entropy_grad(*on(xp, z, np.array([0, 7])), sample_weight=xp.asarray(mask), batch_axis=batch_axis)
+    masked, _ = dg.cross_entropy_grad(*on(xp, z, np.array([0, 7])), sample_weight=xp.asarray(mask),
+                                      batch_axis=batch_axis)
     np.testing.assert_array_equal(host(masked)[:, 1] if batch_axis else host(masked)[1], 0)
 
 
@@ -218,7 +225,8 @@ def test_few_samples_of_many_classes(xp):
 def test_a_label_that_is_no_class(lane, xp):
     z, labels = xp.asarray(data((4, 3), "float32")), xp.asarray(np.array([0, 3, -7, 2]))
     if lane == "simulator":
-        with pytest.raises(ValueError, match="labels must be classes from 0 to 2, or ignore_index -100; got 3 for sample 1"):
+        with pytest.raises(ValueError, match="labels must be classes from 0 to 2, or ignore_index -100; got 3 for "
+                                             "sample 1"):
             dg.cross_entropy_grad(z, labels)
     else:
         dz, db = dg.cross_entropy_grad(z, labels)
@@ -232,8 +240,9 @@ def test_memory_layouts_leave_the_bits_alone(layout, features_first, xp):
     """Each of the matrices lies otherwise once; with samples side by side all of them are handed over transposed."""
     shape = (16, 24)
     da, z = data(shape, "float32", 11), data(shape, "float32", 12)
-    plan = small_plan("silu", *((24, 16) if features_first else (16, 24)), "float32", features_first, 2)
-    options = {"batch_axis": int(features_first), "sample_weight": xp.arange(24 if features_first else 16, dtype="float32")}
+    samples, outputs = shape[::-1] if features_first else shape
+    plan = small_plan("silu", samples, outputs, "float32", features_first, 2)
+    options = {"batch_axis": int(features_first), "sample_weight": xp.arange(samples, dtype="float32")}
     if layout in ("F", "padded F"):
         options["sample_weight"] = xp.asarray(np.repeat(host(options["sample_weight"]), 2))[::2]
     plain = dg.activation_grad(*on(xp, da, z), "silu", plan=plan, **options)
@@ -280,9 +289,9 @@ def test_drawn_shapes_and_memory(dtype, activation, weights, batch_axis, xp):
             below = np.where(row, below, wide(0)) if weights == "bool" else below * row.astype(wide)
         below = below if weights == "bool" else below * wide(alpha)
         sources = [Placed(array, kind, xp).array for array, kind in zip((da, z), kinds, strict=False)]
-        _, db = dg.activation_grad(sources[0], None if activation == "identity" else sources[1], activation, alpha=alpha,
-                                   sample_weight=None if weight is None else xp.asarray(weight)[::step], plan=plan,
-                                   batch_axis=batch_axis, out=dg.OutputGrads(dz=out.array))
+        _, db = dg.activation_grad(sources[0], None if activation == "identity" else sources[1], activation,
+                                   sample_weight=None if weight is None else xp.asarray(weight)[::step], alpha=alpha,
+                                   batch_axis=batch_axis, out=dg.OutputGrads(dz=out.array), plan=plan)
         np.testing.assert_array_equal(bits(out.read()), bits(below.astype(da.dtype)))
         dense = xp.asarray(np.ascontiguousarray(out.read()))
         np.testing.assert_array_equal(bits(db), bits(dg.bias_grad(dense, batch_axis=batch_axis, plan=plan.sum)))
@@ -302,13 +311,15 @@ def test_dz_may_take_the_place_of_an_input(replaced, xp):
 
 
 @pytest.mark.parametrize("samples", [0, 1, 9])
-@pytest.mark.parametrize(("outputs", "batch_axis"), [(0, 0), (1, 0), (3, 0), (10, 0), (33, 0), (130, 0), (0, 1), (1, 1), (5, 1)])
+@pytest.mark.parametrize(("outputs", "batch_axis"), [
+    (0, 0), (1, 0), (3, 0), (10, 0), (33, 0), (130, 0), (0, 1), (1, 1), (5, 1)])
 def test_planned_sums_of_every_width(samples, outputs, batch_axis, xp):
     shape = (outputs, samples) if batch_axis else (samples, outputs)
     da, z = data(shape, "float32", 15), data(shape, "float32", 16)
     old = np.full(outputs, 2, "float32")
     db = Placed(old, "C", xp, SENTINEL)
-    dz, _ = dg.activation_grad(*on(xp, da, z), "relu", batch_axis=batch_axis, out=dg.OutputGrads(db=db.array), accumulate=True)
+    dz, _ = dg.activation_grad(*on(xp, da, z), "relu", batch_axis=batch_axis, out=dg.OutputGrads(db=db.array),
+                               accumulate=True)
     exact, total = reference.activation_grad(da, z, "relu", batch_axis=batch_axis)
     np.testing.assert_array_equal(host(dz), exact.astype("float32"))
     magnitude = np.abs(exact).sum(axis=int(batch_axis)) + 2
@@ -344,7 +355,8 @@ def test_dense_grads_goes_below_the_activation(batch_axis, xp):
 def test_leading_batch_axes(xp):
     da, z, weight = data((2, 5, 6), "float32", 21), data((2, 5, 6), "float32", 22), normal((2, 5), "float32", 23)
     found = dg.activation_grad(*on(xp, da, z), "sigmoid", sample_weight=xp.asarray(weight), keepdims=True)
-    flat = dg.activation_grad(*on(xp, da.reshape(10, 6), z.reshape(10, 6)), "sigmoid", sample_weight=xp.asarray(weight.ravel()))
+    flat = dg.activation_grad(*on(xp, da.reshape(10, 6), z.reshape(10, 6)), "sigmoid",
+                              sample_weight=xp.asarray(weight.ravel()))
     assert found.dz.shape == (2, 5, 6)
     assert found.db.shape == (1, 6)
     assert (bits(found.dz).ravel() == bits(flat.dz).ravel()).all()
@@ -358,12 +370,14 @@ WRONG = {
     "compensated": (TypeError, "compensated must be True or False; got 2", lambda a: dg.bias_grad(a, compensated=2)),
     "keepdims": (TypeError, "keepdims must be True or False; got 'no'", lambda a: dg.bias_grad(a, keepdims="no")),
     "accumulate": (TypeError, "accumulate must be True or False; got 1", lambda a: dg.weight_grad(a, a, accumulate=1)),
-    "need": (ValueError, 'need must name some of "dx", "dw" and "db"; got None', lambda a: dg.dense_grads(a, a, a, need=None)),
+    "need": (ValueError, 'need must name some of "dx", "dw" and "db"; got None',
+             lambda a: dg.dense_grads(a, a, a, need=None)),
     "no z": (TypeError, "activation='relu' needs z", lambda a: dg.activation_grad(a, None, "relu")),
     "z alone": (TypeError, "z is of no use without an activation", lambda a: dg.activation_grad(a, a)),
     "shape of z": (ShapeError, r"z must have the shape of da, \(6, 4\); got \(5, 4\)",
                    lambda a: dg.activation_grad(a, a[:5], "relu")),
-    "dtype of z": (DTypeError, "z and da must have the same dtype", lambda a: dg.activation_grad(a, a.astype("float64"), "relu")),
+    "dtype of z": (DTypeError, "z and da must have the same dtype",
+                   lambda a: dg.activation_grad(a, a.astype("float64"), "relu")),
     "one axis": (ShapeError, "da must have at least 2 dimensions", lambda a: dg.activation_grad(a[0], a[0], "relu")),
     "weights of outputs": (ShapeError, r"sample_weight must have one value for each sample, shape \(6,\); got \(4,\)",
                            lambda a: dg.activation_grad(a, sample_weight=a[0])),
@@ -378,7 +392,8 @@ WRONG = {
                      lambda a: dg.cross_entropy_grad(a, a[:, 0].astype("int32"), ignore_index=1.5)),
     "alpha": (TypeError, "alpha must be a number; got NoneType", lambda a: dg.activation_grad(a, alpha=None)),
     "alphas": (TypeError, "alpha must be a number", lambda a: dg.bias_grad(a, alpha=a[0])),
-    "slope": (TypeError, "negative_slope must be a number", lambda a: dg.activation_grad(a, a, "leaky_relu", negative_slope="1")),
+    "slope": (TypeError, "negative_slope must be a number",
+              lambda a: dg.activation_grad(a, a, "leaky_relu", negative_slope="1")),
     "smoothing": (ValueError, "label_smoothing must be between 0 and 1; got 2",
                   lambda a: dg.cross_entropy_grad(a, a[:, 0].astype("int32"), label_smoothing=2)),
     "dtype of dz": (DTypeError, "out.dz must be float32, as the inputs are; got float64",
@@ -387,15 +402,18 @@ WRONG = {
         a[:5], sample_weight=a[:5, 0], out=dg.OutputGrads(dz=a[1:]))),
     "db in the weights": (OutError, "out.db overlaps sample_weight in memory", lambda a: dg.activation_grad(
         a[:4].copy(), sample_weight=a[0], out=dg.OutputGrads(db=a[0]))),
-    "nothing to add to": (OutError, "accumulate=True adds into out.db", lambda a: dg.activation_grad(a, a, "relu", accumulate=True)),
-    "not a tuple": (TypeError, r"out must be OutputGrads\(dz=, db=\)", lambda a: dg.activation_grad(a, a, "relu", out=a)),
+    "nothing to add to": (OutError, "accumulate=True adds into out.db",
+                          lambda a: dg.activation_grad(a, a, "relu", accumulate=True)),
+    "not a tuple": (TypeError, r"out must be OutputGrads\(dz=, db=\)",
+                    lambda a: dg.activation_grad(a, a, "relu", out=a)),
     "other plan": (PlanError, r"plan.sum was made for samples 7, .*dataclasses.replace\(plan.sum, samples=6\)",
                    lambda a: dg.activation_grad(a, a, "relu", plan=plan_upstream(7, 4, "float32", "flat", "relu"))),
     "plan for another activation": (
         PlanError, r'plan forms dz below gelu, but it is relu that lies above .*replace\(plan, above="relu"\)',
         lambda a: dg.activation_grad(a, a, "relu", plan=plan_upstream(6, 4, "float32", "flat", "gelu"))),
     "plan of a sum": (TypeError, r'plan must be an UpstreamPlan, .*; got BatchSumPlan .*UpstreamPlan\("relu", plan\)',
-                      lambda a: dg.activation_grad(a, a, "relu", plan=plan_upstream(6, 4, "float32", "flat", "relu").sum)),
+                      lambda a: dg.activation_grad(
+                          a, a, "relu", plan=plan_upstream(6, 4, "float32", "flat", "relu").sum)),
     "no plan": (TypeError, "plan must be an UpstreamPlan; got str", lambda a: dg.activation_grad(a, plan="fast")),
     "plan of dz for a sum": (TypeError, "plan must be a BatchSumPlan; got UpstreamPlan", lambda a: dg.bias_grad(
         a, plan=plan_upstream(6, 4, "float32", "flat", "relu"))),
@@ -418,7 +436,7 @@ def test_mistakes_are_answered_before_anything_runs(mistake, xp):
     ("flat", {"in_flight": 4}, "in_flight of the sum must be 2; got 4"),
     ("flat", {"vectors": 2}, "vectors of the sum must be 1; got 2"),
     ("flat", {"compensated": True}, "compensated of the sum must be False; got True"),
-    ("flat", {"layout": "flat", "threads_x": 4, "lanes": 1}, 'the layout of the sum must be "rows" or "features_first"'),
+    ("flat", {"layout": "flat", "threads_x": 4, "lanes": 1}, 'layout of the sum must be "rows" or "features_first"'),
 ])
 def test_sums_that_no_kernel_carries_out_are_refused(layout, change, message):
     plan = plan_upstream(64, 4, "float32", layout, "relu")
@@ -452,10 +470,11 @@ def test_registers_leave_room_for_threads(above, dtype, layout, outputs, element
 def test_a_plan_says_what_is_formed_and_what_it_takes(above, words):
     plan = plan_upstream(8192, 3072, "float32", "rows", above)
     said = plan.explain()
-    assert said.startswith(f"dz of 8192 samples of 3072 outputs, float32, rows, below {above}: formed, written and summed")
+    assert said.startswith(f"dz of 8192 samples of 3072 outputs, float32, rows, below {above}: formed, written and ")
     for fact in (words, "4 elements a thread, in accesses of 16 bytes", f"blocks of {plan.threads} threads",
-                 f"{plan.shared_bytes} bytes of shared memory", f"{plan.blocks_per_multiprocessor} blocks a multiprocessor",
-                 f"workspace of {plan.sum.workspace_bytes} bytes", f"longest chain of additions {plan.chain}"):
+                 f"{plan.shared_bytes} bytes of shared memory", f"workspace of {plan.sum.workspace_bytes} bytes",
+                 f"{plan.blocks_per_multiprocessor} blocks a multiprocessor",
+                 f"longest chain of additions {plan.chain}"):
         assert fact in said
 
 

@@ -1,7 +1,8 @@
 """The matrix product on FMA units: its machine code, what it reads, and what each idea buys over the two baselines.
 
-Machine code is that of the linked kernel. Counted shapes are cut where counters are exactly proportional: a count grows by
-the same amount with every tile_depth samples, so that of the whole batch follows from two short ones. `counted` says which.
+Machine code is that of the linked kernel. Counted shapes are cut where counters are exactly proportional: a count grows
+by the same amount with every tile_depth samples, so that of the whole batch follows from two short ones. `counted` says
+which.
 """
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ ORIENTATIONS = {"x and dz by samples": (False, False), "x by features": (True, F
 README = [Shown(
     "dL/dW, float32: the main loop of the linked machine code; what it allows at most of the FP32 peak is *modelled*",
     (("tile", "tile and results a thread", ""), ("capability", "capability", ""), ("registers", "registers", ""),
-     ("local_instructions", "spills", ""), ("ffma_share", "multiply-adds", ".1%"), ("bound_modelled", "of the peak", ".0%"),
-     ("load_to_use", "instructions from load to use", "")),
+     ("local_instructions", "spills", ""), ("ffma_share", "multiply-adds", ".1%"),
+     ("bound_modelled", "of the peak", ".0%"), ("load_to_use", "instructions from load to use", "")),
     tuple(f"code, float32 {tile}, x and dz by samples, {capability}" for tile in ("128x128x8 8x8", "256x128x16 8x16")
           for capability in ("8.0", "8.6", "8.9", "9.0", "12.0")),
 ), Shown(
@@ -109,7 +110,8 @@ class MainLoop:
     def measure(self, machine: Rehearsed) -> dict[str, Any]:
         """Execute it once, link it for the compute capability, and read its main loop."""
         rows, cols, depth, *_ = self.tile
-        counts = _weight_grad(machine, (2 * depth, rows, cols), self.tile, self.dtype, ORIENTATIONS[self.orientation])[0]
+        counts, *_ = _weight_grad(machine, (2 * depth, rows, cols), self.tile, self.dtype,
+                                  ORIENTATIONS[self.orientation])
         code = machine.code(counts, self.capability)
         return {
             "tile": "x".join(map(str, self.tile)), "orientation": self.orientation, "dtype": self.dtype,
@@ -145,7 +147,8 @@ class Traffic:
         written = sum(32 * width * requests for width, requests in counts.stores.items())
         return {
             "tile": "x".join(map(str, self.tile)), "orientation": self.orientation, "counted": "64 of 1024 samples",
-            "read_over_formula": 32 * counts.load_sectors / loaded, "read_efficiency": asked / (32 * counts.load_sectors),
+            "read_over_formula": 32 * counts.load_sectors / loaded,
+            "read_efficiency": asked / (32 * counts.load_sectors),
             "written_efficiency": written / (32 * counts.store_sectors), "wide_loads": counts.wide_loads,
             "wide_stores": counts.wide_stores, "shared_load_degree": counts.shared_load_degree,
             "shared_store_degree": counts.shared_store_degree,
@@ -320,7 +323,8 @@ def rows() -> list[Any]:
             equal = () if capability == "8.0" else (Limit("bound_below_share", most=0.0005),)
             tile = LARGE_ACROSS if orientation == "x by features" else LARGE
             table.append(MainLoop(tile, orientation, capability, (Limit("ffma_share", least=large), ahead, *equal)))
-    for dtype, tile in (("float64", (64, 32, 8, 8, 4)), ("float16", (128, 128, 8, 8, 8)), ("bfloat16", (64, 64, 8, 8, 8))):
+    for dtype, tile in (("float64", (64, 32, 8, 8, 4)), ("float16", (128, 128, 8, 8, 8)),
+                        ("bfloat16", (64, 64, 8, 8, 8))):
         table += [MainLoop(tile, "x and dz by samples", capability, (), dtype) for capability in ("8.0", "9.0")]
     table += [Traffic(tile, orientation) for tile in (MEDIUM, LARGE) for orientation in ORIENTATIONS]
     ragged = Limit("instructions_over_reference", most=1.12), Limit("sectors_over_reference", most=1.15)

@@ -1,7 +1,7 @@
 """dL/dZ formed below activations and cross-entropy while dL/db is summed: what is read and written over what must be.
 
-Large shapes are cut to one tile of outputs, of which all are alike, with the plan of the whole shape; narrow ones to a few
-parts of the batch.
+Large shapes are cut to one tile of outputs, of which all are alike, with the plan of the whole shape; narrow ones to a
+few parts of the batch.
 """
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -84,7 +84,8 @@ class Formed:
             "shape": f"{self.samples}x{self.outputs}", "dtype": self.dtype, "above": self.above, "layout": whole.layout,
             "cut": "" if part == whole else f"{part.samples}x{part.outputs}", "kernels": counts.kernel,
             "blocks": whole.grid[0] * whole.grid[1], "threads": whole.threads,
-            "wide_loads": counts.wide_loads, "read": counts.load_sectors / matrix, "written": counts.store_sectors / matrix,
+            "wide_loads": counts.wide_loads, "read": counts.load_sectors / matrix,
+            "written": counts.store_sectors / matrix,
             "moved": (counts.load_sectors + counts.store_sectors) / matrix, "active_lanes": counts.active_lanes,
             "shared_load_degree": counts.shared_load_degree, "shared_store_degree": counts.shared_store_degree,
         }
@@ -96,4 +97,5 @@ def rows() -> list[Formed]:
              for dtype, above, axis in (("float32", "relu", 0), ("float32", "gelu", 0), ("bfloat16", "gelu", 0),
                                         ("float16", "relu", 0), ("float64", "tanh", 0), ("float32", "relu", 1))]
     table += [Formed(8192, 3072, "float32", above, axis) for axis in (0, 1) for above in ("weights", "cross_entropy")]
-    return table + [Formed(1_000_003, outputs, "float32", "relu", axis) for outputs in (1, 3, 10, 33) for axis in (0, 1)]
+    table += [Formed(1_000_003, outputs, "float32", "relu", axis) for outputs in (1, 3, 10, 33) for axis in (0, 1)]
+    return table

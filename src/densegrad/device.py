@@ -17,7 +17,8 @@ import numpy as np
 from .errors import DeviceError
 
 NO_DEVICE = ("densegrad found no GPU ({reason}): install CuPy on a machine with one (pip install 'numba-cuda[cu13]' "
-             "cupy-cuda13x), or set NUMBA_ENABLE_CUDASIM=1 before Python starts to run on the CPU in Numba's CUDA simulator")
+             "cupy-cuda13x), or set NUMBA_ENABLE_CUDASIM=1 before Python starts to run on the CPU in Numba's CUDA "
+             "simulator")
 
 #: dynamic shared memory that every kernel may have
 SHARED_BYTES_UNASKED = 49152
@@ -153,8 +154,8 @@ class Simulator:
 class SimulatedAddress:
     """The address of an array's first element, as kernels of the simulator see it.
 
-    Elements are counted from there, as on a device, but accesses outside the array's own memory, and vectors that are not
-    aligned to their size, are errors.
+    Elements are counted from there, as on a device, but accesses outside the array's own memory, and vectors that are
+    not aligned to their size, are errors.
     """
 
     def __init__(self, array: np.ndarray):
@@ -220,7 +221,8 @@ class Gpu:
         byte, readonly = interface["data"]
         shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
         strides = interface.get("strides") or np.empty(shape, np.void(dtype.itemsize).dtype).strides
-        return Memory(shape, tuple(strides), dtype, byte, readonly, _place(self._device_of(byte)), interface.get("stream"))
+        return Memory(shape, tuple(strides), dtype, byte, readonly, _place(self._device_of(byte)),
+                      interface.get("stream"))
 
     def _device_of(self, byte: int) -> int:
         runtime = self.cupy.cuda.runtime

@@ -7,7 +7,17 @@ from typing import Any, NamedTuple
 
 from . import launch
 from .errors import PlanError
-from .operands import Inputs, Target, accept, accept_bias_out, accept_flag, accept_number, accept_out, accept_tuple, check_apart
+from .operands import (
+    Inputs,
+    Target,
+    accept,
+    accept_bias_out,
+    accept_flag,
+    accept_number,
+    accept_out,
+    accept_tuple,
+    check_apart,
+)
 from .plans import (
     BatchSumPlan,
     MatmulPlan,
@@ -82,9 +92,10 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
 
     Notes
     -----
-    Sums are kept in float32, in float64 for float64. The order of additions follows from shape, dtype and memory layout, so
-    equal inputs give equal bits on every run and on every device. S * M additions; reads S * M elements once. An empty batch
-    gives zeros. db is a sum: whoever averages the loss over the batch has 1/S in dz already, or passes it as alpha.
+    Sums are kept in float32, in float64 for float64. The order of additions follows from shape, dtype and memory
+    layout, so equal inputs give equal bits on every run and on every device. S * M additions; reads S * M elements
+    once. An empty batch gives zeros. db is a sum: whoever averages the loss over the batch has 1/S in dz already, or
+    passes it as alpha.
 
     With n the plan's longest chain of additions, u = 2^-24 (2^-53 for float64) and alpha a power of two, the error
     before the result is rounded is at most (n + 1) u sum |dz|, or ((n + 1) u)^2 sum |dz| if compensated.
@@ -108,8 +119,8 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
 
 
 def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", alpha: float = 1.0,
-                precision: str | None = None, out: Any = None, accumulate: bool = False, plan: ProductPlan | None = None,
-                stream: Any = None) -> Any:
+                precision: str | None = None, out: Any = None, accumulate: bool = False,
+                plan: ProductPlan | None = None, stream: Any = None) -> Any:
     """Gradient of the loss with respect to a dense layer's weights.
 
         dw[d, m] = sum over s of x[s, d] dz[s, m]           dw = x.T @ dz
@@ -149,8 +160,8 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
     Notes
     -----
     Without `precision`, float32 is true float32 and never TF32. Sums are float32, for float64 float64. Equal inputs
-    give equal bits on every run; on every GPU, too, except from tensor cores, whose sums are rounded differently by each
-    generation. 2 * S * D * M flops. An empty batch gives zeros.
+    give equal bits on every run; on every GPU, too, except from tensor cores, whose sums are rounded differently by
+    each generation. 2 * S * D * M flops. An empty batch gives zeros.
     Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5.
 
     Examples
@@ -204,9 +215,9 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
 
     Notes
     -----
-    db has the same bits on every run, and from FMA units on every device, but not those of `bias_grad`, since its order of
-    additions follows the tiles of dw. On FMA units thread row r of R adds the samples r, r + R, ... of each part, the R sums
-    are added in ascending order, then the parts.
+    db has the same bits on every run, and from FMA units on every device, but not those of `bias_grad`, since its order
+    of additions follows the tiles of dw. On FMA units thread row r of R adds the samples r, r + R, ... of each part,
+    the R sums are added in ascending order, then the parts.
 
     Examples
     --------
@@ -297,8 +308,8 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
         Which gradients to compute.
     activation, z, negative_slope, sample_weight
         As in `activation_grad`, with dz for da: the gradient below the activation, weighted, is formed in one pass over
-        memory while db is summed, and goes into dx and dw. Samples that a mask leaves out have a gradient of zero; for dw
-        their rows of x must be finite.
+        memory while db is summed, and goes into dx and dw. Samples that a mask leaves out have a gradient of zero; for
+        dw their rows of x must be finite.
     batch_axis, weight_layout, keepdims, alpha, precision, stream
         As in `bias_grad` and `weight_grad`; alpha scales all three.
     out : DenseGrads of arrays or None, optional
@@ -320,8 +331,8 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
 
     Notes
     -----
-    db rides along with dw as in `weight_bias_grad`, with its bits, where the model of the plans says that this is cheaper and
-    no plan for db is given. Below an activation, or with weights, it has those of `activation_grad`.
+    db rides along with dw as in `weight_bias_grad`, with its bits, where the model of the plans says that this is
+    cheaper and no plan for db is given. Below an activation, or with weights, it has those of `activation_grad`.
 
     Examples
     --------
@@ -352,7 +363,8 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     rides = not above.arguments and {"dw", "db"} <= needed and plans.db is None and bias_rides_along(steps["dw"])
     with launch.session(inputs, stream) as session:
         if above.arguments:
-            db = session.result(targets["db"]) if "db" in needed else session.scratch("db", 1, inputs.out_features, inputs.dtype)
+            db = (session.result(targets["db"]) if "db" in needed
+                  else session.scratch("db", 1, inputs.out_features, inputs.dtype))
             formed = session.like(inputs.dz)
             above.run(session, steps["db"], formed, db, alpha, accumulate and "db" in needed)
             session.use(inputs.dz, formed)
@@ -375,14 +387,16 @@ def _needed(need: Iterable[str], x: Any, w: Any) -> set[str]:
         raise ValueError(f'need must name some of "dx", "dw" and "db"; got {need!r}')
     for name, gradient, array in (("x", "dw", x), ("w", "dx", w)):
         if array is None and gradient in needed:
-            raise TypeError(f"{name} must be an array, since {gradient} is needed; got None (leave {gradient} out of need=)")
+            raise TypeError(f"{name} must be an array, since {gradient} is needed; got None (leave {gradient} out of "
+                            "need=)")
     return needed
 
 
 def _bias_plan(plan: BatchSumPlan | None, inputs: Inputs, compensated: bool = False) -> BatchSumPlan:
     sizes: dict[str, Any] = {"samples": inputs.samples, "outputs": inputs.out_features, "dtype": inputs.dtype,
                              "layout": inputs.dz.layout}
-    if isinstance(plan, BatchSumPlan) and inputs.dz.layout == "flat" and (plan.layout == "rows" or inputs.out_features == 1):
+    if (isinstance(plan, BatchSumPlan) and inputs.dz.layout == "flat"
+            and (plan.layout == "rows" or inputs.out_features == 1)):
         # Rows without gaps are rows all the same, and one output's samples lie side by side.
         sizes["layout"] = plan.layout
     plan = check_plan(plan, BatchSumPlan, sizes) or plan_batch_sum(**sizes, compensated=compensated)
@@ -431,7 +445,8 @@ def _run_weight_bias(session: launch.Session, plan: ProductPlan, weight: Target,
 
 
 def _run_bias(session: launch.Session, plan: BatchSumPlan, target: Target, alpha: float) -> None:
-    launch.run_batch_sum(session, plan, session.place(session.inputs.dz), session.result(target), target.accumulate, alpha)
+    launch.run_batch_sum(session, plan, session.place(session.inputs.dz), session.result(target), target.accumulate,
+                         alpha)
 
 
 def _input_target(name: str, out: Any, inputs: Inputs, accumulate: bool) -> Target:

@@ -77,8 +77,9 @@ class Session:
         """Where kernels are to write a result."""
         argument, upload = target.argument, target.argument is not None and target.argument.compact
         if argument is None or (upload and not target.accumulate):
-            array = self.device.empty(target.shape[::-1] if target.turned and argument is None else target.shape, target.dtype)
-            array = array.T if target.turned and argument is None else array
+            turned = target.turned and argument is None
+            array = self.device.empty(target.shape[::-1] if turned else target.shape, target.dtype)
+            array = array.T if turned else array
         else:
             self.device.wait_for(argument.memory, self.stream)
             array = self.device.placed(argument.array, upload)
@@ -200,8 +201,8 @@ def _launch_tensor_core(session: Session, plan: TensorCorePlan, left: Operand, r
     session.launch(kernel, plan.grid, plan.threads, (
         left.address, left_side.stride, right.address, right_side.stride, target.address, target.row_stride,
         target.col_stride, target.rows * target.row_stride, plan.rows, plan.cols, plan.depth, plan.depth_per_part,
-        plan.group_bits, np.dtype(epilogue).type(alpha), sums.address if sums else 0, sums.row_stride if sums else 0), plan,
-        plan.shared_bytes)
+        plan.group_bits, np.dtype(epilogue).type(alpha), sums.address if sums else 0, sums.row_stride if sums else 0),
+        plan, plan.shared_bytes)
 
 
 def run_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, result: Operand, accumulate: bool,
@@ -239,15 +240,16 @@ def _launch_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, tar
         aligned = int(source.address) % 32 == 0 and source.row_stride * item % 32 == 0
         tile_cols = plan.tile if aligned else plan.tile - plan.sector
         grid = -(-plan.outputs // tile_cols), plan.parts
-        arguments: tuple = (source.address, source.row_stride, plan.samples, plan.outputs, plan.samples_per_part, tile_cols)
+        arguments: tuple = (source.address, source.row_stride, plan.samples, plan.outputs, plan.samples_per_part,
+                            tile_cols)
     else:
-        kernel = make_sum_contiguous(plan.dtype, plan.accumulator, target.dtype, plan.period, plan.threads_x, plan.lanes,
-                                     plan.in_flight, plan.folders, plan.line_pitch, plan.fold_pitch,
+        kernel = make_sum_contiguous(plan.dtype, plan.accumulator, target.dtype, plan.period, plan.threads_x,
+                                     plan.lanes, plan.in_flight, plan.folders, plan.line_pitch, plan.fold_pitch,
                                      plan.blocks_per_multiprocessor, accumulate, plan.compensated, partial)
         grid = plan.grid
         period = plan.period
-        arguments = (source.address, source.col_stride, plan.samples * period, plan.outputs // period, plan.runs_per_block,
-                     plan.samples_per_part * period)
+        arguments = (source.address, source.col_stride, plan.samples * period, plan.outputs // period,
+                     plan.runs_per_block, plan.samples_per_part * period)
     session.launch(kernel, grid, plan.threads, arguments + written, plan)
 
 
@@ -276,8 +278,8 @@ def run_upstream(session: Session, plan: UpstreamPlan, parameter: float, gradien
                 for matrix in (gradient, z, dz) if matrix is not None)
     of_pieces = weights is not None and features_first and weights.T.access(width) == width
     target = result if second is None else _parts_of_sum(session, cut, second)
-    kernel = make_upstream_sum(plan.above, cut.dtype, cut.accumulator, target.dtype, plan.elements, width, cut.threads_x,
-                               cut.lanes, features_first, plan.blocks_per_multiprocessor,
+    kernel = make_upstream_sum(plan.above, cut.dtype, cut.accumulator, target.dtype, plan.elements, width,
+                               cut.threads_x, cut.lanes, features_first, plan.blocks_per_multiprocessor,
                                weights.dtype if weights else "", width if of_pieces else 1,
                                labels.dtype if labels else "", accumulate and second is None, second is not None)
     wide = np.dtype(cut.accumulator).type
@@ -286,8 +288,8 @@ def run_upstream(session: Session, plan: UpstreamPlan, parameter: float, gradien
         return (matrix.address, matrix.row_stride, matrix.col_stride) if matrix else (0, 0, 0)
 
     session.launch(kernel, plan.grid, plan.threads, (
-        *placed(gradient), *placed(z), *placed(dz), *placed(weights)[:2], *placed(labels)[:2], *placed(totals)[:1], ignored,
-        wide(parameter), wide(alpha), dz.rows, dz.cols, cut.samples_per_part, target.address,
+        *placed(gradient), *placed(z), *placed(dz), *placed(weights)[:2], *placed(labels)[:2], *placed(totals)[:1],
+        ignored, wide(parameter), wide(alpha), dz.rows, dz.cols, cut.samples_per_part, target.address,
         target.row_stride if second else 0, target.col_stride), plan)
     if second is not None:
         _launch_batch_sum(session, second, target, result, accumulate, 1.0)
@@ -306,8 +308,8 @@ def run_add_parts(session: Session, workspace: Operand, parts: int, result: Oper
     kernel = make_add_parts(workspace.dtype, result.dtype, result.access(vector), threads, accumulate)
     items = result.rows * workspace.row_stride // vector
     session.launch(kernel, (-(-items // threads),), threads, (
-        workspace.address, parts, workspace.rows * workspace.row_stride, workspace.row_stride, result.address, result.rows,
-        result.cols, result.row_stride, result.col_stride,
+        workspace.address, parts, workspace.rows * workspace.row_stride, workspace.row_stride, result.address,
+        result.rows, result.cols, result.row_stride, result.col_stride,
         np.dtype("float64" if result.dtype == "float64" else workspace.dtype).type(alpha)), plan)
 
 
@@ -358,7 +360,7 @@ class Variant:
 
 
 class _Catalogue(Session):
-    """A session without a device, which keeps the kernels that it would have launched. All of its arrays are aligned."""
+    """A session without a device, which keeps the kernels that it would have launched. Its arrays are aligned."""
 
     def __init__(self) -> None:
         self.device: Any = self
@@ -383,11 +385,13 @@ class _Catalogue(Session):
                 kernel, tuple(typeof(argument) for argument in arguments), block,
                 TENSOR_CORE_CAPABILITY if shared_bytes else (7, 5), plan.explain().partition("\n")[0])
 
-    def add_matmul(self, dtype: str, tile: tuple[int, int, int, int, int], along_depth: tuple[bool, bool] = (False, False),
-                   length: int = 1024, result: str = "", accumulate: bool = False, sums: bool = False) -> None:
+    def add_matmul(self, dtype: str, tile: tuple[int, int, int, int, int],
+                   along_depth: tuple[bool, bool] = (False, False), length: int = 1024, result: str = "",
+                   accumulate: bool = False, sums: bool = False) -> None:
         """Keep the kernel on FMA units for square operands, contiguous along the depth or the other axis."""
         self.title = "-".join([dtype, "x".join(map(str, tile[:3])), "x".join(map(str, tile[3:]))])
-        self._add_product(MatmulPlan(length, length, length, dtype, *tile), along_depth, result or dtype, accumulate, sums)
+        plan = MatmulPlan(length, length, length, dtype, *tile)
+        self._add_product(plan, along_depth, result or dtype, accumulate, sums)
 
     def add_tensor_core(self, dtype: str, precision: str | None, tile: tuple[int, int, int, int, int],
                         along_depth: tuple[bool, bool] = (False, False), length: int = 1024, result: str = "",
@@ -411,16 +415,16 @@ class _Catalogue(Session):
         run_matmul(self, plan, left if left_along else left.T, right.T if right_along else right, whole, accumulate,
                    sums=Operand("sums", None, 0, result, 1, length, length, 1) if sums else None)
 
-    def add_batch_sum(self, samples: int, outputs: int, dtype: str, layout: str, result: str = "", accumulate: bool = False,
-                      compensated: bool = False) -> None:
+    def add_batch_sum(self, samples: int, outputs: int, dtype: str, layout: str, result: str = "",
+                      accumulate: bool = False, compensated: bool = False) -> None:
         """Keep the kernels for a batch of this shape."""
         result = result or dtype
         self.title = "-".join([dtype, f"{samples}x{outputs}", layout] + [f"to-{result}"] * (result != dtype)
                               + ["accumulate"] * accumulate + ["compensated"] * compensated)
-        source = Operand("dz", None, 0, dtype, samples, outputs, *((1, samples) if layout == "features_first" else (outputs, 1)))
+        strides = (1, samples) if layout == "features_first" else (outputs, 1)
+        source = Operand("dz", None, 0, dtype, samples, outputs, *strides)
         run_batch_sum(self, plan_batch_sum(samples, outputs, dtype, layout, compensated), source,
                       Operand("db", None, 0, result, 1, outputs, outputs, 1), accumulate)
-
 
     def add_upstream(self, above: str, samples: int, outputs: int, dtype: str, layout: str, weights: str = "") -> None:
         """Keep the kernels that form dZ of this shape."""
@@ -448,13 +452,15 @@ def kernel_variants() -> dict[str, Variant]:
         catalogue.add_matmul(dtype, medium, accumulate=True)
         if accumulator != dtype:
             catalogue.add_matmul(dtype, medium, result=accumulator, accumulate=True)
-        for samples, outputs, layout in ((8192, 3072, "rows"), (33, 50257, "rows"), (64, 10, "rows"), (65536, 10, "flat"),
-                                         (64, 10, "flat"), (8192, 3072, "features_first"), (64, 10, "features_first")):
+        for samples, outputs, layout in ((8192, 3072, "rows"), (33, 50257, "rows"), (64, 10, "rows"),
+                                         (65536, 10, "flat"), (64, 10, "flat"), (8192, 3072, "features_first"),
+                                         (64, 10, "features_first")):
             catalogue.add_batch_sum(samples, outputs, dtype, layout)
         for layout in ("rows", "flat", "features_first"):
             catalogue.add_batch_sum(65536, 10, dtype, layout, result=accumulator, accumulate=True, compensated=True)
         for layout in ("flat", "features_first"):
-            for above, weights in (("relu", ""), ("gelu", ""), ("gelu_tanh", "float32"), ("cross_entropy", ""), ("identity", "bool")):
+            for above, weights in (("relu", ""), ("gelu", ""), ("gelu_tanh", "float32"), (CROSS_ENTROPY, ""),
+                                   ("identity", "bool")):
                 catalogue.add_upstream(above, 8192, 3072, dtype, layout, weights)
         catalogue.add_upstream("silu", 65536, 10, dtype, "flat")
     for tile in MATMUL_TILES:

@@ -1,4 +1,4 @@
-"""Shapes of real layers, (samples, in_features, out_features): what plans are chosen for, tests hold and benchmarks time."""
+"""Shapes of real layers, (samples, in_features, out_features): plans are chosen, held and timed for them."""
 from __future__ import annotations
 
 #: name -> (S, D, M)

@@ -113,7 +113,10 @@ def _flat_stride(shape: Iterable[int], strides: Iterable[int]) -> int | None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Accepted inputs of one layer: x is samples by in_features, w in_features by out_features, dz samples by out_features."""
+    """Accepted inputs of one layer as matrices.
+
+    x is (samples, in_features), w (in_features, out_features), dz (samples, out_features).
+    """
 
     device: Any
     place: str
@@ -218,11 +221,11 @@ def _dtype(name: str, dtype: np.dtype) -> str:
 def _same(memories: dict[str, device.Memory], dtypes: dict[str, str], dz: str = "dz") -> None:
     for name in memories:
         if dtypes[name] != dtypes["dz"]:
-            raise DTypeError(f"{name} and {dz} must have the same dtype; {name} is {dtypes[name]} and {dz} is {dtypes['dz']} "
-                             f"(convert one of them with astype)")
+            raise DTypeError(f"{name} and {dz} must have the same dtype; {name} is {dtypes[name]} and {dz} is "
+                             f"{dtypes['dz']} (convert one of them with astype)")
         if memories[name].place != memories["dz"].place:
-            raise DeviceError(f"{name} and {dz} must lie on the same device; {name} is on {memories[name].place} and {dz} on "
-                              f"{memories['dz'].place} (move one of them, for example with cupy.asarray)")
+            raise DeviceError(f"{name} and {dz} must lie on the same device; {name} is on {memories[name].place} and "
+                              f"{dz} on {memories['dz'].place} (move one of them, for example with cupy.asarray)")
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]], batch_axis: int, weight_layout: str, name: str) -> None:
@@ -246,7 +249,8 @@ def _check_x(x: tuple[int, ...], dz: tuple[int, ...], batch_axis: int) -> None:
     if x[:-1] == batch:
         return
     if len(x) != 2 or len(dz) != 2:
-        raise ShapeError(f"x and dz must have the same batch axes; x has {x[:-1]} before its last axis and dz has {batch}")
+        raise ShapeError(f"x and dz must have the same batch axes; x has {x[:-1]} before its last axis and dz has "
+                         f"{batch}")
     other = 1 - batch_axis
     message = f"x has {x[0]} samples on axis 0 but dz has {batch[0]} on axis {batch_axis}"
     if dz[other] == x[0]:
@@ -311,7 +315,7 @@ def accept_sample_weight(array: Any, inputs: Inputs) -> Argument:
 
 
 def accept_labels(array: Any, inputs: Inputs, batch_axis: int, ignored: int, sample_weight: Any) -> Argument:
-    """Check the classes of the samples; their values only where they lie on the host, and of samples that a mask chooses.
+    """Check the classes of the samples; their values only on the host, and of samples that a mask chooses.
 
     Raises
     ------
@@ -319,8 +323,9 @@ def accept_labels(array: Any, inputs: Inputs, batch_axis: int, ignored: int, sam
         As for any array of one value for each sample; ValueError if one is no class.
     """
     if getattr(array, "shape", None) == inputs.dz.memory.shape:
+        axis = 0 if batch_axis else -1
         raise ShapeError(f"labels must be the class of each sample, shape {inputs.batch_shape}; got the shape of z, "
-                         f"{array.shape}: one-hot? then pass labels.argmax(axis={1 - batch_axis if batch_axis else -1})")
+                         f"{array.shape}: one-hot? then pass labels.argmax(axis={axis})")
     labels = _accept_per_sample("labels", array, inputs, ("int64", "int32"), "astype('int64')")
     if isinstance(array, np.ndarray):
         wrong = (array != ignored) & ((array < 0) | (array >= inputs.out_features))
@@ -328,8 +333,8 @@ def accept_labels(array: Any, inputs: Inputs, batch_axis: int, ignored: int, sam
             wrong &= sample_weight
         if wrong.any():
             where = tuple(int(index) for index in np.argwhere(wrong)[0])
-            raise ValueError(f"labels must be classes from 0 to {inputs.out_features - 1}, or ignore_index {ignored}; got "
-                             f"{array[where]} for sample {where[0] if len(where) == 1 else where}")
+            raise ValueError(f"labels must be classes from 0 to {inputs.out_features - 1}, or ignore_index {ignored}; "
+                             f"got {array[where]} for sample {where[0] if len(where) == 1 else where}")
     return labels
 
 
@@ -344,7 +349,8 @@ def accept_number(name: str, value: Any) -> float:
     scalar = isinstance(value, numbers.Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
     if scalar and not isinstance(value, (bool, np.bool_)):
         return float(value)
-    raise TypeError(f"{name} must be a number; got {type(value).__name__} (bring one from a GPU to the host with float({name}))")
+    raise TypeError(f"{name} must be a number; got {type(value).__name__} (bring one from a GPU to the host with "
+                    f"float({name}))")
 
 
 def accept_flag(name: str, value: Any) -> bool:
@@ -380,7 +386,8 @@ def accept_integer(name: str, value: Any) -> int:
 def _accept_per_sample(name: str, array: Any, inputs: Inputs, dtypes: tuple[str, ...], cure: str) -> Argument:
     memory = _memory(inputs.device, name, array)
     if memory.dtype.name not in dtypes or not memory.dtype.isnative:
-        raise DTypeError(f"{name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}; got {memory.dtype} (convert it with {cure})")
+        raise DTypeError(f"{name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}; got {memory.dtype} (convert it "
+                         f"with {cure})")
     if memory.place != inputs.place:
         raise DeviceError(f"{name} and {inputs.dz.name} must lie on the same device; {name} is on {memory.place} and "
                           f"{inputs.dz.name} on {inputs.place} (move one of them, for example with cupy.asarray)")
@@ -404,7 +411,7 @@ class Target:
 
 def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accumulate: bool,
                in_place: tuple[Argument | None, ...] = ()) -> Target:
-    """Check an array that a result is to be written to; in_place are the inputs that it may be, and whose dtype it then has.
+    """Check an array that a result is to be written to; in_place are inputs that it may be, of whose dtype it then is.
 
     Raises
     ------

@@ -40,7 +40,8 @@ def activation_grad(da, z=None, activation=None, *, sample_weight=None, negative
     return _weighted(da, sample_weight, alpha, batch_axis)
 
 
-def cross_entropy_grad(z, labels, *, ignore_index=-100, label_smoothing=0.0, sample_weight=None, batch_axis=0, alpha=1.0):
+def cross_entropy_grad(z, labels, *, ignore_index=-100, label_smoothing=0.0, sample_weight=None, batch_axis=0,
+                       alpha=1.0):
     """(dz, db): dz[s, m] = alpha sample_weight[s] (softmax(z[s])[m] - target[s, m]), and its sum over s."""
     z, labels = _upstream(z, batch_axis), np.asarray(labels).reshape(-1)
     outputs, kept = z.shape[1], labels != ignore_index

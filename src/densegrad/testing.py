@@ -1,4 +1,4 @@
-"""What tests, `densegrad check` and benchmarks share: data, memory layouts with guards, derived bounds and the verdict."""
+"""What tests, `densegrad check` and benchmarks share: data, memory layouts with guards, derived bounds, the verdict."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -137,8 +137,8 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
     -------
     ndarray
         Rounding of the additions, (chain + 1) u |x|ᵀ|dz|, and of the result, and that of the float64 reference itself.
-        Compensated sums lose nothing, the sums of what they round away lose ((chain + 1) u)² |x|ᵀ|dz|, and bringing both
-        together is one rounding more where the result has another type.
+        Compensated sums lose nothing, the sums of what they round away lose ((chain + 1) u)² |x|ᵀ|dz|, and bringing
+        both together is one rounding more where the result has another type.
     """
     accumulator, result_dtype = accumulator_of(dtype), result_dtype or dtype
     relative = ((chain + 1) * ROUNDOFF[accumulator]) ** (1 + compensated) + product_error
@@ -149,24 +149,26 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
             + (terms + 1) * ROUNDOFF["float64"] * magnitude)
 
 
-#: Roundings on the way to an activation's derivative, each of a number of at most 2: an operation is one; exp and erfc are 2
-#: and 6 units in the last place off by NVIDIA's tables, and the rounding of their argument moves them by less than 2 more.
-ROUNDINGS = {"identity": 0, "relu": 0, "leaky_relu": 1, "sigmoid": 8, "tanh": 10, "silu": 14, "gelu": 20, "gelu_tanh": 24}
+#: Roundings on the way to an activation's derivative, each of a number of at most 2: an operation is one; exp and erfc
+#: are 2 and 6 units in the last place off by NVIDIA's tables, and the rounding of their argument moves them by less
+#: than 2 more.
+ROUNDINGS = {"identity": 0, "relu": 0, "leaky_relu": 1, "sigmoid": 8, "tanh": 10, "silu": 14, "gelu": 20,
+             "gelu_tanh": 24}
 
 
 def cross_entropy_roundings(samples: int, outputs: int, features_first: bool) -> float:
     """The same for softmax minus target.
 
-    The sum of exponentials is off by 4 u for every merge of a chain, its logarithm by as much and by its own rounding; times
-    the probability, which is at most 1, the exponential is off by that. x exp(-x) is at most 1, so that the roundings of its
-    argument count once each.
+    The sum of exponentials is off by 4 u for every merge of a chain, its logarithm by as much and by its own rounding;
+    times the probability, which is at most 1, the exponential is off by that. x exp(-x) is at most 1, so that the
+    roundings of its argument count once each.
     """
     adders, _ = log_sum_exp_block(samples, outputs, features_first)
     return 4 * (outputs // adders + 1 + adders) + np.log(max(outputs, 1)) + 8
 
 
 def dz_bound(exact: np.ndarray, scale: np.ndarray | float, roundings: float, dtype: str) -> np.ndarray:
-    """What the error of dz may be, entry by entry: scale times a factor found with so many roundings, and three products."""
+    """What the error of dz may be, entry by entry: of scale times a factor of so many roundings, and three products."""
     u, underflow = ROUNDOFF[accumulator_of(dtype)], UNDERFLOW[accumulator_of(dtype)]
     error = (2 * roundings + 3) * u * scale + underflow * (1 + scale)
     return error + ROUNDOFF[dtype] * (np.abs(exact) + error) + UNDERFLOW[dtype]

@@ -75,7 +75,8 @@ def accept_activation(inputs: Inputs, activation: str | None, z: Any, batch_axis
     if z is None and name != "identity":
         raise TypeError(f"activation={name!r} needs z, what it was applied to; got None (pass z=, the layer's output)")
     if z is not None and name == "identity":
-        raise TypeError(f"z is of no use without an activation; got {type(z).__name__} (name the activation, or leave z out)")
+        raise TypeError(f"z is of no use without an activation; got {type(z).__name__} (name the activation, or leave "
+                        "z out)")
     return Above(name, accept_number("negative_slope", negative_slope),
                  None if z is None else accept_beside("z", z, inputs, batch_axis),
                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs))
@@ -121,8 +122,9 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
     activation : "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "identity" or None
         f. "gelu" is the exact one, by the error function; "gelu_tanh" its approximation by a hyperbolic tangent.
     sample_weight : array, the shape of the batch: (...), or (S,) for batch_axis 1; bool or a float type, optional
-        What each sample's gradients are multiplied by. A boolean mask instead chooses samples: those with False, padding for
-        example, contribute exactly nothing and their dz is zero, even if they hold NaN. float64 only beside float64.
+        What each sample's gradients are multiplied by. A boolean mask instead chooses samples: those with False,
+        padding for example, contribute exactly nothing and their dz is zero, even if they hold NaN. float64 only beside
+        float64.
     negative_slope : float
         The derivative of "leaky_relu" where z <= 0.
     batch_axis : int
@@ -152,12 +154,12 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
 
     Notes
     -----
-    Computed in float32, in float64 for float64, and rounded once; db is the sum of dz as it is stored, with the bits that
-    `bias_grad(dz, plan=plan.sum)` has. Each element of da and z is read once and each of dz written once. Equal inputs give equal
-    bits on every run; on different devices too for identity, relu and leaky_relu, while exponentials may differ in their last
-    bits between the simulator and GPUs. relu has derivative 0 at 0; where z is NaN, relu passes da on, leaky_relu
-    scales it, and the others give NaN. A new dz has the memory order of da; z or `out.dz` in another order
-    are touched element by element.
+    Computed in float32, in float64 for float64, and rounded once; db is the sum of dz as it is stored, with the bits
+    that `bias_grad(dz, plan=plan.sum)` has. Each element of da and z is read once and each of dz written once. Equal
+    inputs give equal bits on every run; on different devices too for identity, relu and leaky_relu, while exponentials
+    may differ in their last bits between the simulator and GPUs. relu has derivative 0 at 0; where z is NaN, relu
+    passes da on, leaky_relu scales it, and the others give NaN. A new dz has the memory order of da; z or `out.dz` in
+    another order are touched element by element.
     Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5; Hendrycks, Gimpel, "Gaussian Error Linear
     Units", 2016.
 
@@ -195,8 +197,8 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
     sample_weight, batch_axis, keepdims, out, accumulate, plan, stream
         As in `activation_grad`; `out.dz` may be z itself.
     alpha : float
-        What dz is multiplied by: 1.0 for the sum of the samples' losses; for their mean, 1 over their number, without those
-        that are ignored.
+        What dz is multiplied by: 1.0 for the sum of the samples' losses; for their mean, 1 over their number, without
+        those that are ignored.
 
     Returns
     -------
@@ -213,8 +215,8 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
     -----
     Two launches read z: the first finds each sample's log-sum-exp, the second forms dz and db as in `activation_grad`.
     Precision and reproducibility as there.
-    Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.2.2.3; Szegedy et al., "Rethinking the Inception
-    Architecture for Computer Vision", 2016, section 7.
+    Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.2.2.3; Szegedy et al., "Rethinking the
+    Inception Architecture for Computer Vision", 2016, section 7.
 
     Examples
     --------
@@ -232,8 +234,8 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
     return _output_grads(inputs, above, batch_axis, keepdims, alpha, out, accumulate, plan, stream)
 
 
-def _output_grads(inputs: Inputs, above: Above, batch_axis: int, keepdims: bool, alpha: float, out: Any, accumulate: bool,
-                  plan: UpstreamPlan | None, stream: Any) -> OutputGrads:
+def _output_grads(inputs: Inputs, above: Above, batch_axis: int, keepdims: bool, alpha: float, out: Any,
+                  accumulate: bool, plan: UpstreamPlan | None, stream: Any) -> OutputGrads:
     alpha, outs = accept_number("alpha", alpha), accept_tuple("out", out, OutputGrads)
     inputs = replace(inputs, beside=above.arguments)
     dz = accept_out("out.dz", outs.dz, inputs, inputs.dz.memory.shape, False, in_place=(inputs.dz, above.z))

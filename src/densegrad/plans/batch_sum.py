@@ -219,8 +219,8 @@ def explain_sums(plan: BatchSumPlan) -> list[str]:
     if plan.compensated:
         lines.append("compensated: what additions round away is added up beside the sums, 7 additions for one")
         rounding = f"({plan.chain + 1} u)^2 sum |dz|"
-    lines.append(f"sums in {plan.accumulator}; longest chain of additions {plan.chain}: |error| <= {rounding}, then the "
-                 "result is rounded")
+    lines.append(f"sums in {plan.accumulator}; longest chain of additions {plan.chain}: |error| <= {rounding}, then "
+                 "the result is rounded")
     return lines
 
 

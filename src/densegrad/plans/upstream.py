@@ -33,8 +33,8 @@ class UpstreamPlan:
     above : str
         What lies above the layer: one of ACTIVATIONS, or CROSS_ENTROPY.
     sum : BatchSumPlan
-        How the work is cut, and the order of additions: dL/db has the bits of `bias_grad(dz, plan=plan.sum)`. Its layout
-        is "rows" or "features_first", and a thread has one vector of each of two steps under way.
+        How the work is cut, and the order of additions: dL/db has the bits of `bias_grad(dz, plan=plan.sum)`. Its
+        layout is "rows" or "features_first", and a thread has one vector of each of two steps under way.
 
     Raises
     ------
@@ -117,8 +117,8 @@ class UpstreamPlan:
     def explain(self) -> str:
         """The plan in words, with reasons."""
         cut, width = self.sum, self.elements * ITEM_BYTES[self.sum.dtype]
-        lines = [f"dz of {cut.samples} samples of {cut.outputs} outputs, {cut.dtype}, {cut.layout}, below {self.above}: "
-                 "formed, written and summed over the samples in one pass"]
+        lines = [f"dz of {cut.samples} samples of {cut.outputs} outputs, {cut.dtype}, {cut.layout}, below "
+                 f"{self.above}: formed, written and summed over the samples in one pass"]
         reads, matrices = {"identity": ("da is", 2), CROSS_ENTROPY: ("z is", 2)}.get(self.above, ("da and z are", 3))
         moved = matrices * cut.samples * cut.outputs * ITEM_BYTES[cut.dtype]
         lines.append(f"{reads} read once, dz is written once: {moved} bytes")
