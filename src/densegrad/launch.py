@@ -215,7 +215,7 @@ def run_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, result:
         _launch_batch_sum(session, plan, source, result, accumulate, alpha)
         return
     workspace = _parts_of_sum(session, plan, second)
-    _launch_batch_sum(session, plan, source, workspace, False, None)
+    _launch_batch_sum(session, plan, source, workspace, partial=True)
     _launch_batch_sum(session, second, workspace, result, accumulate, alpha)
 
 
@@ -224,15 +224,14 @@ def _parts_of_sum(session: Session, plan: BatchSumPlan, second: BatchSumPlan) ->
     return replace(session.scratch("workspace", second.samples, plan.pitch, plan.accumulator), cols=plan.outputs)
 
 
-def _launch_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, target: Operand, accumulate: bool,
-                      alpha: float | None) -> None:
-    """alpha is None where only a part's sums are kept."""
+def _launch_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, target: Operand, accumulate: bool = False,
+                      alpha: float = 1.0, *, partial: bool = False) -> None:
+    """The target gets the sum, or each part's sums and what they lost if `partial`, for another launch to add."""
     from .kernels.batch_sum import make_sum_contiguous, make_sum_strided
 
-    partial = alpha is None
     wide = "float64" if target.dtype == "float64" else plan.accumulator
     written = (target.address, target.row_stride * (1 + plan.compensated) if partial else 0, target.col_stride,
-               target.row_stride, np.dtype(wide).type(1.0 if alpha is None else alpha))
+               target.row_stride, np.dtype(wide).type(alpha))
     if plan.layout == "rows":
         kernel = make_sum_strided(plan.dtype, plan.accumulator, target.dtype, plan.threads_x, plan.lanes, plan.vectors,
                                   plan.in_flight, plan.blocks_per_multiprocessor, accumulate, plan.compensated, partial)
@@ -292,7 +291,7 @@ def run_upstream(session: Session, plan: UpstreamPlan, parameter: float, gradien
         ignored, wide(parameter), wide(alpha), dz.rows, dz.cols, cut.samples_per_part, target.address,
         target.row_stride if second else 0, target.col_stride), plan)
     if second is not None:
-        _launch_batch_sum(session, second, target, result, accumulate, 1.0)
+        _launch_batch_sum(session, second, target, result, accumulate)
 
 
 def run_add_parts(session: Session, workspace: Operand, parts: int, result: Operand, accumulate: bool, alpha: float,
