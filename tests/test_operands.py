@@ -163,8 +163,6 @@ def test_outputs_may_not_overlap_one_another(xp):
 @pytest.mark.parametrize("wrong", [
     {"stream": "fast"}, {"plan": plan_matmul(9, 9, 9, "float32")}, {"batch_axis": 1}, {"weight_layout": "out_in"}])
 def test_a_failed_call_leaves_out_untouched(xp, wrong):
-    if wrong == {"stream": "fast"} and xp is np:
-        wrong = {"plan": "fast"}
     out = Placed(integers((4, 3), "float32"), "C", xp, testing.SENTINEL)
     before = bits(out.read())
     with pytest.raises((ValueError, TypeError)):
@@ -276,7 +274,14 @@ def test_work_and_memory_are_on_the_stream(xp, launched_on, kind):
     check_within(result, dz.sum(axis=0), 0)
 
 
-@pytest.mark.only("gpu")
+@pytest.mark.only("simulator")
+def test_streams_of_the_simulator_and_pointers_are_taken_where_nothing_is_queued():
+    from numba import cuda
+
+    for stream in (cuda.stream(), cuda.default_stream(), 0, Stream(0)):
+        check_within(densegrad.bias_grad(DZ, stream=stream), DZ.sum(axis=0), 0)
+
+
 @pytest.mark.parametrize("stream", ["fast", 1.5, True, object()])
 def test_what_is_no_stream_is_refused(xp, stream):
     refused(lambda: densegrad.bias_grad(xp.asarray(DZ), stream=stream), TypeError, None,

@@ -133,7 +133,11 @@ class Simulator:
 
     @contextlib.contextmanager
     def using(self, stream: Any, place: str) -> Iterator[int]:
-        """The stream and device that memory is allocated and kernels are launched on."""
+        """No stream, whichever is asked for. What is neither a stream nor Numba's stand-in for one is refused."""
+        from numba import cuda
+
+        if stream is not None and not isinstance(stream, cuda.stream):
+            stream_pointer(stream)
         yield 0
 
     def capability(self, place: str) -> tuple[int, int]:
