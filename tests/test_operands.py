@@ -90,6 +90,21 @@ REFUSED = {
                               densegrad.PlanError, ["plan was made for rows 9", "have 4", "replace"]),
     "plan of another dtype": (lambda: densegrad.weight_grad(X, DZ, plan=replace(PLAN, dtype="float16")), ValueError,
                               densegrad.PlanError, ["plan was made for dtype float16"]),
+    "alpha past float32": (lambda: densegrad.bias_grad(DZ, alpha=1e300), ValueError, None,
+                           ["alpha must be within 3.4e+38 of 0", "float32", "got 1e+300", "float64"]),
+    "alpha past float32, of products": (lambda: densegrad.weight_bias_grad(X, DZ, alpha=-1e39), ValueError, None,
+                                        ["alpha must be", "got -1e+39"]),
+    "alpha past float32, for one of three": (
+        lambda: densegrad.dense_grads(X, W, DZ, alpha=1e39, out=DenseGrads(dw=zeros(4, 3, dtype="float64"))),
+        ValueError, None, ["alpha must be", "got 1e+39"]),
+    "alpha past float32, below an activation": (
+        lambda: densegrad.dense_grads(X, W, DZ, alpha=1e39, activation="relu", z=DZ, need="db",
+                                      out=DenseGrads(db=zeros(3, dtype="float64"))),
+        ValueError, None, ["alpha must be", "got 1e+39"]),
+    "alpha past float64": (lambda: densegrad.bias_grad(DZ.astype("float64"), alpha=10 ** 400), ValueError, None,
+                           ["alpha must be within 1.8e+308 of 0", "float64", "got 100000"]),
+    "slope past float32": (lambda: densegrad.activation_grad(DZ, DZ, "leaky_relu", negative_slope=1e39), ValueError,
+                           None, ["negative_slope must be within 3.4e+38 of 0"]),
 }
 
 #: what is wrong with an output -> (output for a sum of three, classes of the built-in error and of ours, what is said)
@@ -123,6 +138,16 @@ def test_bad_input_is_named_with_its_cure(case):
 def test_bad_outputs_are_named(case):
     make, *raised = REFUSED_OUTS[case]
     refused(lambda: densegrad.bias_grad(DZ, out=make()), *raised)
+
+
+@pytest.mark.parametrize("alpha", [1e39, np.inf, np.nan])
+def test_alpha_is_a_number_of_what_it_is_multiplied_in(xp, alpha):
+    """float64 where that is what comes out; infinity and NaN are numbers of both."""
+    dz = xp.asarray(np.ones((2, 3), "float32"))
+    wide = densegrad.bias_grad(dz, alpha=alpha, out=xp.zeros(3, "float64"))
+    np.testing.assert_array_equal(host(wide), [2 * alpha] * 3)
+    if not np.isfinite(alpha):
+        np.testing.assert_array_equal(host(densegrad.bias_grad(dz, alpha=alpha)), [alpha] * 3)
 
 
 def test_float64_does_not_go_into_half(xp):

@@ -11,9 +11,9 @@ from .operands import (
     Inputs,
     Target,
     accept,
+    accept_alpha,
     accept_bias_out,
     accept_flag,
-    accept_number,
     accept_out,
     accept_tuple,
     check_apart,
@@ -88,7 +88,7 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
     PlanError
         If `plan` was made for other sizes, or is not compensated though `compensated` is True.
     TypeError, ValueError
-        If an argument is no array, or batch_axis neither 0 nor 1.
+        If an argument is no array, batch_axis neither 0 nor 1, or alpha finite but infinite in the type of the sums.
 
     Notes
     -----
@@ -109,9 +109,10 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
     >>> bias_grad(numpy.array([[1e8], [1], [-1e8]], dtype="float32"), compensated=True)
     array([1.], dtype=float32)
     """
-    alpha, compensated = accept_number("alpha", alpha), accept_flag("compensated", compensated)
+    compensated = accept_flag("compensated", compensated)
     inputs = accept(dz=dz, batch_axis=batch_axis)
     target = accept_bias_out("out", out, inputs, keepdims, accumulate)
+    alpha = accept_alpha(alpha, inputs, [target])
     plan = _bias_plan(plan, inputs, compensated)
     with launch.session(inputs, stream) as session:
         _run_bias(session, plan, target, alpha)
@@ -171,9 +172,9 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
     array([[31.],
            [42.]], dtype=float32)
     """
-    alpha = accept_number("alpha", alpha)
     inputs = accept(x=x, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
     target = _weight_target("out", out, inputs, weight_layout, accumulate)
+    alpha = accept_alpha(alpha, inputs, [target])
     plan = _weight_plan(plan, inputs, precision)
     with launch.session(inputs, stream) as session:
         _run_weight(session, plan, target, weight_layout, alpha)
@@ -226,10 +227,10 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
     array([2., 2.], dtype=float32)
     """
     outs = accept_tuple("out", out, WeightBiasGrads)
-    alpha = accept_number("alpha", alpha)
     inputs = accept(x=x, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
     weight = _weight_target("out.dw", outs.dw, inputs, weight_layout, accumulate)
     bias = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
+    alpha = accept_alpha(alpha, inputs, [weight, bias])
     check_apart([weight, bias])
     plan = _weight_plan(plan, inputs, precision)
     with launch.session(inputs, stream) as session:
@@ -278,9 +279,9 @@ def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in
     >>> input_grad(numpy.array([[1, 10]], dtype="float32"), w)
     array([[21., 43.]], dtype=float32)
     """
-    alpha = accept_number("alpha", alpha)
     inputs = accept(w=w, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
     target = _input_target("out", out, inputs, accumulate)
+    alpha = accept_alpha(alpha, inputs, [target])
     plan = _input_plan(plan, inputs, precision)
     with launch.session(inputs, stream) as session:
         _run_input(session, plan, target, alpha)
@@ -342,7 +343,6 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     """
     needed = _needed(need, x, w)
     outs, plans = accept_tuple("out", out, DenseGrads), accept_tuple("plan", plan, DenseGrads)
-    alpha = accept_number("alpha", alpha)
     inputs = accept(x=x if "dw" in needed else None, w=w if "dx" in needed else None, dz=dz,
                     batch_axis=batch_axis, weight_layout=weight_layout)
     above = accept_activation(inputs, activation, z, batch_axis, negative_slope, sample_weight)
@@ -359,6 +359,8 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
         targets["db"] = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
     if "db" in needed or above.arguments:
         steps["db"] = upstream_plan(plans.db, inputs, above) if above.arguments else _bias_plan(plans.db, inputs)
+    # Below an activation dz takes alpha in, in the type of its sums.
+    alpha = accept_alpha(alpha, inputs, () if above.arguments else targets.values())
     check_apart(list(targets.values()))
     rides = not above.arguments and {"dw", "db"} <= needed and plans.db is None and bias_rides_along(steps["dw"])
     with launch.session(inputs, stream) as session:

@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import numbers
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from math import prod
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -17,6 +17,8 @@ from . import device
 from .errors import DeviceError, DTypeError, OutDeviceError, OutError, ShapeError
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+#: the largest finite number of the types that kernels take numbers in
+LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
 WEIGHT_LAYOUTS = ("in_out", "out_in")
 
 Named = TypeVar("Named", bound=tuple)
@@ -71,7 +73,7 @@ class Argument:
     def of(cls, name: str, array: Any, memory: device.Memory, dtype: str, *, any_strides: bool = False) -> Argument:
         """The array with all but its last axis flattened; any_strides lets neither axis be contiguous."""
         *batch, cols = memory.shape
-        rows, itemsize = prod(batch), memory.dtype.itemsize
+        rows, itemsize = math.prod(batch), memory.dtype.itemsize
         down, across = _flat_stride(batch, memory.strides[:-1]), memory.strides[-1] if cols > 1 else itemsize
         row_stride, col_stride, compact = cols, 1, True
         if down is not None and not (down % itemsize or across % itemsize or memory.byte % itemsize
@@ -338,19 +340,38 @@ def accept_labels(array: Any, inputs: Inputs, batch_axis: int, ignored: int, sam
     return labels
 
 
-def accept_number(name: str, value: Any) -> float:
-    """A number that scales or shapes a result.
+def accept_alpha(alpha: Any, inputs: Inputs, targets: Iterable[Target] = ()) -> float:
+    """What results are multiplied by, in float64 where the inputs or a result are that, in float32 elsewhere.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no number, or none of the type that one of the results is multiplied in.
+    """
+    results = [target.dtype for target in targets] or [inputs.dtype]
+    wide = inputs.dtype == "float64" or set(results) == {"float64"}
+    return accept_number("alpha", alpha, "float64" if wide else "float32")
+
+
+def accept_number(name: str, value: Any, dtype: str = "float64") -> float:
+    """A number that scales or shapes a result, which kernels take as one of this dtype.
 
     Raises
     ------
     TypeError
         If it is none that the host knows.
+    ValueError
+        If it is finite, but infinite to the kernels.
     """
     scalar = isinstance(value, numbers.Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
-    if scalar and not isinstance(value, (bool, np.bool_)):
-        return float(value)
-    raise TypeError(f"{name} must be a number; got {type(value).__name__} (bring one from a GPU to the host with "
-                    f"float({name}))")
+    if not scalar or isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__} (bring one from a GPU to the host with "
+                        f"float({name}))")
+    if LARGEST[dtype] < abs(value) < math.inf:
+        cure = "scale the inputs instead" + ", or convert them to float64" * (dtype == "float32")
+        raise ValueError(f"{name} must be within {LARGEST[dtype]:.2g} of 0, the range of {dtype} that it is multiplied "
+                         f"in, or infinite; got {value!s:.20} ({cure})")
+    return float(value)
 
 
 def accept_flag(name: str, value: Any) -> bool:

@@ -11,6 +11,7 @@ from .operands import (
     Inputs,
     Operand,
     accept,
+    accept_alpha,
     accept_beside,
     accept_bias_out,
     accept_integer,
@@ -77,7 +78,8 @@ def accept_activation(inputs: Inputs, activation: str | None, z: Any, batch_axis
     if z is not None and name == "identity":
         raise TypeError(f"z is of no use without an activation; got {type(z).__name__} (name the activation, or leave "
                         "z out)")
-    return Above(name, accept_number("negative_slope", negative_slope),
+    slope_dtype = "float64" if inputs.dtype == "float64" else "float32"
+    return Above(name, accept_number("negative_slope", negative_slope, slope_dtype),
                  None if z is None else accept_beside("z", z, inputs, batch_axis),
                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs))
 
@@ -236,7 +238,7 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
 
 def _output_grads(inputs: Inputs, above: Above, batch_axis: int, keepdims: bool, alpha: float, out: Any,
                   accumulate: bool, plan: UpstreamPlan | None, stream: Any) -> OutputGrads:
-    alpha, outs = accept_number("alpha", alpha), accept_tuple("out", out, OutputGrads)
+    alpha, outs = accept_alpha(alpha, inputs), accept_tuple("out", out, OutputGrads)
     inputs = replace(inputs, beside=above.arguments)
     dz = accept_out("out.dz", outs.dz, inputs, inputs.dz.memory.shape, False, in_place=(inputs.dz, above.z))
     dz = replace(dz, turned=inputs.dz.memory.shape != () and inputs.dz.layout == "features_first" and not batch_axis)
