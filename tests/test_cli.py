@@ -141,6 +141,7 @@ def test_grads_says_what_is_wrong_with_the_arrays(layer, tmp_path):
     ("objects", "not a NumPy array file"),
     ("archive", "archive of several arrays"),
     ("integers", "dz must be float16"),
+    ("bfloat16", "|V2, which is how numpy.save writes bfloat16: save array.astype('float32') instead"),
 ])
 def test_grads_refuses_bad_files(layer, tmp_path, content, words):
     bad = tmp_path / "bad.npy"
@@ -153,6 +154,8 @@ def test_grads_refuses_bad_files(layer, tmp_path, content, words):
             np.savez(file, a=layer["x"])
     elif content == "integers":
         np.save(bad, np.ones((6, 5), np.int64))
+    elif content == "bfloat16":
+        np.save(bad, layer["dz"].astype(device.dtype_of("bfloat16")))
     result = run("grads", "--x", tmp_path / "x.npy", "--dz", bad, "--out", tmp_path / "out.npz")
     assert_one_line_error(result, words)
     assert not (tmp_path / "out.npz").exists()

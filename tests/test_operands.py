@@ -46,6 +46,8 @@ REFUSED = {
     "object": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="object")), TypeError, densegrad.DTypeError,
                ["dz", "object"]),
     "bool": (lambda: densegrad.bias_grad(zeros(6, 3, dtype="bool")), TypeError, densegrad.DTypeError, ["dz", "bool"]),
+    "nameless": (lambda: densegrad.bias_grad(np.zeros((6, 3), "V2")), TypeError, densegrad.DTypeError,
+                 ["dz must be float16", "got |V2", "dz.view(ml_dtypes.bfloat16)"]),
     "byte order": (lambda: densegrad.bias_grad(DZ.astype(">f4")), TypeError, densegrad.DTypeError,
                    ["dz", "byte order"]),
     "mixed": (lambda: densegrad.weight_grad(X.astype("float64"), DZ), TypeError, densegrad.DTypeError,

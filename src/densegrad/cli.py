@@ -271,6 +271,9 @@ def _load(name: str, path: Path) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         array.close()
         raise ValueError(f"--{name} {path}: an archive of several arrays; save the one that is meant with numpy.save")
+    if array.dtype == "V2":
+        raise ValueError(f"--{name} {path}: elements of |V2, which is how numpy.save writes bfloat16: save "
+                         "array.astype('float32') instead, or call densegrad from Python")
     return array
 
 

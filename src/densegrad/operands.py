@@ -212,8 +212,10 @@ def _name_of(dtype: np.dtype) -> str:
 
 def _dtype(name: str, dtype: np.dtype) -> str:
     if _name_of(dtype) not in DTYPES:
-        raise DTypeError(f"{name} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}; got {dtype} "
-                         f"(convert it, for example with {name}.astype('float32'))")
+        cure = f"convert it, for example with {name}.astype('float32')"
+        if dtype == "V2":
+            cure = f"if that was bfloat16 before numpy.save, {name}.view(ml_dtypes.bfloat16) makes it so again"
+        raise DTypeError(f"{name} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}; got {dtype} ({cure})")
     if not dtype.isnative:
         raise DTypeError(f"{name} must be in the machine's byte order; got {dtype.str} "
                          f"(convert it with {name}.astype({dtype.newbyteorder('=').str!r}))")
