@@ -280,8 +280,8 @@ def test_training_learns():
 
 
 def test_check_passes_here(monkeypatch):
-    some = checks.cases(device.current().kind, quick=True)[::3]
-    monkeypatch.setattr(checks, "cases", lambda kind, quick: some)
+    some = checks.cases(device.current().kind, quick=True)[::5]
+    monkeypatch.setattr(checks, "cases", lambda *_: some)
     result = run("check", "--quick")
     assert result.exit_code == 0, result.output
     assert f"{len(some)} of {len(some)} pass" in result.output
@@ -291,9 +291,13 @@ def test_check_covers_every_orientation_and_dtype():
     for kind in ("simulator", "gpu"):
         cases = checks.cases(kind)
         assert len(set(cases)) == len(cases)
-        for function in ("weight_grad", "input_grad", "dense_grads"):
+        for function in ("weight_grad", "input_grad", "weight_bias_grad", "dense_grads"):
             covered = {(c.dtype, c.batch_axis, c.weight_layout) for c in cases if c.function == function}
             assert len(covered) == 4 * 2 * 2
+        for function in ("weight_grad", "input_grad", "weight_bias_grad"):
+            assert {(c.precision, c.batch_axis) for c in cases if c.function == function and c.precision} == {
+                (precision, axis) for precision in ("tf32", "tf32x3") for axis in (0, 1)}
+        assert not any(c.precision for c in checks.cases(kind, tensor_cores=False))
         assert {(c.dtype, c.batch_axis, c.compensated) for c in cases if c.function == "bias_grad"} == {
             (dtype, axis, compensated) for dtype in checks.ROUNDOFF for axis in (0, 1) for compensated in (False, True)}
 
@@ -308,7 +312,7 @@ def test_check_notices_a_wrong_sum(monkeypatch):
         return right(dz[:-1], out=out, **options)
 
     monkeypatch.setattr(densegrad, "bias_grad", without_the_last)
-    monkeypatch.setattr(checks, "cases", lambda kind, quick: [CASE])
+    monkeypatch.setattr(checks, "cases", lambda *_: [CASE])
     assert checks.run(CASE).share > 1
     result = run("check")
     assert result.exit_code == 1
@@ -319,9 +323,19 @@ def test_check_notices_a_sum_that_is_not_compensated(monkeypatch):
     right = densegrad.bias_grad
     monkeypatch.setattr(densegrad, "bias_grad", lambda dz, *, compensated, **options: right(dz, **options))
     case = dataclasses.replace(CASE, samples=300, compensated=True)
-    monkeypatch.setattr(checks, "cases", lambda kind, quick: [case])
+    monkeypatch.setattr(checks, "cases", lambda *_: [case])
     assert checks.run(case).share > 1
     assert "bias_grad compensated" in run("check").output
+
+
+@pytest.mark.parametrize("asked", [None, "tf32x3"])
+def test_check_notices_products_that_are_rounded_more_than_was_asked_for(monkeypatch, asked):
+    right = densegrad.weight_grad
+    monkeypatch.setattr(densegrad, "weight_grad",
+                        lambda x, dz, *, precision=None, **options: right(x, dz, precision="tf32", **options))
+    case = dataclasses.replace(CASE, function="weight_grad", samples=16, in_features=4, precision=asked)
+    assert checks.run(case).share > 1
+    assert checks.run(dataclasses.replace(case, precision="tf32")).passed
 
 
 def test_check_notices_an_entry_that_is_not_written(monkeypatch):
@@ -356,7 +370,7 @@ def test_check_goes_on_after_an_error(monkeypatch):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(densegrad, "bias_grad", broken)
-    monkeypatch.setattr(checks, "cases", lambda kind, quick: [CASE, dataclasses.replace(CASE, function="weight_grad")])
+    monkeypatch.setattr(checks, "cases", lambda *_: [CASE, dataclasses.replace(CASE, function="weight_grad")])
     result = run("check")
     assert result.exit_code == 1
     assert "out of luck" in result.output

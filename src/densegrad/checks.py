@@ -10,6 +10,7 @@ import numpy as np
 from . import reference
 from .device import dtype_of
 from .launch import recorded
+from .plans import TF32, TensorCorePlan
 from .testing import ROUNDINGS, ROUNDOFF, cross_entropy_roundings, dz_bound, error_bound
 
 #: (samples, in_features, out_features): less than a tile, in every dtype
@@ -23,14 +24,20 @@ OTHERS = {
 #: (function, batch_axis, weight_layout, compensated)
 _ORIENTATIONS: tuple[tuple[str, int, str, bool], ...] = (
     *(("bias_grad", axis, "in_out", compensated) for compensated in (False, True) for axis in (0, 1)),
-    *((function, axis, layout, False) for function in ("weight_grad", "input_grad", "dense_grads")
+    *((function, axis, layout, False) for function in ("weight_grad", "input_grad", "weight_bias_grad", "dense_grads")
       for axis in (0, 1) for layout in ("in_out", "out_in")),
     *((function, axis, "in_out", False) for function in ("activation_grad", "cross_entropy_grad") for axis in (0, 1)),
 )
+#: float32 on tensor cores: (function, batch_axis, precision)
+_PRECISIONS: tuple[tuple[str, int, str], ...] = tuple(
+    (function, axis, precision) for function in ("weight_grad", "input_grad", "weight_bias_grad")
+    for axis in (0, 1) for precision in TF32)
 
-_ARGUMENTS = {"bias_grad": ("dz",), "weight_grad": ("x", "dz"), "input_grad": ("dz", "w")}
-#: in the order of densegrad.DenseGrads
-_GRADIENTS = {"dense_grads": ("input_grad", "weight_grad", "bias_grad")}
+_ARGUMENTS = {"bias_grad": ("dz",), "weight_grad": ("x", "dz"), "input_grad": ("dz", "w"),
+              "weight_bias_grad": ("x", "dz"), "dense_grads": ("x", "w", "dz")}
+#: in the order of densegrad.WeightBiasGrads and densegrad.DenseGrads
+_GRADIENTS = {"weight_bias_grad": ("weight_grad", "bias_grad"),
+              "dense_grads": ("input_grad", "weight_grad", "bias_grad")}
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Case:
     batch_axis: int
     weight_layout: str
     compensated: bool = False
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,10 @@ class Outcome:
         return not self.fault and self.share <= 1 and self.repeats
 
 
-def cases(kind: str, quick: bool = False) -> list[Case]:
-    """The cases for a device of this kind ("gpu" or "simulator").
+def cases(kind: str, quick: bool = False, tensor_cores: bool = True) -> list[Case]:
+    """The cases for a device of this kind ("gpu" or "simulator"), with or without tensor cores for float32.
 
-    A small size comes in every dtype, or in one for each orientation if quick; the others only then, and in one.
+    A small size comes in every dtype, or in one for each orientation if quick; the others only if not, and in one.
     """
     dtypes = cycle(ROUNDOFF)
     small = [Case(function, *SMALL, dtype, axis, layout, compensated)
@@ -78,7 +86,9 @@ def cases(kind: str, quick: bool = False) -> list[Case]:
         next(dtypes)  # so that no orientation meets the same dtype in every size
         others += [Case(function, *size, next(dtypes), axis, layout, compensated)
                    for function, axis, layout, compensated in _ORIENTATIONS]
-    return small + others
+    rounded = [Case(function, *size, "float32", axis, "in_out", precision=precision)
+               for size in (SMALL, *(() if quick else OTHERS[kind])) for function, axis, precision in _PRECISIONS]
+    return small + others + rounded * tensor_cores
 
 
 def compare(result: Any, exact: np.ndarray, bound: np.ndarray) -> tuple[float, float, float]:
@@ -103,30 +113,34 @@ def _run(case: Case) -> Outcome:
 
     if case.function in ("activation_grad", "cross_entropy_grad"):
         return _run_upstream(case)
-    arrays, options = _problem(case)
+    arrays, orientation = _problem(case)
     names = _GRADIENTS.get(case.function, (case.function,))
     exact, magnitude, bounds = {}, {}, []
-    precision = {"compensated": True} if case.compensated else {}
+    options = {function: {"batch_axis": case.batch_axis} if function == "bias_grad" else orientation
+               for function in (case.function, *names)}
     for name in names:
         given = [arrays[argument] for argument in _ARGUMENTS[name]]
-        accepted = {"batch_axis": case.batch_axis} if name == "bias_grad" else options
-        exact[name] = getattr(reference, name)(*given, **accepted)
-        magnitude[name] = getattr(reference, name)(*map(np.abs, given), **accepted)
+        exact[name] = getattr(reference, name)(*given, **options[name])
+        magnitude[name] = getattr(reference, name)(*map(np.abs, given), **options[name])
+    given = [arrays[argument] for argument in _ARGUMENTS[case.function]]
+    chosen: dict[str, Any] = {"compensated": True} if case.compensated else {}
+    chosen |= {"precision": case.precision} if case.precision else {}
+    gathered = {"weight_bias_grad": densegrad.WeightBiasGrads, "dense_grads": densegrad.DenseGrads}.get(case.function)
     results = []
     with recorded() as launches:
         for _ in range(2):
             outs = [np.full(exact[name].shape, np.nan, dtype_of(case.dtype)) for name in names]
-            if case.function == "dense_grads":
-                out = densegrad.DenseGrads(*outs)
-                densegrad.dense_grads(arrays["x"], arrays["w"], arrays["dz"], out=out, **options)
-            else:
-                getattr(densegrad, case.function)(*given, out=outs[0], **accepted, **precision)
+            getattr(densegrad, case.function)(*given, out=gathered(*outs) if gathered else outs[0],
+                                              **options[case.function], **chosen)
             results.append(outs)
     chain = max(launch.plan.chain for launch in launches)
+    # What products may be off by at the precision that was asked for: nothing at any other.
+    product_error = max(launch.plan.product_error if case.precision and isinstance(launch.plan, TensorCorePlan)
+                        and launch.plan.precision == case.precision else 0.0 for launch in launches)
     for name in names:
         terms = case.out_features if name == "input_grad" else case.samples
-        bounds.append(error_bound(magnitude[name], exact[name], chain, terms, case.dtype,
-                                  compensated=case.compensated))
+        bounds.append(error_bound(magnitude[name], exact[name], chain, terms, case.dtype, compensated=case.compensated,
+                                  product_error=0.0 if name == "bias_grad" else product_error))
     worst = max((compare(*three) for three in zip(results[0], exact.values(), bounds, strict=True)),
                 key=lambda compared: compared[2])
     repeats = all(first.tobytes() == second.tobytes() for first, second in zip(*results, strict=True))
