@@ -16,7 +16,6 @@ import numpy as np
 from densegrad import checks, reference, testing
 from densegrad.device import dtype_of
 from densegrad.layers import LAYERS
-from densegrad.plans import ITEM_BYTES
 
 #: how much of a large result is compared with float64: so many rows, the first and last among them
 CHECKED_ROWS = 256
@@ -30,6 +29,11 @@ class Array:
 
     shape: Callable[[int, int, int], tuple[int, ...]]
     scale: Callable[[int, int, int], float] = lambda s, d, m: 1.0
+    classes: bool = False  # whether it holds classes from 0 to M - 1 instead
+
+    def dtype(self, floating: str) -> np.dtype:
+        """Of its elements, where floating ones are of this dtype."""
+        return np.dtype("int64") if self.classes else dtype_of(floating)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,10 @@ class Result:
     depth: Callable[[int, int, int], int]
     flops: Callable[[int, int, int], int]
     rows: tuple[str, int] | None = None  # of a product: which axis of which argument its rows follow
-    signed: tuple[str, ...] = ()  # arguments that are taken as they are for the sum of magnitudes
+    # of the arguments, the sum of magnitudes where it is not the meaning of the arguments' own
+    magnitude: Callable[..., np.ndarray] | None = None
+    # (case, whether additions may have any order, arguments) -> how far what is added may be off before
+    before: Callable[..., np.ndarray] | None = None
 
 
 #: Inputs of a trained layer are about normal, weights are smaller the more inputs there are, gradients are small.
@@ -52,19 +59,45 @@ INPUTS = {
     "dz": Array(lambda s, d, m: (s, m), lambda s, d, m: 0.02),
     "da": Array(lambda s, d, m: (s, m), lambda s, d, m: 0.02),
     "z": Array(lambda s, d, m: (s, m)),
+    "labels": Array(lambda s, d, m: (s,), classes=True),
 }
 #: of activation_grad: the one whose derivative takes no time, so that memory is what is measured
 ACTIVATION = "relu"
+
+
+def _below_relu(da: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(dz, db)"""
+    return reference.activation_grad(da, z, ACTIVATION)
+
+
+def _cross_entropy_error(case: Case, any_order: bool, z: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How far dz below cross-entropy may be off, by the order in which our kernel adds exponentials up, or by any."""
+    roundings = testing.cross_entropy_roundings(case.samples, case.out_features, False)
+    return testing.dz_bound(reference.cross_entropy_grad(z, labels)[0], 1.0,
+                            roundings + 4 * case.out_features * any_order, case.dtype)
+
+
 RESULTS = {
     "dx": Result(Array(lambda s, d, m: (s, d)), reference.input_grad, ("dz", "w"), lambda s, d, m: m,
                  lambda s, d, m: 2 * s * d * m, ("dz", 0)),
     "dw": Result(Array(lambda s, d, m: (d, m)), reference.weight_grad, ("x", "dz"), lambda s, d, m: s,
                  lambda s, d, m: 2 * s * d * m, ("x", 1)),
     "db": Result(Array(lambda s, d, m: (m,)), reference.bias_grad, ("dz",), lambda s, d, m: s, lambda s, d, m: s * m),
-    "dz below relu": Result(INPUTS["dz"], lambda da, z: reference.activation_grad(da, z, ACTIVATION)[0], ("da", "z"),
-                            lambda s, d, m: 1, lambda s, d, m: s * m, signed=("z",)),
-    "db below relu": Result(Array(lambda s, d, m: (m,)), lambda da, z: reference.activation_grad(da, z, ACTIVATION)[1],
-                            ("da", "z"), lambda s, d, m: s, lambda s, d, m: s * m, signed=("z",)),
+    "dz below relu": Result(INPUTS["dz"], lambda da, z: _below_relu(da, z)[0], ("da", "z"), lambda s, d, m: 1,
+                            lambda s, d, m: s * m, magnitude=lambda da, z: _below_relu(np.abs(da), z)[0]),
+    "db below relu": Result(Array(lambda s, d, m: (m,)), lambda da, z: _below_relu(da, z)[1], ("da", "z"),
+                            lambda s, d, m: s, lambda s, d, m: s * m,
+                            magnitude=lambda da, z: _below_relu(np.abs(da), z)[1]),
+    # The largest logit and the target are subtracted, and exponentials are added.
+    "dz below cross-entropy": Result(
+        INPUTS["dz"], lambda *given: reference.cross_entropy_grad(*given)[0], ("z", "labels"), lambda s, d, m: 1,
+        lambda s, d, m: 3 * s * m, magnitude=lambda *given: np.abs(reference.cross_entropy_grad(*given)[0]),
+        before=_cross_entropy_error),
+    "db below cross-entropy": Result(
+        Array(lambda s, d, m: (m,)), lambda *given: reference.cross_entropy_grad(*given)[1], ("z", "labels"),
+        lambda s, d, m: s, lambda s, d, m: s * m,
+        magnitude=lambda *given: np.abs(reference.cross_entropy_grad(*given)[0]).sum(axis=0),
+        before=lambda *given: _cross_entropy_error(*given).sum(axis=0)),
 }
 ORIENTATIONS = ("samples first", "features first")
 
@@ -85,6 +118,7 @@ OPERATIONS = {
     "weight_bias_grad": Operation(("x", "dz"), ("dw", "db")),
     "dense_grads": Operation(("x", "w", "dz"), ("dx", "dw", "db")),
     "activation_grad": Operation(("da", "z"), ("dz below relu", "db below relu")),
+    "cross_entropy_grad": Operation(("z", "labels"), ("dz below cross-entropy", "db below cross-entropy")),
 }
 
 
@@ -122,7 +156,7 @@ class Case:
     def bytes(self) -> int:
         """What must be read and written: each input and each result once."""
         arrays = [INPUTS[name] for name in self.does.inputs] + [RESULTS[name].array for name in self.does.results]
-        return sum(int(np.prod(array.shape(*self.sizes))) for array in arrays) * ITEM_BYTES[self.dtype]
+        return sum(int(np.prod(array.shape(*self.sizes))) * array.dtype(self.dtype).itemsize for array in arrays)
 
     @property
     def flops(self) -> int:
@@ -139,9 +173,10 @@ class Case:
         draw = np.random.default_rng(self.sizes)
         arrays = {}
         for name in self.does.inputs:
-            made = INPUTS[name]
-            values = draw.standard_normal(made.shape(*self.sizes), np.float32) * np.float32(made.scale(*self.sizes))
-            arrays[name] = values.astype(dtype_of(self.dtype))
+            made, shape = INPUTS[name], INPUTS[name].shape(*self.sizes)
+            values = (draw.integers(0, self.out_features, shape) if made.classes else
+                      draw.standard_normal(shape, np.float32) * np.float32(made.scale(*self.sizes)))
+            arrays[name] = values.astype(made.dtype(self.dtype))
         if self.batch_axis:
             arrays["dz"] = np.ascontiguousarray(arrays["dz"].T)
         return arrays
@@ -153,6 +188,7 @@ class Truth:
     def __init__(self, case: Case, data: Mapping[str, np.ndarray]):
         self.case, self.data = case, data
         self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._before: dict[tuple[str, bool], np.ndarray | float] = {}
 
     def worst(self, result: str, got: np.ndarray, chain: int | None, product_error: float = 0.0) -> float:
         """The worst error as a share of its bound. NaN and a wrong shape are infinitely wrong.
@@ -178,20 +214,30 @@ class Truth:
             got = got[checked_rows(len(got))]
         bound = testing.error_bound(magnitude, exact, depth if chain is None else chain, depth, self.case.dtype,
                                     product_error=product_error)
-        return checks.compare(got, exact, bound)[2]
+        return checks.compare(got, exact, bound + self._off_before(result, chain is None))[2]
+
+    def _off_before(self, result: str, any_order: bool) -> np.ndarray | float:
+        """How far what is added up may be off before."""
+        before = RESULTS[result].before
+        if (result, any_order) not in self._before:
+            self._before[result, any_order] = (
+                0.0 if before is None else before(self.case, any_order, *self._arguments(result).values()))
+        return self._before[result, any_order]
+
+    def _arguments(self, result: str) -> dict[str, np.ndarray]:
+        """What the result is made of, samples first and in float64."""
+        arrays = {name: self.data[name].T if self.case.batch_axis and name == "dz" else self.data[name]
+                  for name in RESULTS[result].arguments}
+        return {name: array if INPUTS[name].classes else array.astype(np.float64) for name, array in arrays.items()}
 
     def _exactly(self, result: str) -> tuple[np.ndarray, np.ndarray]:
         """The result and that of the magnitudes; of a large one, the rows that are checked."""
-        means, sizes = RESULTS[result], self.case.sizes
-        arrays = {name: self.data[name].T if self.case.batch_axis and name == "dz" else self.data[name]
-                  for name in means.arguments}
-        if means.rows and means.flops(*sizes) > 2 * CHECKED_PRODUCTS:
+        means, arrays = RESULTS[result], self._arguments(result)
+        if means.rows and means.flops(*self.case.sizes) > 2 * CHECKED_PRODUCTS:
             name, axis = means.rows
             arrays[name] = arrays[name].take(checked_rows(arrays[name].shape[axis]), axis)
-        wide = [arrays[name].astype(np.float64) for name in means.arguments]
-        magnitudes = [array if name in means.signed else np.abs(array)
-                      for name, array in zip(means.arguments, wide, strict=True)]
-        return means.meaning(*wide), means.meaning(*magnitudes)
+        given = arrays.values()
+        return means.meaning(*given), means.magnitude(*given) if means.magnitude else means.meaning(*map(np.abs, given))
 
 
 def checked_rows(rows: int) -> np.ndarray:

@@ -84,9 +84,9 @@ def _densegrad(precision: str | None) -> Prepare:
             out = densegrad.WeightBiasGrads(**given)
         elif case.operation == "dense_grads":
             out = densegrad.DenseGrads(**given)
-        elif case.operation == "activation_grad":
+        elif case.operation in ("activation_grad", "cross_entropy_grad"):
             out = densegrad.OutputGrads(*given.values())
-            inputs.append(ACTIVATION)
+            inputs += [ACTIVATION] * (case.operation == "activation_grad")
         options = {"batch_axis": case.batch_axis, "out": out} | ({"precision": precision} if precision else {})
 
         def call() -> tuple:
@@ -102,9 +102,16 @@ implementation(f"{OURS} tf32", *PRODUCTS, precision="tf32")(_densegrad("tf32"))
 implementation(f"{OURS} tf32x3", *PRODUCTS)(_densegrad("tf32x3"))
 
 
-@implementation("CuPy", "bias_grad", *PRODUCTS, "activation_grad", requires=("cupy",))
+@implementation("CuPy", "bias_grad", *PRODUCTS, "activation_grad", "cross_entropy_grad", requires=("cupy",))
 def _cupy(case: Case, arrays: Mapping[str, Any]) -> Call:
     import cupy
+
+    def below_cross_entropy() -> None:
+        z = arrays["z"].astype("float64" if case.dtype == "float64" else "float32", copy=False)
+        softmax = cupy.exp(z - z.max(axis=1, keepdims=True))
+        softmax /= softmax.sum(axis=1, keepdims=True)
+        softmax[cupy.arange(case.samples), arrays["labels"]] -= 1
+        arrays["dz below cross-entropy"][...] = softmax
 
     steps: dict[str, Callable[[], Any]] = {
         "dx": lambda: cupy.matmul(arrays["dz"], arrays["w"].T, out=arrays["dx"]),
@@ -112,6 +119,9 @@ def _cupy(case: Case, arrays: Mapping[str, Any]) -> Call:
         "db": lambda: cupy.sum(arrays["dz"], axis=case.batch_axis, out=arrays["db"]),
         "dz below relu": lambda: cupy.multiply(arrays["da"], arrays["z"] > 0, out=arrays["dz below relu"]),
         "db below relu": lambda: cupy.sum(arrays["dz below relu"], axis=0, out=arrays["db below relu"]),
+        "dz below cross-entropy": below_cross_entropy,
+        "db below cross-entropy": lambda: cupy.sum(arrays["dz below cross-entropy"], axis=0,
+                                                   out=arrays["db below cross-entropy"]),
     }
     chosen = [(steps[name], arrays[name]) for name in case.does.results]
 
@@ -123,9 +133,10 @@ def _cupy(case: Case, arrays: Mapping[str, Any]) -> Call:
     return call
 
 
-@implementation("PyTorch", "bias_grad", "weight_bias_grad", "dense_grads", "activation_grad", requires=("torch",))
+@implementation("PyTorch", "bias_grad", "weight_bias_grad", "dense_grads", "activation_grad", "cross_entropy_grad",
+                requires=("torch",))
 def _torch(case: Case, arrays: Mapping[str, Any]) -> Call:
-    """torch.sum, and the backward passes of torch.relu and torch.nn.functional.linear, whose weight is (M, D)."""
+    """torch.sum, and backward passes: of relu, of cross_entropy, and of linear, whose weight is (M, D)."""
     import torch
 
     matmul = torch.backends.cuda.matmul
@@ -134,12 +145,13 @@ def _torch(case: Case, arrays: Mapping[str, Any]) -> Call:
     tensors = {name: _as_tensor(array) for name, array in arrays.items()}
     if case.operation == "bias_grad":
         return lambda: (torch.sum(tensors["dz"], case.batch_axis, out=tensors["db"]),)
-    if case.operation == "activation_grad":
+    if case.operation in ("activation_grad", "cross_entropy_grad"):
         below = tensors["z"].detach().requires_grad_()
-        above = torch.relu(below)
+        above = (torch.relu(below) if case.operation == "activation_grad" else
+                 torch.nn.functional.cross_entropy(below, tensors["labels"], reduction="sum"))
 
         def backward() -> tuple:
-            dz, = torch.autograd.grad(above, below, tensors["da"], retain_graph=True)
+            dz, = torch.autograd.grad(above, below, tensors.get("da"), retain_graph=True)
             return dz, torch.sum(dz, 0)
 
         return backward

@@ -216,6 +216,24 @@ def test_every_error_is_held_to_its_bound():
     assert truth.worst("dw", exact * 1.00001, 1) > truth.worst("dw", exact * 1.00001, None) > 1
 
 
+@pytest.mark.parametrize(("dtype", "wrong"), [("float32", 1e-4), ("bfloat16", 1e-2)])
+def test_cross_entropy_is_held_to_its_bound(dtype, wrong):
+    case = Case("cross_entropy_grad", 50, 1, 40, dtype)
+    data = case.data()
+    assert set(data["labels"]) <= set(range(40))
+    truth = Truth(case, data)
+    softmax = np.exp(data["z"].astype(float))
+    dz = softmax / softmax.sum(axis=1, keepdims=True) - np.eye(40)[data["labels"]]
+    stored = dz.astype(data["z"].dtype)
+    for chain in (None, 50):
+        for name, right in (("dz below cross-entropy", stored),
+                            ("db below cross-entropy", stored.astype(float).sum(axis=0).astype(stored.dtype))):
+            assert truth.worst(name, right, chain) < 1
+            off = right.astype(float)
+            off.flat[7] += wrong if name.startswith("dz") else 50 * wrong
+            assert truth.worst(name, off, chain) > 1
+
+
 def test_large_results_are_checked_at_rows_from_the_first_to_the_last(monkeypatch):
     monkeypatch.setattr(operations, "CHECKED_PRODUCTS", 100)
     case = Case("input_grad", 1000, 4, 3, "float32")
@@ -235,6 +253,7 @@ def test_the_least_traffic_of_a_case():
     assert Case("dense_grads", 7, 5, 3, "float16").bytes == 2 * (2 * 7 * 5 + 2 * 5 * 3 + 7 * 3 + 3)
     assert Case("dense_grads", 7, 5, 3, "float16").flops == 2 * 2 * 7 * 5 * 3 + 7 * 3
     assert Case("bias_grad", 7, 1, 3, "float64", "features first").data()["dz"].shape == (3, 7)
+    assert Case("cross_entropy_grad", 7, 1, 3, "float16").bytes == 2 * (2 * 7 * 3 + 3) + 8 * 7
 
 
 def test_what_does_not_depend_on_the_inputs_is_measured_once():
