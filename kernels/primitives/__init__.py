@@ -1,9 +1,9 @@
 """The instruction set the kernels are written in.
 
 Every name exists twice: in ``ptx`` as LLVM and PTX for the compiler, and in ``simulator`` as plain Python and NumPy for
-the Numba CUDA simulator; what becomes of numbers between memory and sums in ``number_ptx`` and ``number_simulator``, tiles of
-operands in ``tile_ptx`` and ``tile_simulator``, what the lanes of a warp do together in ``warp_ptx`` and ``warp_simulator``. A
-test holds the two to each other.
+the Numba CUDA simulator; what becomes of numbers between memory and sums in ``number_ptx`` and ``number_simulator``,
+tiles of operands in ``tile_ptx`` and ``tile_simulator``, what the lanes of a warp do together in ``warp_ptx`` and
+``warp_simulator``. A test holds the two to each other.
 
 Names
 -----

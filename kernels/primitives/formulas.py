@@ -1,10 +1,10 @@
 """What happens to numbers between memory and sums, each formula written once for both kinds of primitives.
 
-The values are NumPy arrays in the simulator and the compiler's values on the device; both take Python's operators and plain
-numbers. `number` is the module of functions that goes with them: exp, log, erfc and where.
+The values are NumPy arrays in the simulator and the compiler's values on the device; both take Python's operators and
+plain numbers. `number` is the module of functions that goes with them: exp, log, erfc and where.
 
-Exponentials are only taken of numbers that are not positive, so that they neither overflow nor cancel. Arguments beyond which
-a derivative is constant in every dtype are held there, so that infinite ones give its limit.
+Exponentials are only taken of numbers that are not positive, so that they neither overflow nor cancel. Arguments beyond
+which a derivative is constant in every dtype are held there, so that infinite ones give its limit.
 
 Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016; Milakov, Gimelshein, "Online normalizer calculation for
 softmax", 2018.
@@ -77,7 +77,7 @@ def _logistic(number, z):
 
 
 def cross_entropy(number, below, log_total, is_label, smoothing, outputs):
-    """Softmax minus target: the target is 1 - smoothing more at the label than the smoothing / outputs that it is elsewhere.
+    """Softmax minus target, which is smoothing / outputs, and at the label 1 - smoothing more.
 
     below is how much less than the sample's largest the value is, and log_total as log_of_exponentials gives it.
     """
@@ -98,8 +98,8 @@ def merge_exponentials(number, left, right):
 def log_of_exponentials(number, state):
     """(largest, log_total): the logarithm of the sum of exp(value) over the values is their sum.
 
-    They are kept apart, since beside a large value the logarithm's digits would be lost. Where the largest value is infinite,
-    log_total is not a number.
+    They are kept apart, since beside a large value the logarithm's digits would be lost. Where the largest value is
+    infinite, log_total is not a number.
     """
     largest, total = state
     return largest, number.log(total) + (largest - largest)

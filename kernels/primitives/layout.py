@@ -54,7 +54,7 @@ class Lanes(NamedTuple):
 
 
 def lanes_of(down: int, across: int, beside: int) -> Lanes:
-    """Warps of 4 by 8 threads, as far as there are so many; narrower where fragments of only `beside` are neighbours."""
+    """Warps of 4 by 8 threads, as far as there are so many; narrower where only `beside` fragments are neighbours."""
     warp_across = min(8, across, beside)
     return Lanes(down, across, min(32 // warp_across, down), warp_across)
 

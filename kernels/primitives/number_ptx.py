@@ -1,4 +1,4 @@
-"""What happens to numbers between memory and sums, as LLVM: the formulas on the compiler's values, weights and exponentials."""
+"""What happens to numbers between memory and sums, as LLVM: formulas on the compiler's values, weights, exp."""
 from functools import cache
 
 from llvmlite import ir
@@ -135,17 +135,25 @@ def backward(activation, dtype, count):
 def weigh(dtype, count, samples):
     """(fragment, weights) -> their product; one weight for all, or one for each element."""
     fragment = _fragment_type(dtype, count)
-    return _expand(fragment, (fragment, _fragment_type(dtype, samples)), lambda builder, values, weights: _pack(builder, [
-        builder.fmul(value, weight)
-        for value, weight in zip(_unpack(builder, values), _spread(_unpack(builder, weights), count), strict=True)]))
+
+    def body(builder, values, weights):
+        spread = _spread(_unpack(builder, weights), count)
+        return _pack(builder, [builder.fmul(value, weight)
+                               for value, weight in zip(_unpack(builder, values), spread, strict=True)])
+
+    return _expand(fragment, (fragment, _fragment_type(dtype, samples)), body)
 
 
 @cache
 def minus(dtype, count, samples):
     """(fragment, values) -> their difference; one value for all, or one for each element."""
     fragment = _fragment_type(dtype, count)
-    return _expand(fragment, (fragment, _fragment_type(dtype, samples)), lambda builder, left, right: _pack(builder, [
-        builder.fsub(a, b) for a, b in zip(_unpack(builder, left), _spread(_unpack(builder, right), count), strict=True)]))
+
+    def body(builder, left, right):
+        spread = _spread(_unpack(builder, right), count)
+        return _pack(builder, [builder.fsub(a, b) for a, b in zip(_unpack(builder, left), spread, strict=True)])
+
+    return _expand(fragment, (fragment, _fragment_type(dtype, samples)), body)
 
 
 @cache
@@ -180,8 +188,8 @@ def cross_entropy(dtype, columns, samples):
             values.append(builder.select(builder.icmp_unsigned("<", label, outputs), found, bad))
         return _pack(builder, values)
 
-    return _expand(fragment, (fragment, _fragment_type(dtype, samples), types.UniTuple(types.int64, samples), types.int64,
-                              types.int64, _NUMBA[dtype]), body)
+    return _expand(fragment, (fragment, _fragment_type(dtype, samples), types.UniTuple(types.int64, samples),
+                              types.int64, types.int64, _NUMBA[dtype]), body)
 
 
 @cache
@@ -202,8 +210,12 @@ def exponential(dtype):
 def merge_exponentials(dtype):
     """(state, state) -> the state of the sum of both."""
     state = _fragment_type(dtype, 2)
-    return _expand(state, (state, state), lambda builder, left, right: _pack_numbers(builder, formulas.merge_exponentials(
-        _Functions(builder), _numbers(builder, left), _numbers(builder, right))))
+
+    def body(builder, left, right):
+        return _pack_numbers(builder, formulas.merge_exponentials(
+            _Functions(builder), _numbers(builder, left), _numbers(builder, right)))
+
+    return _expand(state, (state, state), body)
 
 
 @cache

@@ -1,7 +1,7 @@
 """The primitives as LLVM IR and inline PTX: the only module that knows the compiler.
 
-Each factory is cached and returns an intrinsic that Numba's compiler expands in place, fully unrolled, so that fragments
-stay in registers and memory is touched in accesses as wide as asked for.
+Each factory is cached and returns an intrinsic that Numba's compiler expands in place, fully unrolled, so that
+fragments stay in registers and memory is touched in accesses as wide as asked for.
 
 Source: CUDA C++ Programming Guide, "Device Memory Accesses"; PTX ISA, "ld", "st", "cvt".
 """
@@ -109,7 +109,7 @@ def _narrow(builder, value, wide, dtype):
 
 
 def _round_to_bfloat16(builder, value):
-    """The upper 16 bits of a float32, rounded to nearest even in integers: compute capability 7.5 has no instruction."""
+    """The upper 16 bits of a float32, rounded to nearest even in integers: capability 7.5 has no instruction for it."""
     bits = builder.bitcast(value, _INT32)
     lowest = builder.and_(builder.lshr(bits, ir.Constant(_INT32, 16)), ir.Constant(_INT32, 1))
     rounded = builder.add(bits, builder.add(lowest, ir.Constant(_INT32, 0x7FFF)))
@@ -173,7 +173,8 @@ def _load_bytes(builder, pointer, dtype, count, condition=None, bounds=(), furth
 def _load_partly(builder, address, index, dtype, count, mask):
     """As _load_global, of those elements only whose bits are set in the mask; zeros for the others.
 
-    Never touches the others' memory. The elements come in the widest accesses that the mask allows: all, halves, quarters...
+    Never touches the others' memory. The elements come in the widest accesses that the mask allows: all, halves,
+    quarters...
     """
     words, word, letter = _words(dtype, count)
     size, packed = _BYTES[dtype], _BYTES[dtype] == 2
@@ -189,7 +190,8 @@ def _load_partly(builder, address, index, dtype, count, mask):
         apart = f".and.b32 one, bits, {bits}, !whole{piece // 2}" if piece > 1 else f".b32 one, bits, {bits}"
         registers = [f"half{first}"] if packed and width == 1 else [
             f"${n}" for n in range(first * size // (word.width // 8), (first + width) * size // (word.width // 8))]
-        suffix = f".b{8 * size}" if width == 1 else f".b{word.width}" if len(registers) == 1 else _suffix(len(registers), word)
+        suffix = f".b{word.width}" if len(registers) == 1 else _suffix(len(registers), word)
+        suffix = f".b{8 * size}" if width == 1 else suffix
         into = registers[0] if len(registers) == 1 else f"{{{', '.join(registers)}}}"
         code += [f"and.b32 bits, ${words + 1}, {bits};", f"setp.eq.b32 whole{piece}, bits, {bits};", f"setp.eq{apart};",
                  f"@one ld.global{suffix} {into}, [${words} + {first * size}];"]
@@ -400,7 +402,8 @@ def load_if(dtype, count, wide):
 def add_vectors(dtype, count, wide, rows, across=1, spacing=0, compensated=False):
     """(sums, address, index, step) -> sums plus the vectors at index, index + step, ..., added in that order.
 
-    Every row is `across` vectors of count elements, `spacing` apart. All of the loads are issued before the first addition.
+    Every row is `across` vectors of count elements, `spacing` apart. All of the loads are issued before the first
+    addition.
     """
 
     def body(builder, sums, address, index, step):
@@ -422,8 +425,8 @@ def add_vectors(dtype, count, wide, rows, across=1, spacing=0, compensated=False
 def add_inside(dtype, count, wide, rows, across=1, spacing=0, compensated=False, advance=0):
     """(sums, address, index, step, left, position, end) -> as add_vectors, but only of what lies inside.
 
-    The first element stands at `position`, the next row's at position + advance: those in [0, end) of the first `left` rows
-    count, the others are neither touched nor added.
+    The first element stands at `position`, the next row's at position + advance: those in [0, end) of the first `left`
+    rows count, the others are neither touched nor added.
     """
 
     def mask(builder, position, end):
@@ -465,7 +468,7 @@ def store_vector(dtype, count, wide):
 
 @cache
 def load_each(dtype, count, wide):
-    """(address, index, step, left) -> the elements at index, index + step, ...: the first `left`, zeros for the others."""
+    """(address, index, step, left) -> elements at index, index + step, ...: the first `left`, zeros for the others."""
 
     def body(builder, address, index, step, left):
         values = []
@@ -493,7 +496,7 @@ def store_each(dtype, count, wide):
 
 @cache
 def load_pieces(dtype, width, offsets, wide):
-    """(address, index, stride, left) -> pieces of `width` neighbouring elements, those at offset * stride from the index.
+    """(address, index, stride, left) -> pieces of `width` neighbouring elements, at offset * stride from the index.
 
     Only pieces whose offset is less than `left` are touched, the others are zeros. The stride is 1 where width is not.
     """
@@ -526,16 +529,19 @@ def load_integers(dtype, offsets):
 
     Those that are not touched are `absent`.
     """
-    suffix, letter, kind = {"bool": ("u8", "h", _INT16), "int32": ("b32", "r", _INT32), "int64": ("b64", "l", _INT64)}[dtype]
+    suffix, letter, kind = {"bool": ("u8", "h", _INT16), "int32": ("b32", "r", _INT32),
+                            "int64": ("b64", "l", _INT64)}[dtype]
     item = ir.Constant(_INT64, 1 if dtype == "bool" else kind.width // 8)
     function = ir.FunctionType(kind, [_INT64, _INT32])
-    code = f"{{ .reg .pred wanted; setp.ne.b32 wanted, $2, 0; mov.b{kind.width} $0, 0; @wanted ld.global.{suffix} $0, [$1]; }}"
+    code = (f"{{ .reg .pred wanted; setp.ne.b32 wanted, $2, 0; mov.b{kind.width} $0, 0; "
+            f"@wanted ld.global.{suffix} $0, [$1]; }}")
 
     def body(builder, address, index, stride, left, absent):
         values = []
         for place, inside in _pieces(builder, index, stride, left, offsets):
             pointer = builder.add(address, builder.mul(place, item))
-            loaded = builder.asm(function, code, f"=&{letter},l,r", [pointer, builder.zext(inside, _INT32)], side_effect=True)
+            loaded = builder.asm(function, code, f"=&{letter},l,r", [pointer, builder.zext(inside, _INT32)],
+                                 side_effect=True)
             value = loaded if kind == _INT64 else builder.sext(loaded, _INT64)
             values.append(builder.select(inside, value, absent))
         return _pack(builder, values)
@@ -608,10 +614,11 @@ def add_shared(dtype, count, step, compensated=False, lost=0):
 
 @cache
 def store_spread(dtype, count, across, spacing):
-    """(array, index, fragment, thread): stores `across` vectors of count elements, `spacing` apart, at most 16 bytes at once.
+    """(array, index, fragment, thread): stores `across` vectors of count elements, `spacing` apart.
 
-    Where a vector takes two of them, every second group of four threads begins with the upper one: the threads that are
-    served together then meet all banks, though their vectors lie 32 bytes apart.
+    At most 16 bytes are stored at once. Where a vector takes two of them, every second group of four threads begins
+    with the upper one: the threads that are served together then meet all banks, though their vectors lie 32 bytes
+    apart.
     """
     width = 16 // _BYTES[dtype]
 
@@ -626,7 +633,8 @@ def store_spread(dtype, count, across, spacing):
                 continue
             for first in (upper, builder.not_(upper)):
                 place = builder.add(start, builder.select(first, ir.Constant(_INT32, width), ir.Constant(_INT32, 0)))
-                chosen = [builder.select(first, high, low) for low, high in zip(part[:width], part[width:], strict=True)]
+                halves = zip(part[:width], part[width:], strict=True)
+                chosen = [builder.select(first, high, low) for low, high in halves]
                 _store_shared(builder, _shared_pointer(builder, array, place, dtype), dtype, chosen)
 
     return _expand(types.none, (types.int32, types.int32, _fragment_type(dtype, across * count), types.int32), body)

@@ -55,7 +55,8 @@ def plus(dtype, count, compensated):
 @cache
 def tidy(dtype, count, compensated):
     """(sums) -> the same; what was lost counts as nothing where it is not a number, as beside an infinite sum."""
-    return lambda sums: np.concatenate([sums[:count], np.where(np.isfinite(sums[count:]), sums[count:], _TYPE[dtype](0))])
+    zero = _TYPE[dtype](0)
+    return lambda sums: np.concatenate([sums[:count], np.where(np.isfinite(sums[count:]), sums[count:], zero)])
 
 
 @cache
@@ -134,8 +135,8 @@ def add_vectors(dtype, count, wide, rows, across=1, spacing=0, compensated=False
 def add_inside(dtype, count, wide, rows, across=1, spacing=0, compensated=False, advance=0):
     """(sums, address, index, step, left, position, end) -> as add_vectors, but only of what lies inside.
 
-    The first element stands at `position`, the next row's at position + advance: those in [0, end) of the first `left` rows
-    count, the others are neither touched nor added.
+    The first element stands at `position`, the next row's at position + advance: those in [0, end) of the first `left`
+    rows count, the others are neither touched nor added.
     """
 
     def run(sums, address, index, step, left, position, end):
@@ -166,7 +167,7 @@ def store_vector(dtype, count, wide):
 
 @cache
 def load_each(dtype, count, wide):
-    """(address, index, step, left) -> the elements at index, index + step, ...: the first `left`, zeros for the others."""
+    """(address, index, step, left) -> elements at index, index + step, ...: the first `left`, zeros for the others."""
 
     def run(address, index, step, left):
         values = np.zeros(count, _TYPE[wide])
@@ -190,7 +191,7 @@ def store_each(dtype, count, wide):
 
 @cache
 def load_pieces(dtype, width, offsets, wide):
-    """(address, index, stride, left) -> pieces of `width` neighbouring elements, those at offset * stride from the index.
+    """(address, index, stride, left) -> pieces of `width` neighbouring elements, at offset * stride from the index.
 
     Only pieces whose offset is less than `left` are touched, the others are zeros. The stride is 1 where width is not.
     """
@@ -295,7 +296,7 @@ def add_shared(dtype, count, step, compensated=False, lost=0):
 
 @cache
 def store_spread(dtype, count, across, spacing):
-    """(array, index, fragment, thread): stores `across` vectors of count elements, `spacing` apart, at most 16 bytes at once."""
+    """(array, index, fragment, thread): stores `across` vectors of count elements, `spacing` apart."""
     width = min(16 // _TYPE[dtype]().itemsize, count)
 
     def run(array, index, fragment, thread):
