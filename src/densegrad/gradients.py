@@ -318,7 +318,7 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     accumulate : bool
         Whether to add into `out`, which must then hold every gradient that is needed.
     plan : DenseGrads of plans or None, optional
-        How to compute each of them.
+        How to compute each of them; db by an UpstreamPlan below an activation or with weights.
 
     Returns
     -------
