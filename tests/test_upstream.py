@@ -1,4 +1,5 @@
 """dL/dZ below activations and cross-entropy against float64, and dL/db: the sum of what was stored, to the last bit."""
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import densegrad as dg
 from densegrad import reference
 from densegrad.device import dtype_of
 from densegrad.errors import DTypeError, OutError, PlanError, ShapeError
+from densegrad.kernels import upstream as kernel_file
 from densegrad.launch import recorded
 from densegrad.plans import ACTIVATIONS, BatchSumPlan, UpstreamPlan, accumulator_of, plan_upstream
 from densegrad.testing import (
@@ -478,7 +480,14 @@ def test_a_plan_says_what_is_formed_and_what_it_takes(above, words):
         assert fact in said
 
 
-def test_what_is_launched_is_what_the_plan_says(xp):
+def test_what_is_launched_is_what_the_plan_says(xp, monkeypatch):
+    made, make = [], kernel_file.make_upstream_sum
+
+    def watched(*arguments):
+        made.append(inspect.signature(make).bind(*arguments).arguments)
+        return make(*arguments)
+
+    monkeypatch.setattr(kernel_file, "make_upstream_sum", watched)
     z, labels = data((37, 9), "float32"), np.zeros(37, "int64")
     plan = small_plan("cross_entropy", 37, 9, "float32", False, parts=2)
     with recorded() as launches:
@@ -489,3 +498,6 @@ def test_what_is_launched_is_what_the_plan_says(xp):
         ("sum_strided", second.threads, second)]
     # The last one's follows from where its workspace lies, too.
     assert [one.grid for one in launches[:2]] == [(-(-37 // samples),), plan.grid]
+    assert made[0].items() >= {
+        "above": plan.above, "elements": plan.elements, "blocks_per_multiprocessor": plan.blocks_per_multiprocessor,
+        "threads_x": plan.sum.threads_x, "lanes": plan.sum.lanes}.items()
