@@ -141,8 +141,8 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
         left_at, right_at = left_start(left_at, left_stride, thread), right_start(right_at, right_stride, thread)
         left_unit = item_bytes * (1 if left_along_depth else left_stride)
         right_unit = item_bytes * (1 if right_along_depth else right_stride)
-        copy_first_left(shared, 0, left_at, left_stride, rows_left, int32(first_depth), True, thread)
-        copy_first_right(shared, left_bytes, right_at, right_stride, cols_left, int32(first_depth), True, thread)
+        copy_first_left(shared, 0, left_at, left_stride, rows_left, int32(first_depth), thread)
+        copy_first_right(shared, left_bytes, right_at, right_stride, cols_left, int32(first_depth), thread)
         commit()
         left_step, right_step = tile_depth * left_unit, tile_depth * right_unit
         left_at += first_depth * left_unit - left_step
@@ -150,9 +150,9 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
         for stage in range(1, stages - 1):
             left_at += left_step
             right_at += right_step
-            copy_left(shared, stage * stage_bytes, left_at, left_stride, rows_left, 0, stage < tiles, thread)
-            copy_right(shared, stage * stage_bytes + left_bytes, right_at, right_stride, cols_left, 0,
-                       stage < tiles, thread)
+            rows_here, cols_here = (rows_left, cols_left) if stage < tiles else (0, 0)
+            copy_left(shared, stage * stage_bytes, left_at, left_stride, rows_here, 0, thread)
+            copy_right(shared, stage * stage_bytes + left_bytes, right_at, right_stride, cols_here, 0, thread)
             commit()
 
         # 4. The first tile has arrived, for all warps; its first step is in registers.
@@ -168,7 +168,7 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
         totals = no_totals()
         sums_here = col + warp_col == 0 if of_left else row + warp_row == 0
         to_come = int32(tiles - stages + 1)
-        while to_come > none_left:
+        while to_come > 0:
             # 5. While the first step is multiplied, the second comes into registers and a tile sets out to the free
             #    stage, which all warps have read.
             left_second = load_left_second(shared, now, left_places)
@@ -178,14 +178,13 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
                 totals = add_depths(sums_here, first, second, totals)
             left_at += left_step
             right_at += right_step
-            copy_left(shared, free, left_at, left_stride, rows_left, 0, to_come > 0, thread)
-            copy_right(shared, int32(free + left_bytes), right_at, right_stride, cols_left, 0, to_come > 0, thread)
+            copy_left(shared, free, left_at, left_stride, rows_left, 0, thread)
+            copy_right(shared, int32(free + left_bytes), right_at, right_stride, cols_left, 0, thread)
             commit()
             to_come = int32(to_come - 1)
             sums = multiply(left_first, right_first, sums)
 
-            # 6. While the second step is multiplied, the first of the next tile comes into registers. After the last
-            #    tile that is one of zeros.
+            # 6. While the second step is multiplied, the first of the next tile comes into registers.
             wait_for_next()
             cuda.syncthreads()
             free = now
@@ -193,9 +192,25 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
             left_first = load_left(shared, now, left_places)
             right_first = load_right(shared, int32(now + left_bytes), right_places)
             sums = multiply(left_second, right_second, sums)
-        wait_for_all()
 
-        # 7. Each warp stores its results from registers.
+        # 7. The last tiles, all of which have arrived.
+        wait_for_all()
+        cuda.syncthreads()
+        while to_come > none_left:
+            left_second = load_left_second(shared, now, left_places)
+            right_second = load_right_second(shared, int32(now + left_bytes), right_places)
+            if has_sums:
+                first, second = (left_first, left_second) if of_left else (right_first, right_second)
+                totals = add_depths(sums_here, first, second, totals)
+            to_come = int32(to_come - 1)
+            sums = multiply(left_first, right_first, sums)
+            if to_come > none_left:
+                now = int32(now + stage_bytes if now < last_stage else 0)
+                left_first = load_left(shared, now, left_places)
+                right_first = load_right(shared, int32(now + left_bytes), right_places)
+            sums = multiply(left_second, right_second, sums)
+
+        # 8. Each warp stores its results from registers.
         index = part * part_stride + (row + warp_row) * row_stride + (col + warp_col) * col_stride
         store(result, index, row_stride, col_stride, rows_left - warp_row, cols_left - warp_col, alpha, lane,
               settle(tidy(sums)))

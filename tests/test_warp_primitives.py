@@ -61,8 +61,8 @@ def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=T
         shared = shared_bytes()
         left_at, right_at = (left_place(place(left, 0), left_stride, lane),
                              right_place(place(right, 0), right_stride, lane))
-        copy_left(shared, start, left_at, left_stride, left_rows, depth, True, lane)
-        copy_right(shared, right_start, right_at, right_stride, right_rows, depth, True, lane)
+        copy_left(shared, start, left_at, left_stride, left_rows, depth, lane)
+        copy_right(shared, right_start, right_at, right_stride, right_rows, depth, lane)
         commit()
         wait_for()
         cuda.syncthreads()

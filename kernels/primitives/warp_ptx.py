@@ -88,12 +88,11 @@ def _first_chunk(builder, copy, thread):
 
 @cache
 def copy_async(copy, ragged):
-    """(array, index, place, stride, outer left, depth left, wanted, thread): starts the thread's share of a ChunkCopy.
+    """(array, index, place, stride, outer left, depth left, thread): starts the thread's share of a ChunkCopy.
 
     place is what copy_place gave for the tile, which comes to index of shared memory. Outer indices from `outer left`
-    on and, if ragged, depths from `depth left` on come as zeros and are not read; all of them if the tile is not
-    wanted. Pieces of two bytes, which no asynchronous copy takes, have arrived when this returns; the others after
-    wait_copies.
+    on and, if ragged, depths from `depth left` on come as zeros and are not read. Pieces of two bytes, which no
+    asynchronous copy takes, have arrived when this returns; the others after wait_copies.
     """
     tile = copy.tile
     width = copy.access * copy.item_bytes
@@ -105,7 +104,7 @@ def copy_async(copy, ragged):
         code = f"mad.{'wide.s32' if narrow else 'lo.s64'} $0, $1, {copy.item_bytes}, $2;"
         return builder.asm(function, code, "=l,r,l" if narrow else "=l,l,l", [step, source], side_effect=False)
 
-    def body(builder, array, index, source, stride, outer_left, depth_left, wanted, thread):
+    def body(builder, array, index, source, stride, outer_left, depth_left, thread):
         line, chunk = _first_chunk(builder, copy, thread)
         start = builder.add(array, index)
         step = builder.mul(stride, ir.Constant(_INT64, copy.lines_a_round))
@@ -129,10 +128,9 @@ def copy_async(copy, ragged):
             for piece, inside in zip(pieces, whole, strict=True):
                 inside = inside if there is None else builder.and_(there, inside)
                 shift = piece * copy.item_bytes
-                _copy_piece(builder, targets[rest], offset + shift, source, shift, width, builder.and_(wanted, inside))
+                _copy_piece(builder, targets[rest], offset + shift, source, shift, width, inside)
 
-    return _expand(types.none, (types.int32, types.int32, types.int64, types.int64, types.int32, types.int32,
-                                types.boolean, types.int32), body)
+    return _expand(types.none, (types.int32, types.int32, types.int64, types.int64, *[types.int32] * 3), body)
 
 
 def _chunk_place(builder, tile, start, line, chunk):

@@ -134,16 +134,15 @@ def copy_place(copy):
 
 @cache
 def copy_async(copy, ragged):
-    """(array, index, place, stride, outer left, depth left, wanted, thread): starts the thread's share of a ChunkCopy.
+    """(array, index, place, stride, outer left, depth left, thread): starts the thread's share of a ChunkCopy.
 
     place is what copy_place gave for the tile, which comes to index of shared memory. Outer indices from `outer left`
-    on and, if ragged, depths from `depth left` on come as zeros and are not read; all of them if the tile is not
-    wanted. Pieces of two bytes, which no asynchronous copy takes, have arrived when this returns; the others after
-    wait_copies.
+    on and, if ragged, depths from `depth left` on come as zeros and are not read. Pieces of two bytes, which no
+    asynchronous copy takes, have arrived when this returns; the others after wait_copies.
     """
     tile, width = copy.tile, copy.access * copy.item_bytes
 
-    def run(array, index, place, stride, outer_left, depth_left, wanted, thread):
+    def run(array, index, place, stride, outer_left, depth_left, thread):
         copies = _copies()
         for number in range(thread, tile.lines * tile.chunks, copy.threads):
             line, chunk = divmod(number, tile.chunks)
@@ -151,7 +150,7 @@ def copy_async(copy, ragged):
                 along = chunk * copy.elements + piece
                 outer, depth = (line, along) if copy.along_depth else (along, line)
                 values = np.zeros(width, np.uint8)
-                if wanted and outer < outer_left and (depth < depth_left or not ragged):
+                if outer < outer_left and (depth < depth_left or not ragged):
                     where = place.index + (line - thread // tile.chunks) * stride + piece
                     values = place.address.read(where, copy.access).copy().view(np.uint8)
                 start = index + CHUNK_BYTES * (line * tile.chunks + (chunk ^ tile.flip(line))) + piece * copy.item_bytes
