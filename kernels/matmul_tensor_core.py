@@ -66,6 +66,8 @@ from .primitives.layout import TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 LANES = 32
+#: outer indices of which a warp adds up the depths, at the least
+LEAST_SHARE = 32
 
 
 @cache
@@ -109,10 +111,80 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
     tidy, settle = (make("float32", count, True) if split else _same for make in (primitives.tidy, primitives.settle))
     store = primitives.store_products(left_layout, right_layout, result_dtype, result_access, epilogue, accumulate)
 
+    # dL/db rides along in the blocks of the first tile row (or column): their warps share dZ's tile among them, and read
+    # it once more, as a left operand.
     has_sums, of_left = bool(sums_of), sums_of == "left"
-    summed = left_layout if of_left else right_layout
-    no_totals = primitives.zeros("float32", summed.blocks * 4 // item_bytes)
-    add_depths, store_totals = primitives.add_depths(kind, summed), primitives.store_depth_sums(kind, summed)
+    summed_size, summed_along_depth = (tile_rows, left_along_depth) if of_left else (tile_cols, right_along_depth)
+    share_size = max(LEAST_SHARE, summed_size * LANES // threads)
+    share, shares = fragment_layout(item_bytes, summed_size, summed_along_depth, True, share_size), summed_size // share_size
+    share_places_of, summed_start = primitives.fragment_places(share), 0 if of_left else left_bytes
+    load_share, load_share_second = (primitives.load_fragments(share, step) for step in (0, 1))
+    no_totals = primitives.zeros("float32", share.blocks * 4 // item_bytes)
+    add_depths, store_totals = primitives.add_depths(kind, share), primitives.store_depth_sums(kind, share)
+
+    @cuda.jit(device=True, inline="always")
+    def add_share(shared, stage, places, totals):
+        return add_depths(load_share(shared, int32(stage + summed_start), places),
+                          load_share_second(shared, int32(stage + summed_start), places), totals)
+
+    def walk_along_depth(adds):
+        """The main loop: all tiles are multiplied and, if it adds, the warp's share of dZ's tiles is added up."""
+
+        @cuda.jit(device=True, inline="always")
+        def walk(shared, tiles, left_at, left_stride, left_step, rows_left, left_places, right_at, right_stride,
+                 right_step, cols_left, right_places, share_places, thread):
+            # 4. The first tile has arrived, for all warps; its first step is in registers.
+            wait_for_next()
+            cuda.syncthreads()
+            now, free = int32(0), int32(last_stage)
+            left_first = load_left(shared, now, left_places)
+            right_first = load_right(shared, int32(now + left_bytes), right_places)
+            sums, totals = zeros(), no_totals()
+            to_come = int32(tiles - stages + 1)
+            while to_come > 0:
+                # 5. While the first step is multiplied, the second comes into registers and a tile sets out to the
+                #    free stage, which all warps have read.
+                left_second = load_left_second(shared, now, left_places)
+                right_second = load_right_second(shared, int32(now + left_bytes), right_places)
+                left_at += left_step
+                right_at += right_step
+                copy_left(shared, free, left_at, left_stride, rows_left, 0, thread)
+                copy_right(shared, int32(free + left_bytes), right_at, right_stride, cols_left, 0, thread)
+                commit()
+                to_come = int32(to_come - 1)
+                sums = multiply(left_first, right_first, sums)
+                if adds:
+                    totals = add_share(shared, now, share_places, totals)
+
+                # 6. While the second step is multiplied, the first of the next tile comes into registers.
+                wait_for_next()
+                cuda.syncthreads()
+                free = now
+                now = int32(now + stage_bytes if now < last_stage else 0)
+                left_first = load_left(shared, now, left_places)
+                right_first = load_right(shared, int32(now + left_bytes), right_places)
+                sums = multiply(left_second, right_second, sums)
+
+            # 7. The last tiles, all of which have arrived.
+            wait_for_all()
+            cuda.syncthreads()
+            while to_come > none_left:
+                left_second = load_left_second(shared, now, left_places)
+                right_second = load_right_second(shared, int32(now + left_bytes), right_places)
+                to_come = int32(to_come - 1)
+                sums = multiply(left_first, right_first, sums)
+                if adds:
+                    totals = add_share(shared, now, share_places, totals)
+                if to_come > none_left:
+                    now = int32(now + stage_bytes if now < last_stage else 0)
+                    left_first = load_left(shared, now, left_places)
+                    right_first = load_right(shared, int32(now + left_bytes), right_places)
+                sums = multiply(left_second, right_second, sums)
+            return sums, totals
+
+        return walk
+
+    walk, walk_and_add = walk_along_depth(False), walk_along_depth(True)
 
     @primitives.jit(threads)
     def matmul_tensor_core(left, left_stride, right, right_stride, result, row_stride, col_stride, part_stride, rows,
@@ -155,69 +227,25 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
             copy_right(shared, stage * stage_bytes + left_bytes, right_at, right_stride, cols_here, 0, thread)
             commit()
 
-        # 4. The first tile has arrived, for all warps; its first step is in registers.
-        wait_for_next()
-        cuda.syncthreads()
-        now, free = int32(0), int32(last_stage)
-        left_first = load_left(shared, now, left_places)
-        right_first = load_right(shared, int32(now + left_bytes), right_places)
-        sums = zeros()
-
-        # dL/db rides along: the first warps of the first tile row (or column) add up dZ's fragments, which they hold
-        # anyway.
-        totals = no_totals()
-        sums_here = col + warp_col == 0 if of_left else row + warp_row == 0
-        to_come = int32(tiles - stages + 1)
-        while to_come > 0:
-            # 5. While the first step is multiplied, the second comes into registers and a tile sets out to the free
-            #    stage, which all warps have read.
-            left_second = load_left_second(shared, now, left_places)
-            right_second = load_right_second(shared, int32(now + left_bytes), right_places)
-            if has_sums:
-                first, second = (left_first, left_second) if of_left else (right_first, right_second)
-                totals = add_depths(sums_here, first, second, totals)
-            left_at += left_step
-            right_at += right_step
-            copy_left(shared, free, left_at, left_stride, rows_left, 0, thread)
-            copy_right(shared, int32(free + left_bytes), right_at, right_stride, cols_left, 0, thread)
-            commit()
-            to_come = int32(to_come - 1)
-            sums = multiply(left_first, right_first, sums)
-
-            # 6. While the second step is multiplied, the first of the next tile comes into registers.
-            wait_for_next()
-            cuda.syncthreads()
-            free = now
-            now = int32(now + stage_bytes if now < last_stage else 0)
-            left_first = load_left(shared, now, left_places)
-            right_first = load_right(shared, int32(now + left_bytes), right_places)
-            sums = multiply(left_second, right_second, sums)
-
-        # 7. The last tiles, all of which have arrived.
-        wait_for_all()
-        cuda.syncthreads()
-        while to_come > none_left:
-            left_second = load_left_second(shared, now, left_places)
-            right_second = load_right_second(shared, int32(now + left_bytes), right_places)
-            if has_sums:
-                first, second = (left_first, left_second) if of_left else (right_first, right_second)
-                totals = add_depths(sums_here, first, second, totals)
-            to_come = int32(to_come - 1)
-            sums = multiply(left_first, right_first, sums)
-            if to_come > none_left:
-                now = int32(now + stage_bytes if now < last_stage else 0)
-                left_first = load_left(shared, now, left_places)
-                right_first = load_right(shared, int32(now + left_bytes), right_places)
-            sums = multiply(left_second, right_second, sums)
+        # 4 to 7. Along the depth, above: the few blocks that add dZ up have a loop of their own, so that the others
+        # spend nothing on it.
+        if has_sums and (col == 0 if of_left else row == 0):
+            number = warp % shares
+            sums, totals = walk_and_add(shared, tiles, left_at, left_stride, left_step, rows_left, left_places, right_at,
+                                        right_stride, right_step, cols_left, right_places,
+                                        share_places_of(number * share_size, lane), thread)
+            begin, summed_left = (row, rows_left) if of_left else (col, cols_left)
+            begin += number * share_size
+            summed_left -= number * share_size
+            store_totals(depth_sums, part * sums_stride + begin, summed_left if warp < shares else 0, lane, totals)
+        else:
+            sums, _ = walk(shared, tiles, left_at, left_stride, left_step, rows_left, left_places, right_at, right_stride,
+                           right_step, cols_left, right_places, left_places, thread)
 
         # 8. Each warp stores its results from registers.
         index = part * part_stride + (row + warp_row) * row_stride + (col + warp_col) * col_stride
         store(result, index, row_stride, col_stride, rows_left - warp_row, cols_left - warp_col, alpha, lane,
               settle(tidy(sums)))
-        if has_sums and sums_here:
-            begin = row + warp_row if of_left else col + warp_col
-            summed_left = rows_left - warp_row if of_left else cols_left - warp_col
-            store_totals(depth_sums, part * sums_stride + begin, summed_left, lane, totals)
 
     return matmul_tensor_core
 

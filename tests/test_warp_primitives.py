@@ -49,9 +49,13 @@ def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=T
     settle = primitives.settle("float32", count, split)
     tidy = primitives.tidy("float32", count, True) if split else None
     store = primitives.store_products(left_layout, right_layout, "float32", 1, "float32", False)
-    left_totals, right_totals = (primitives.zeros("float32", layout.blocks * 4 // item) for layout in layouts)
-    add_left, add_right = (primitives.add_depths(kind, layout) for layout in layouts)
-    store_left, store_right = (primitives.store_depth_sums(kind, layout) for layout in layouts)
+    # Depths are added up in the order of left operands, whichever they are.
+    share = fragment_layout(item, outers[1], along_depth[1], True, outers[1])
+    share_places = primitives.fragment_places(share)
+    share_first, share_second = (primitives.load_fragments(share, step) for step in (0, 1))
+    left_totals, right_totals = (primitives.zeros("float32", outer // 8 * 4 // item) for outer in outers)
+    add_left, add_right = (primitives.add_depths(kind, layout) for layout in (left_layout, share))
+    store_left, store_right = (primitives.store_depth_sums(kind, layout) for layout in (left_layout, share))
 
     one = np.float32(1)
 
@@ -70,8 +74,10 @@ def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=T
         lefts, rights = left_first(shared, start, a), right_first(shared, right_start, b)
         more_lefts, more_rights = left_second(shared, start, a), right_second(shared, right_start, b)
         sums = multiply(more_lefts, more_rights, multiply(lefts, rights, zeros()))
-        of_left = add_left(False, lefts, more_lefts, add_left(True, lefts, more_lefts, left_totals()))
-        of_right = add_right(True, rights, more_rights, right_totals())
+        c = share_places(0, lane)
+        shares, more_shares = share_first(shared, right_start, c), share_second(shared, right_start, c)
+        of_left = add_left(lefts, more_lefts, left_totals())
+        of_right = add_right(shares, more_shares, right_totals())
         if split:
             sums = tidy(sums)
         store(out, 0, WARP, 1, WARP, WARP, one, lane, settle(sums))

@@ -140,7 +140,7 @@ class Ride:
     @property
     def limits(self) -> Iterable[Limit]:
         """What must hold."""
-        return [Limit("more_instructions", most=0.02)]
+        return [Limit("more_instructions", most=0.02), Limit("shared_load_degree", most=1)]
 
     def measure(self, machine: Rehearsed) -> dict[str, Any]:
         """Execute dL/dW with and without dL/db."""
@@ -156,7 +156,48 @@ class Ride:
         if not (grads[0].db.get() == exact.astype(dtype_of(plan.dtype))).all():
             raise SystemExit(f"{self.name}: the sums are wrong")
         return {"kind": self.kind, "orientation": self.orientation, "instructions": alone.warp_instructions,
-                "more_instructions": both.warp_instructions / alone.warp_instructions - 1}
+                "more_instructions": both.warp_instructions / alone.warp_instructions - 1,
+                "shared_load_degree": both.shared_load_degree}
+
+
+@dataclass(frozen=True)
+class RideLoop:
+    """The main loops of dL/dW with dL/db as linked: that of the blocks that add dZ up, and that of the others."""
+
+    kind: str
+    orientation: str
+    capability: str
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        return f"db loop {self.kind} {self.orientation} {self.capability}"
+
+    @property
+    def limits(self) -> Iterable[Limit]:
+        """What must hold."""
+        peak = 62.9 if self.capability == "9.0" else 99.9
+        return [Limit("more_in_others", most=0.02), Limit("percent_peak", peak),
+                Limit("local_instructions", most=0), Limit("stack_bytes", most=0)]
+
+    def measure(self, machine: Rehearsed) -> dict[str, Any]:
+        """Link both kernels, and compare the loops that copy tiles; the peak is that of the loop that adds."""
+        _, axis, layout = ORIENTATIONS[self.orientation]
+        sizes = 64, 128, 256
+        x, dz = arrays_of(self.kind, self.orientation, *sizes)
+        plan = plan_of(self.kind, "weight_grad", *sizes)
+        options: dict[str, Any] = {"batch_axis": axis, "weight_layout": layout, "plan": plan}
+        (alone,) = machine.count(lambda: dg.weight_grad(x, dz, **options))
+        both, *_ = machine.count(lambda: dg.weight_bias_grad(x, dz, **options))
+        code = machine.code(both, self.capability)
+        without = machine.code(alone, self.capability).loop_instructions
+        others, adding = sorted(loop.analysis["instructions"] for loop in code.report.loops
+                                if loop.analysis["mma_share"] and loop.analysis["load_to_use"].get("cp_async"))
+        return {"kind": self.kind, "orientation": self.orientation, "capability": self.capability,
+                "registers": code.registers, "local_instructions": code.local_instructions,
+                "stack_bytes": code.stack_bytes, "loop_instructions": without, "loop_of_others": others,
+                "loop_that_adds": adding, "more_in_others": others / without - 1,
+                "percent_peak": code.percent_peak}
 
 
 DATA = {
@@ -216,6 +257,8 @@ def rows() -> list[Any]:
                         for capability in ("8.0", "8.6", "8.9", "9.0")]
     table += [Memory(kind, orientation) for kind in KINDS for orientation in ORIENTATIONS]
     table += [Ride(kind, orientation) for kind in KINDS for orientation in ORIENTATIONS if orientation.startswith("dW")]
+    table += [RideLoop(kind, orientation, capability) for kind in KINDS for orientation in ORIENTATIONS
+              if orientation.startswith("dW") for capability in ("8.0", "9.0")]
     table += [Accuracy(kind, samples, data) for samples in (1024, 32768) for data in DATA for kind in ("ieee", *KINDS)]
     return table
 

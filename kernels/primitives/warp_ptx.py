@@ -273,38 +273,28 @@ _ONES = {"float16": 0x3C003C00, "bfloat16": 0x3F803F80}
 
 @cache
 def add_depths(kind, layout):
-    """(wanted, first, second, totals) -> totals, if wanted plus the sums along the depth of a tile's two steps.
+    """(first, second, totals) -> totals plus the sums along the depth of a tile's two steps, as left operands.
 
-    There is a sum for each outer index of a FragmentLayout. Half precision is multiplied by ones: the registers of
-    two blocks are a left operand, whichever they were loaded for, and totals are mma's four sums, of which the second
-    and fourth repeat the others. float32 is added as it is, not as TF32: one total for each block and lane, of the
-    depths that the lane holds.
+    There is a sum for each outer index of a FragmentLayout. Half precision is multiplied by ones: totals are mma's
+    four sums for each two blocks, of which the second and fourth repeat the others. float32 is added as it is, not as
+    TF32: one total for each block and lane, of the depths that the lane holds.
     """
     half = kind in _ONES
-    count = layout.blocks * (1 + half)
+    add = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _INT32])
 
-    def body(builder, wanted, first, second, totals):
-        registers = [*_unpack(builder, first), *_unpack(builder, second)]
+    def body(builder, first, second, totals):
         sums = _unpack(builder, totals)
-        # One block of PTX with the branch in it: what is around it stays in one piece for the compiler.
-        code = [".reg .pred idle; .reg .b32 ones;", f"setp.eq.b32 idle, ${count + len(registers)}, 0;",
-                "@idle bra DONE;", *([f"mov.b32 ones, {_ONES[kind]};"] if half else [])]
-        for step in (0, 1):
-            place = {held: f"${count + step * len(layout.order) + n}" for n, held in enumerate(layout.order)}
-            for pair in range(0, layout.blocks, 2) if half else ():
-                total = ", ".join(f"${2 * pair + part}" for part in range(4))
-                left = ", ".join(place[pair + block, part] for part in (0, 1) for block in (0, 1))
-                code.append(f"{_mma(kind)} {{{total}}}, {{{left}}}, {{ones, ones}}, {{{total}}};")
-            code += [f"add.f32 ${block}, ${block}, {place[block, part]};"
-                     for block in range(layout.blocks) for part in (0, 1) if not half]
-        arguments = [*registers, builder.zext(wanted, _INT32), *sums]
-        constraints = ",".join(["=f"] * count + ["r"] * (len(registers) + 1) + [str(total) for total in range(count)])
-        added = _together(builder, ir.LiteralStructType([ir.FloatType()] * count), f"{{ {' '.join(code)} DONE: }}",
-                          constraints, arguments, side_effect=False)
-        return _pack(builder, [builder.extract_value(added, total) for total in range(count)])
+        for registers in (_unpack(builder, fragments) for fragments in (first, second)):
+            if half:
+                sums = _products(builder, kind, registers, [_int32(_ONES[kind])] * 2, sums, layout.blocks // 2, 1)
+                continue
+            for (block, _), register in zip(layout.order, registers, strict=True):
+                sums[block] = builder.asm(add, "add.f32 $0, $1, $2;", "=f,f,r", [sums[block], register],
+                                          side_effect=False)
+        return _pack(builder, sums)
 
-    fragment, registers = _fragment_type("float32", count), _registers(2 * layout.blocks)
-    return _expand(fragment, (types.boolean, registers, registers, fragment), body)
+    fragment, registers = _fragment_type("float32", layout.blocks * (1 + half)), _registers(2 * layout.blocks)
+    return _expand(fragment, (registers, registers, fragment), body)
 
 
 @cache

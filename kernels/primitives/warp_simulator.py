@@ -284,7 +284,7 @@ def _split_tf32(bits):
 
 @cache
 def add_depths(kind, layout):
-    """(wanted, first, second, totals) -> totals, if wanted plus the sums along the depth of a tile's two steps.
+    """(first, second, totals) -> totals plus the sums along the depth of a tile's two steps, as left operands.
 
     There is a sum for each outer index of a FragmentLayout. Half precision is multiplied by ones: totals are mma's
     four sums for each two blocks, of which the second and fourth repeat the others. float32 is added as it is, not as
@@ -309,7 +309,7 @@ def add_depths(kind, layout):
     all_lanes = _quiet(all_lanes)
     together = kind in ("float16", "bfloat16")
     add = (lambda values: exchange(all_lanes, values)) if together else _quiet(alone)
-    return lambda wanted, first, second, totals: add((first, second, totals)) if wanted else totals
+    return lambda first, second, totals: add((first, second, totals))
 
 
 @cache
