@@ -34,8 +34,9 @@ Precision
     Products of half-precision numbers are exact. "tf32" rounds operands to 11 significant bits, to nearest. "tf32x3"
     cuts each of them into two such terms, first + second, and multiplies first * first into one set of sums, second *
     first and first * second into another, which is added at the end: what is left out is of the order of 2⁻²². Where
-    an operand is infinite the second sums are not numbers and are left out. Sums are float32, in the order and
-    rounding of the hardware.
+    an operand is infinite the second sums are not numbers and are left out. (Three terms of bfloat16 would be no
+    better: six products at twice the rate take as long, and there is one more term to form.) Sums are float32, in the
+    order and rounding of the hardware.
 Threads
     32 for each warp tile; warps across, then down.
 Grid
@@ -52,6 +53,10 @@ Edges
     The first tile of a part takes what is left over when its depth is cut into whole tiles. Copies beyond an edge
     bring zeros on both sides, so that no edge meets another's infinity: such products only reach results which are
     not stored. Operands that are not aligned to 16 bytes come in smaller pieces.
+
+Compute capability 7.5
+    Has mma for 8 depths of float16 and no asynchronous copies: a step takes two instructions, and copies pass through
+    registers while the tile before them is multiplied.
 
 Source: PTX ISA, "mma", "ldmatrix", "cp.async"; Thakkar et al., the CUTLASS documentation, "Efficient GEMM in CUDA";
 Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
@@ -76,9 +81,10 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
                 sums_of):
     """The kernel for these tiles, types and orientations.
 
-    kind is what the operands are multiplied as: "float16", "bfloat16", "tf32" or "tf32x3". epilogue is the type that
-    alpha * sum (+ result, if accumulate) is computed in before it is rounded to result_dtype. sums_of is "right" or
-    "left" for the kernel that also adds that operand up along the depth, else "".
+    kind is what the operands are multiplied as: "float16", "bfloat16", "tf32", "tf32x3" or, with the instructions of
+    compute capability 7.5, "float16k8". epilogue is the type that alpha * sum (+ result, if accumulate) is computed in
+    before it is rounded to result_dtype. sums_of is "right" or "left" for the kernel that also adds that operand up
+    along the depth, else "".
     """
     warps_across = tile_cols // warp_cols
     threads = LANES * (tile_rows // warp_rows) * warps_across
@@ -93,13 +99,17 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
 
     shared_bytes = primitives.shared_bytes(all_bytes)
     left_place = right_place = primitives.place(dtype)
-    left_copy = ChunkCopy(left_layout.tile, item_bytes, left_access, left_along_depth, threads, offset_bits)
-    right_copy = ChunkCopy(right_layout.tile, item_bytes, right_access, right_along_depth, threads, offset_bits)
+    asynchronous = kind != "float16k8"
+    left_copy = ChunkCopy(left_layout.tile, item_bytes, left_access, left_along_depth, threads, offset_bits,
+                          asynchronous)
+    right_copy = ChunkCopy(right_layout.tile, item_bytes, right_access, right_along_depth, threads, offset_bits,
+                           asynchronous)
     left_start, right_start = primitives.copy_place(left_copy), primitives.copy_place(right_copy)
-    copy_first_left, copy_left = primitives.copy_async(left_copy, True), primitives.copy_async(left_copy, False)
-    copy_first_right, copy_right = primitives.copy_async(right_copy, True), primitives.copy_async(right_copy, False)
+    copy_first_left, copy_left = primitives.copy_chunks(left_copy, True), primitives.copy_chunks(left_copy, False)
+    copy_first_right, copy_right = primitives.copy_chunks(right_copy, True), primitives.copy_chunks(right_copy, False)
     commit, wait_for_next, wait_for_all = (
-        primitives.commit_copies(), primitives.wait_copies(stages - 2), primitives.wait_copies(0))
+        primitives.commit_copies(), primitives.wait_copies(stages - 2), primitives.wait_copies(0)
+    ) if asynchronous else (_nothing, _nothing, _nothing)
     left_places_of, right_places_of = primitives.fragment_places(left_layout), primitives.fragment_places(right_layout)
     load_left, load_left_second = (primitives.load_fragments(left_layout, step) for step in (0, 1))
     load_right, load_right_second = (primitives.load_fragments(right_layout, step) for step in (0, 1))
@@ -111,12 +121,13 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
     tidy, settle = (make("float32", count, True) if split else _same for make in (primitives.tidy, primitives.settle))
     store = primitives.store_products(left_layout, right_layout, result_dtype, result_access, epilogue, accumulate)
 
-    # dL/db rides along in the blocks of the first tile row (or column): their warps share dZ's tile among them, and read
-    # it once more, as a left operand.
+    # dL/db rides along in the blocks of the first tile row (or column): their warps share dZ's tile among them, and
+    # read it once more, as a left operand.
     has_sums, of_left = bool(sums_of), sums_of == "left"
     summed_size, summed_along_depth = (tile_rows, left_along_depth) if of_left else (tile_cols, right_along_depth)
     share_size = max(LEAST_SHARE, summed_size * LANES // threads)
-    share, shares = fragment_layout(item_bytes, summed_size, summed_along_depth, True, share_size), summed_size // share_size
+    shares = summed_size // share_size
+    share = fragment_layout(item_bytes, summed_size, summed_along_depth, True, share_size)
     share_places_of, summed_start = primitives.fragment_places(share), 0 if of_left else left_bytes
     load_share, load_share_second = (primitives.load_fragments(share, step) for step in (0, 1))
     no_totals = primitives.zeros("float32", share.blocks * 4 // item_bytes)
@@ -231,16 +242,17 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
         # spend nothing on it.
         if has_sums and (col == 0 if of_left else row == 0):
             number = warp % shares
-            sums, totals = walk_and_add(shared, tiles, left_at, left_stride, left_step, rows_left, left_places, right_at,
-                                        right_stride, right_step, cols_left, right_places,
-                                        share_places_of(number * share_size, lane), thread)
+            share_places = share_places_of(number * share_size, lane)
+            sums, totals = walk_and_add(shared, tiles, left_at, left_stride, left_step, rows_left, left_places,
+                                        right_at, right_stride, right_step, cols_left, right_places, share_places,
+                                        thread)
             begin, summed_left = (row, rows_left) if of_left else (col, cols_left)
             begin += number * share_size
             summed_left -= number * share_size
             store_totals(depth_sums, part * sums_stride + begin, summed_left if warp < shares else 0, lane, totals)
         else:
-            sums, _ = walk(shared, tiles, left_at, left_stride, left_step, rows_left, left_places, right_at, right_stride,
-                           right_step, cols_left, right_places, left_places, thread)
+            sums, _ = walk(shared, tiles, left_at, left_stride, left_step, rows_left, left_places, right_at,
+                           right_stride, right_step, cols_left, right_places, (), thread)
 
         # 8. Each warp stores its results from registers.
         index = part * part_stride + (row + warp_row) * row_stride + (col + warp_col) * col_stride
@@ -248,6 +260,11 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
               settle(tidy(sums)))
 
     return matmul_tensor_core
+
+
+@cuda.jit(device=True, inline="always")
+def _nothing():
+    pass
 
 
 @cuda.jit(device=True, inline="always")

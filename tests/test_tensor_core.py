@@ -14,8 +14,8 @@ from densegrad.plans import MatmulPlan, TensorCorePlan, plan_product
 from densegrad.testing import Placed, bits, check_within, expected, host, integers, normal, poisoned
 
 #: how numbers are multiplied: (dtype, precision)
-KINDS = {"float16": ("float16", None), "bfloat16": ("bfloat16", None), "tf32": ("float32", "tf32"),
-         "tf32x3": ("float32", "tf32x3")}
+KINDS = {"float16": ("float16", None), "float16k8": ("float16", None), "bfloat16": ("bfloat16", None),
+         "tf32": ("float32", "tf32"), "tf32x3": ("float32", "tf32x3")}
 ORIENTATIONS = tuple(itertools.product((0, 1), ("in_out", "out_in")))
 FUNCTIONS = ("weight_grad", "input_grad")
 
@@ -25,7 +25,7 @@ def small_plan(rows, cols, depth, kind, parts=1, stages=3, tile=(32, 32, 32, 32)
     dtype, precision = KINDS[kind]
     tile_rows, tile_cols, warp_rows, warp_cols = tile
     return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows, tile_cols, 16 if dtype == "float32" else 32,
-                          warp_rows, warp_cols, stages, parts)
+                          warp_rows, warp_cols, stages, parts, (7, 5) if kind == "float16k8" else (8, 0))
 
 
 class Layer:
@@ -89,7 +89,7 @@ def test_any_size(xp, lane, kind):
     check()
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16k8", "tf32"])
 @pytest.mark.parametrize("layout", ["padded", "offset", "gaps", "upside down"])
 def test_operands_of_any_alignment(xp, kind, layout):
     """From pieces of one element to whole chunks, and strides that go backwards."""
@@ -116,11 +116,12 @@ def test_not_finite_numbers_land_where_mathematics_puts_them(xp, kind):
 
 
 @pytest.mark.parametrize(("kind", "orientation"), [
-    ("float16", (0, "in_out")), ("bfloat16", (1, "out_in")), ("tf32", (0, "out_in")), ("tf32", (1, "in_out")),
-    ("tf32x3", (0, "in_out"))])
+    ("float16", (0, "in_out")), ("float16k8", (0, "in_out")), ("bfloat16", (1, "out_in")), ("tf32", (0, "out_in")),
+    ("tf32", (1, "in_out")), ("tf32x3", (0, "in_out"))])
 def test_bias_rides_along(xp, kind, orientation):
     """db is the float32 sum of dz, never of TF32; an infinity makes one entry of it infinite."""
-    tile = (64, 32, 32, 32) if kind == "bfloat16" else (32, 32, 32, 32)  # also of two warps, of which one adds up
+    # Also of two warps that add up half of a tile each, and of two of which one adds up.
+    tile = {"bfloat16": (32, 64, 32, 32), "tf32": (32, 64, 32, 32), "float16": (64, 32, 32, 32)}.get(kind, (32,) * 4)
     layer = Layer("weight_grad", (70, 40, 36), kind, orientation=orientation, parts=2, tile=tile)
     layer.dz[3, 7] = np.inf
     grads = densegrad.weight_bias_grad(*map(xp.asarray, layer.arrays), plan=layer.plan, **layer.options)
@@ -130,7 +131,7 @@ def test_bias_rides_along(xp, kind, orientation):
         check_within(found, *expected(name, arrays, options, layer.plan.chain, product_error=error))
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16k8", "tf32"])
 def test_several_warps_share_their_tiles(xp, kind):
     """A missing barrier, wait or stage is a race between them."""
     for function, stages in (("weight_grad", 2), ("input_grad", 4)):
@@ -194,7 +195,11 @@ def test_a_plan_follows_from_the_capability_not_from_trying():
         newer = {plan_product(*sizes, dtype, precision, capability) for capability in ((8, 0), (8, 9), (9, 0), (12, 0))}
         assert len(newer) == 1
         assert isinstance(newer.pop(), TensorCorePlan)
-    assert isinstance(plan_product(*sizes, "float16", None, (7, 5)), MatmulPlan)
+    turing = plan_product(*sizes, "float16", None, (7, 5))
+    assert isinstance(turing, TensorCorePlan)
+    assert turing.capability == (7, 5)
+    assert "tensor cores of compute capability 7.5, sums in float32" in turing.explain()
+    assert isinstance(plan_product(*sizes, "bfloat16", None, (7, 5)), MatmulPlan)
     assert isinstance(plan_product(*sizes, "float16", "ieee", (9, 0)), MatmulPlan)
     with pytest.raises(PlanError, match=r'precision="tf32" needs compute capability 8.0; this GPU has 7.5 \(take'):
         plan_product(*sizes, "float32", "tf32", (7, 5))
@@ -231,6 +236,8 @@ def test_a_plan_and_a_precision_that_disagree_are_refused(xp):
     ({"tile_rows": 48}, "tile_rows must be"),
     ({"warp_cols": 64}, "warps must fit into tiles of 32 x 32"), ({"tile_depth": 32}, "tile_depth must be 64 bytes"),
     ({"stages": 1}, "stages must be at least 2"), ({"stages": 64}, "at most 101376 bytes"),
+    ({"capability": (7, 5)}, r"capability must be \(8, 0\), or \(7, 5\) for float16; got \(7, 5\) for float32"),
+    ({"dtype": "float16", "precision": None, "tile_depth": 32, "stages": 17, "capability": (7, 5)}, "at most 65536 bytes"),
     ({"parts": 0}, "parts must be"),
     ({"tile_rows": 128, "tile_cols": 128, "warp_rows": 128, "warp_cols": 128}, "128 sums"),
     ({"tile_cols": 256}, "copied by")])

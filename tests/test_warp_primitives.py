@@ -11,8 +11,8 @@ from densegrad.kernels.primitives.layout import CHUNK_BYTES, ChunkCopy, chunk_ti
 from densegrad.testing import bits, host, integers, normal
 
 WARP = 32
-ITEM = {"float16": 2, "bfloat16": 2, "tf32": 4, "tf32x3": 4}
-DTYPE = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "float32", "tf32x3": "float32"}
+ITEM = {"float16": 2, "float16k8": 2, "bfloat16": 2, "tf32": 4, "tf32x3": 4}
+DTYPE = {"float16": "float16", "float16k8": "float16", "bfloat16": "bfloat16", "tf32": "float32", "tf32x3": "float32"}
 
 
 def run(kernel, *arguments, threads=WARP, shared_bytes=0):
@@ -27,7 +27,7 @@ def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=T
     item, dtype = ITEM[kind], DTYPE[kind]
     layouts = [fragment_layout(item, outer, along, left, outer)
                for outer, along, left in zip(outers, along_depth, (True, False), strict=True)]
-    copies = [ChunkCopy(layout.tile, item, pieces or 16 // item, along, WARP, 32)
+    copies = [ChunkCopy(layout.tile, item, pieces or 16 // item, along, WARP, 32, kind != "float16k8")
               for layout, along, pieces in zip(layouts, along_depth, access, strict=True)]
     left_layout, right_layout = layouts
     start = 64
@@ -35,7 +35,7 @@ def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=T
     size = right_start + right_layout.tile.size
     place = primitives.place(dtype)
     left_place, right_place = (primitives.copy_place(copy) for copy in copies)
-    copy_left, copy_right = (primitives.copy_async(copy, True) for copy in copies)
+    copy_left, copy_right = (primitives.copy_chunks(copy, True) for copy in copies)
     shared_bytes, commit = primitives.shared_bytes(size), primitives.commit_copies()
     wait_for = primitives.wait_copies(0 if wait else 1)  # the one group that there is may still be on its way
     left_places, right_places = primitives.fragment_places(left_layout), primitives.fragment_places(right_layout)

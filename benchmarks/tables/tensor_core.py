@@ -5,7 +5,7 @@ instructions, its TF32 loops 21 to 26 %. mma.sync reaches 63 % of an H100's tens
 measurement.
 """
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,20 @@ import densegrad as dg
 from benchmarks.counting import Limit, Rehearsed, Shown, total
 from densegrad import reference
 from densegrad.device import dtype_of
-from densegrad.plans import ITEM_BYTES, TENSOR_CORE_TILES, TensorCorePlan, plan_matmul
+from densegrad.plans import FLOAT16_CAPABILITY, ITEM_BYTES, TENSOR_CORE_TILES, TensorCorePlan, plan_matmul
 
-#: how numbers are multiplied: (dtype, precision)
+#: how numbers are multiplied: (dtype, precision); "float16k8" with what compute capability 7.5 has
 KINDS: dict[str, tuple[str, str | None]] = {
     "float16": ("float16", None), "bfloat16": ("bfloat16", None), "tf32": ("float32", "tf32"),
-    "tf32x3": ("float32", "tf32x3")}
+    "tf32x3": ("float32", "tf32x3"), "float16k8": ("float16", None)}
 #: the function, batch_axis and weight_layout whose operands lie along rows or cols and along the depth
 ORIENTATIONS = {
     "dW": ("weight_grad", 0, "in_out"), "dW, dZ features first": ("weight_grad", 1, "in_out"),
     "dW out_in": ("weight_grad", 0, "out_in"), "dW out_in, dZ features first": ("weight_grad", 1, "out_in"),
     "dX": ("input_grad", 0, "in_out"), "dX, dZ features first": ("input_grad", 1, "in_out")}
-LEAST_MMA = {"float16": 0.46, "bfloat16": 0.46, "tf32": 0.26}
+#: the kinds that every GPU from 8.0 on has
+NEWER = tuple(kind for kind in KINDS if kind != "float16k8")
+LEAST_MMA = {"float16": 0.46, "float16k8": 0.46, "bfloat16": 0.46, "tf32": 0.26}
 
 
 def plan_of(kind: str, function: str, samples: int, in_features: int, out_features: int) -> TensorCorePlan:
@@ -33,8 +35,9 @@ def plan_of(kind: str, function: str, samples: int, in_features: int, out_featur
     dtype, precision = KINDS[kind]
     tile_rows, tile_cols, warp_rows, warp_cols, stages = TENSOR_CORE_TILES[2 if kind == "tf32x3" else 0]
     sizes = (in_features, out_features, samples) if function == "weight_grad" else (samples, in_features, out_features)
-    return TensorCorePlan(*sizes, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype], warp_rows, warp_cols,
+    plan = TensorCorePlan(*sizes, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype], warp_rows, warp_cols,
                           stages)
+    return plan if kind in NEWER else replace(plan, stages=2, capability=FLOAT16_CAPABILITY)
 
 
 def arrays_of(kind: str, orientation: str, samples: int, in_features: int, out_features: int) -> tuple[Any, ...]:
@@ -254,12 +257,12 @@ def rows() -> list[Any]:
     """The table of what must hold."""
     table: list[Any] = [Loop(kind, orientation, capability) for kind in KINDS
                         for orientation in ("dW", "dW, dZ features first", "dX", "dX, dZ features first")
-                        for capability in ("8.0", "8.6", "8.9", "9.0")]
+                        for capability in (("8.0", "8.6", "8.9", "9.0") if kind in NEWER else ("7.5",))]
     table += [Memory(kind, orientation) for kind in KINDS for orientation in ORIENTATIONS]
     table += [Ride(kind, orientation) for kind in KINDS for orientation in ORIENTATIONS if orientation.startswith("dW")]
-    table += [RideLoop(kind, orientation, capability) for kind in KINDS for orientation in ORIENTATIONS
+    table += [RideLoop(kind, orientation, capability) for kind in NEWER for orientation in ORIENTATIONS
               if orientation.startswith("dW") for capability in ("8.0", "9.0")]
-    table += [Accuracy(kind, samples, data) for samples in (1024, 32768) for data in DATA for kind in ("ieee", *KINDS)]
+    table += [Accuracy(kind, samples, data) for samples in (1024, 32768) for data in DATA for kind in ("ieee", *NEWER)]
     return table
 
 
@@ -269,15 +272,16 @@ README = [
            ("registers", "registers", ""), ("loop_instructions", "instructions", ""),
            ("mma_share", "of them mma", ".3f"),
            ("percent_peak", "% of the tensor rate, modelled", ".0f")),
-          tuple(f"loop {kind} {orientation} {capability}" for kind in ("bfloat16", "tf32", "tf32x3")
-                for orientation in ("dW", "dX") for capability in ("8.0", "9.0")),
+          (*(f"loop {kind} {orientation} {capability}" for kind in ("bfloat16", "tf32", "tf32x3")
+             for orientation in ("dW", "dX") for capability in ("8.0", "9.0")),
+           *(f"loop float16k8 {orientation} 7.5" for orientation in ("dW", "dX"))),
           "No spills in any. mma.sync, which these kernels use, reaches 63 % of an H100's tensor rate by the model."),
     Shown("Accuracy of dL/dW (D = M = 32, into float32): the error over the sum of the products' magnitudes, executed "
           "PTX against float64",
           (("kind", "products of", ""), ("samples", "S", ""), ("data", "data", ""), ("worst_error", "worst", ""),
            ("mean_error", "mean", "")),
           tuple(f"accuracy {kind} {samples} {data}"
-                for samples in (1024, 32768) for data in DATA for kind in ("ieee", *KINDS)),
+                for samples in (1024, 32768) for data in DATA for kind in ("ieee", *NEWER)),
           "ieee is float32 on FMA units. A tensor core of silicon rounds sums in its own way, which the executed PTX "
           "does not show: each step's sum is exact there and rounded once."),
 ]

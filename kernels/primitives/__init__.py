@@ -75,7 +75,7 @@ if config.ENABLE_CUDASIM:
     from .warp_simulator import (
         add_depths,
         commit_copies,
-        copy_async,
+        copy_chunks,
         copy_place,
         fragment_places,
         load_fragments,
@@ -145,7 +145,7 @@ else:
     from .warp_ptx import (
         add_depths,
         commit_copies,
-        copy_async,
+        copy_chunks,
         copy_place,
         fragment_places,
         load_fragments,

@@ -216,9 +216,10 @@ class ChunkTile(NamedTuple):
 
 
 class ChunkCopy(NamedTuple):
-    """An asynchronous copy of a ChunkTile by all threads of a block: thread t takes the chunks t, t + threads, ...
+    """A copy of a ChunkTile by all threads of a block: thread t takes the chunks t, t + threads, ...
 
-    A chunk comes in pieces of `access` elements: one if all is aligned to 16 bytes.
+    A chunk comes in pieces of `access` elements: one if all is aligned to 16 bytes. Copies are asynchronous, or pass
+    through registers.
     """
 
     tile: ChunkTile
@@ -227,6 +228,7 @@ class ChunkCopy(NamedTuple):
     along_depth: bool  # whether a line runs along the depth
     threads: int  # a multiple of the chunks of a line
     offset_bits: int  # that count the bytes from one of a thread's chunks to the next: 32, or 64 for huge strides
+    asynchronous: bool = True
 
     @property
     def rounds(self) -> int:

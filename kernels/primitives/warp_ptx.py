@@ -15,6 +15,7 @@ from .ptx import (
     _SHARED,
     _expand,
     _fragment_type,
+    _load_bytes,
     _load_global,
     _narrow,
     _pack,
@@ -24,8 +25,8 @@ from .ptx import (
     _widen,
 )
 
-_ONE_STEP = {"float16": "m16n8k16", "bfloat16": "m16n8k16", "tf32": "m16n8k8", "tf32x3": "m16n8k8"}
-_SHORT = {"float16": "f16", "bfloat16": "bf16", "tf32": "tf32", "tf32x3": "tf32"}
+_SHAPE = {"float16": "m16n8k16", "float16k8": "m16n8k8", "bfloat16": "m16n8k16", "tf32": "m16n8k8", "tf32x3": "m16n8k8"}
+_SHORT = {"float16": "f16", "float16k8": "f16", "bfloat16": "bf16", "tf32": "tf32", "tf32x3": "tf32"}
 
 
 def _int32(value):
@@ -67,7 +68,7 @@ def shared_bytes(size):
 
 @cache
 def copy_place(copy):
-    """(place, stride, thread) -> where the thread's first chunk of a ChunkCopy comes from, for copy_async.
+    """(place, stride, thread) -> where the thread's first chunk of a ChunkCopy comes from, for copy_chunks.
 
     place is that of the tile's first element; line l begins l * stride elements further.
     """
@@ -87,12 +88,13 @@ def _first_chunk(builder, copy, thread):
 
 
 @cache
-def copy_async(copy, ragged):
+def copy_chunks(copy, ragged):
     """(array, index, place, stride, outer left, depth left, thread): starts the thread's share of a ChunkCopy.
 
     place is what copy_place gave for the tile, which comes to index of shared memory. Outer indices from `outer left`
-    on and, if ragged, depths from `depth left` on come as zeros and are not read. Pieces of two bytes, which no
-    asynchronous copy takes, have arrived when this returns; the others after wait_copies.
+    on and, if ragged, depths from `depth left` on come as zeros and are not read. They have arrived after wait_copies;
+    pieces of two bytes, which no asynchronous copy takes, when this returns, and so do all if the copy is not
+    asynchronous.
     """
     tile = copy.tile
     width = copy.access * copy.item_bytes
@@ -115,7 +117,7 @@ def copy_async(copy, ragged):
         first = builder.mul(chunk, _int32(copy.elements))
         whole = [builder.icmp_signed("<", builder.add(first, _int32(piece)), elements_left) for piece in pieces] \
             if check_elements else [ir.Constant(ir.IntType(1), 1)] * len(pieces)
-        targets = {}
+        targets, loaded = {}, []
         for number in range(copy.rounds):
             down = number * copy.lines_a_round
             rest = down % tile.period
@@ -128,7 +130,14 @@ def copy_async(copy, ragged):
             for piece, inside in zip(pieces, whole, strict=True):
                 inside = inside if there is None else builder.and_(there, inside)
                 shift = piece * copy.item_bytes
-                _copy_piece(builder, targets[rest], offset + shift, source, shift, width, inside)
+                target = f"[$0 + {offset + shift}]"
+                if copy.asynchronous and width > 2:
+                    _copy_piece(builder, targets[rest], target, source, shift, width, inside)
+                else:
+                    loaded.append((targets[rest], target, _load_piece(builder, source, shift, width, inside)))
+        # All loads are on their way before the first store waits for one.
+        for pointer, target, values in loaded:
+            _store_piece(builder, pointer, target, values)
 
     return _expand(types.none, (types.int32, types.int32, types.int64, types.int64, *[types.int32] * 3), body)
 
@@ -141,17 +150,28 @@ def _chunk_place(builder, tile, start, line, chunk):
     return builder.add(start, builder.mul(number, _int32(CHUNK_BYTES)))
 
 
-def _copy_piece(builder, target, offset, source, shift, width, wanted):
-    if width == 2:
-        value = _load_global(builder, source, ir.Constant(_INT64, shift // 2), "bfloat16", 1, wanted)[0]
-        function = ir.FunctionType(ir.VoidType(), [_INT32, _INT16])
-        builder.asm(function, f"st.shared.b16 [$0 + {offset}], $1;", "r,h", [target, value], side_effect=True)
-        return
+def _copy_piece(builder, pointer, target, source, shift, width, wanted):
     size = builder.select(wanted, _int32(width), _int32(0))
     cached = "cg" if width == CHUNK_BYTES else "ca"
     function = ir.FunctionType(ir.VoidType(), [_INT32, _INT64, _INT32])
-    builder.asm(function, f"cp.async.{cached}.shared.global [$0 + {offset}], [$1 + {shift}], {width}, $2;", "r,l,r",
-                [target, source, size], side_effect=True)
+    builder.asm(function, f"cp.async.{cached}.shared.global {target}, [$1 + {shift}], {width}, $2;", "r,l,r",
+                [pointer, source, size], side_effect=True)
+
+
+def _load_piece(builder, source, shift, width, wanted):
+    dtype, count = ("bfloat16", 1) if width == 2 else ("float32", width // 4)
+    return _load_bytes(builder, source, dtype, count, wanted, further=shift)
+
+
+def _store_piece(builder, pointer, target, values):
+    letter = "h" if values[0].type == _INT16 else "f"
+    form = {"h": "b16", "f": "f32"}[letter]
+    vector = f".v{len(values)}" if len(values) > 1 else ""
+    registers = ", ".join(f"${number}" for number in range(1, len(values) + 1))
+    function = ir.FunctionType(ir.VoidType(), [_INT32, *(value.type for value in values)])
+    builder.asm(function, f"st.shared{vector}.{form} {target}, {{{registers}}};" if vector else
+                f"st.shared.{form} {target}, $1;", ",".join(["r", *[letter] * len(values)]), [pointer, *values],
+                side_effect=True)
 
 
 @cache
@@ -242,9 +262,10 @@ def load_fragments(layout, step):
 def mma(kind, down, across):
     """(left, right, sums) -> sums plus the products of `down` times 16 rows and `across` times 8 columns, for one step.
 
-    Sums are those of row block after row block, four a lane for each pair of blocks. Of "tf32" the operands are
-    rounded to nearest first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products
-    of the first terms, then those of a first and a second one.
+    Sums are those of row block after row block, four a lane for each pair of blocks. "float16k8" is float16 in two
+    instructions of 8 depths each, all that compute capability 7.5 has. Of "tf32" the operands are rounded to nearest
+    first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products of the first terms,
+    then those of a first and a second one.
     """
     halves = 2 if kind == "tf32x3" else 1
     count = 4 * down * across
@@ -268,7 +289,7 @@ def mma(kind, down, across):
 
 
 #: two ones of half precision
-_ONES = {"float16": 0x3C003C00, "bfloat16": 0x3F803F80}
+_ONES = {"float16": 0x3C003C00, "float16k8": 0x3C003C00, "bfloat16": 0x3F803F80}
 
 
 @cache
@@ -328,20 +349,29 @@ def _of_lane(builder, value, distance):
     return _together(builder, ir.FloatType(), f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", "=f,f", [value])
 
 
-def _mma(kind):
-    return f"mma.sync.aligned.{_ONE_STEP[kind]}.row.col.f32.{_SHORT[kind]}.{_SHORT[kind]}.f32"
-
-
 def _products(builder, kind, left, right, sums, down, across):
-    code = f"{_mma(kind)} {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
+    name = f"mma.sync.aligned.{_SHAPE[kind]}.row.col.f32.{_SHORT[kind]}.{_SHORT[kind]}.f32"
+    halves = 2 if kind == "float16k8" else 1
+    lefts, rights = 4 // halves, 2 // halves
+
+    def numbered(first, count):
+        return "{" + ", ".join(f"${number}" for number in range(first, first + count)) + "}"
+
+    code = (f"{name} {numbered(0, 4)}, {numbered(4, lefts)}, {numbered(4 + lefts, rights)}, "
+            f"{numbered(4 + lefts + rights, 4)};")
+    constraints = ",".join(["=f"] * 4 + ["r"] * (lefts + rights) + ["f"] * 4)
     totals = []
     for i in range(down):
         for j in range(across):
             place = 4 * (i * across + j)
-            arguments = [*left[4 * i:4 * i + 4], *right[2 * j:2 * j + 2], *sums[place:place + 4]]
-            product = _together(builder, ir.LiteralStructType([ir.FloatType()] * 4), code,
-                                "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", arguments, side_effect=False)
-            totals += [builder.extract_value(product, part) for part in range(4)]
+            total = sums[place:place + 4]
+            for half in range(halves):
+                begin, beside = 4 * i + half * lefts, 2 * j + half * rights
+                arguments = [*left[begin:begin + lefts], *right[beside:beside + rights], *total]
+                product = _together(builder, ir.LiteralStructType([ir.FloatType()] * 4), code, constraints, arguments,
+                                    side_effect=False)
+                total = [builder.extract_value(product, part) for part in range(4)]
+            totals += total
     return totals
 
 

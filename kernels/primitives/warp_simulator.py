@@ -120,7 +120,7 @@ def _copies():
 
 @cache
 def copy_place(copy):
-    """(place, stride, thread) -> where the thread's first chunk of a ChunkCopy comes from, for copy_async.
+    """(place, stride, thread) -> where the thread's first chunk of a ChunkCopy comes from, for copy_chunks.
 
     place is that of the tile's first element; line l begins l * stride elements further.
     """
@@ -133,12 +133,13 @@ def copy_place(copy):
 
 
 @cache
-def copy_async(copy, ragged):
+def copy_chunks(copy, ragged):
     """(array, index, place, stride, outer left, depth left, thread): starts the thread's share of a ChunkCopy.
 
     place is what copy_place gave for the tile, which comes to index of shared memory. Outer indices from `outer left`
-    on and, if ragged, depths from `depth left` on come as zeros and are not read. Pieces of two bytes, which no
-    asynchronous copy takes, have arrived when this returns; the others after wait_copies.
+    on and, if ragged, depths from `depth left` on come as zeros and are not read. They have arrived after wait_copies;
+    pieces of two bytes, which no asynchronous copy takes, when this returns, and so do all if the copy is not
+    asynchronous.
     """
     tile, width = copy.tile, copy.access * copy.item_bytes
 
@@ -154,7 +155,7 @@ def copy_async(copy, ragged):
                     where = place.index + (line - thread // tile.chunks) * stride + piece
                     values = place.address.read(where, copy.access).copy().view(np.uint8)
                 start = index + CHUNK_BYTES * (line * tile.chunks + (chunk ^ tile.flip(line))) + piece * copy.item_bytes
-                if width == 2:
+                if width == 2 or not copy.asynchronous:
                     array.span(start, width)[:] = values
                 else:
                     copies.start(array.span(start, width), values)
@@ -228,9 +229,10 @@ def load_fragments(layout, step):
 def mma(kind, down, across):
     """(left, right, sums) -> sums plus the products of `down` times 16 rows and `across` times 8 columns, for one step.
 
-    Sums are those of row block after row block, four a lane for each pair of blocks. Of "tf32" the operands are
-    rounded to nearest first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products
-    of the first terms, then those of a first and a second one. Products are exact, and each step's sum is rounded
+    Sums are those of row block after row block, four a lane for each pair of blocks. "float16k8" is float16 in two
+    instructions of 8 depths each, all that compute capability 7.5 has. Of "tf32" the operands are rounded to nearest
+    first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products of the first terms,
+    then those of a first and a second one. Products are exact, and each step's sum is rounded
     once.
     """
 
@@ -253,8 +255,9 @@ def mma(kind, down, across):
         cols = _numbers(right, kind).reshape(8, 4, across, 2, -1).transpose(2, 0, 3, 1, 4).reshape(8 * across, -1)
         # sums: lane (g, q), (i, j, half of rows, parity) -> rows (i, half of rows, g), columns (j, q, parity)
         old = sums.reshape(8, 4, down, across, 2, 2).transpose(2, 4, 0, 3, 1, 5).reshape(16 * down, 8 * across)
-        new = (rows @ cols.T + old).astype(np.float32)
-        return new.reshape(down, 2, 8, across, 4, 2).transpose(2, 4, 0, 3, 1, 5).reshape(LANES, -1)
+        for depths in np.split(np.arange(rows.shape[1]), 2 if kind == "float16k8" else 1):
+            old = (rows[:, depths] @ cols[:, depths].T + old).astype(np.float32)
+        return old.reshape(down, 2, 8, across, 4, 2).transpose(2, 4, 0, 3, 1, 5).reshape(LANES, -1)
 
     all_lanes = _quiet(all_lanes)
     return lambda left, right, sums: exchange(all_lanes, (left, right, sums))
@@ -262,7 +265,7 @@ def mma(kind, down, across):
 
 def _numbers(registers, kind):
     """Registers of every lane -> the float64 numbers in each."""
-    if kind == "float16":
+    if kind.startswith("float16"):
         return registers[..., None].view(np.float16).astype(np.float64)
     if kind == "bfloat16":
         halves = registers[..., None].view(np.uint16).astype(np.uint32) << np.uint32(16)
@@ -295,8 +298,10 @@ def add_depths(kind, layout):
     def all_lanes(values):
         *steps, totals = (np.array(part) for part in zip(*values, strict=True))
         for fragments in steps:
-            numbers = _numbers(fragments[:, held], kind).sum(axis=(2, 3)).reshape(8, 4, -1).sum(axis=1)
-            totals = (np.repeat(np.repeat(numbers, 4, axis=0), 2, axis=1) + totals).astype(np.float32)
+            for halves in np.split(np.arange(2), 2 if kind == "float16k8" else 1):
+                numbers = _numbers(fragments[:, held][:, :, halves], kind)
+                numbers = numbers.sum(axis=(2, 3)).reshape(8, 4, -1).sum(axis=1)
+                totals = (np.repeat(np.repeat(numbers, 4, axis=0), 2, axis=1) + totals).astype(np.float32)
         return totals
 
     def alone(values):
@@ -307,7 +312,7 @@ def add_depths(kind, layout):
         return totals
 
     all_lanes = _quiet(all_lanes)
-    together = kind in ("float16", "bfloat16")
+    together = not kind.startswith("tf32")
     add = (lambda values: exchange(all_lanes, values)) if together else _quiet(alone)
     return lambda first, second, totals: add((first, second, totals))
 
@@ -323,7 +328,7 @@ def store_depth_sums(kind, layout):
     over_quarters = _quiet(over_quarters)
 
     def run(address, index, left, lane, totals):
-        sums = totals[::2] if kind in ("float16", "bfloat16") else exchange(over_quarters, totals)
+        sums = totals[::2] if not kind.startswith("tf32") else exchange(over_quarters, totals)
         for block, total in enumerate(sums):
             outer = layout.outer(block, lane // 4)
             if lane % 4 == 0 and outer < left:

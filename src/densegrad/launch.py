@@ -13,6 +13,7 @@ import numpy as np
 from .operands import Argument, Inputs, Operand, Target
 from .plans import (
     CROSS_ENTROPY,
+    FLOAT16_CAPABILITY,
     ITEM_BYTES,
     MATMUL_TILES,
     TENSOR_CORE_CAPABILITY,
@@ -194,7 +195,7 @@ def _launch_tensor_core(session: Session, plan: TensorCorePlan, left: Operand, r
     vector = 16 // ITEM_BYTES[plan.dtype]
     epilogue = "float64" if target.dtype == "float64" else plan.accumulator
     left_side, right_side = _side(left, vector), _side(right.T, vector)
-    kernel = make_matmul(plan.dtype, plan.precision or plan.dtype, plan.tile_rows, plan.tile_cols, plan.warp_rows,
+    kernel = make_matmul(plan.dtype, plan.kind, plan.tile_rows, plan.tile_cols, plan.warp_rows,
                          plan.warp_cols, plan.stages, left_side.access, left_side.along_depth, right_side.access,
                          right_side.along_depth, _offset_bits(plan, left_side, right_side), target.dtype,
                          target.access(16 // ITEM_BYTES[target.dtype]), epilogue, accumulate, sums_of)
@@ -382,7 +383,7 @@ class _Catalogue(Session):
             name = f"{kernel.__name__}-{self.title}"
             self.variants[name + "-second" * (name in self.variants)] = Variant(
                 kernel, tuple(typeof(argument) for argument in arguments), block,
-                TENSOR_CORE_CAPABILITY if shared_bytes else (7, 5), plan.explain().partition("\n")[0])
+                plan.capability if isinstance(plan, TensorCorePlan) else (7, 5), plan.explain().partition("\n")[0])
 
     def add_matmul(self, dtype: str, tile: tuple[int, int, int, int, int],
                    along_depth: tuple[bool, bool] = (False, False), length: int = 1024, result: str = "",
@@ -394,12 +395,13 @@ class _Catalogue(Session):
 
     def add_tensor_core(self, dtype: str, precision: str | None, tile: tuple[int, int, int, int, int],
                         along_depth: tuple[bool, bool] = (False, False), length: int = 1024, result: str = "",
-                        accumulate: bool = False, sums: bool = False) -> None:
+                        accumulate: bool = False, sums: bool = False,
+                        capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> None:
         """The same on tensor cores."""
-        self.title = "-".join([precision or dtype, "x".join(map(str, tile[:2])), "x".join(map(str, tile[2:4]))])
         rows, cols, warp_rows, warp_cols, stages = tile
         plan = TensorCorePlan(length, length, length, dtype, precision, rows, cols, 64 // ITEM_BYTES[dtype], warp_rows,
-                              warp_cols, stages)
+                              warp_cols, stages if capability == TENSOR_CORE_CAPABILITY else 2, capability=capability)
+        self.title = "-".join([plan.kind, "x".join(map(str, tile[:2])), "x".join(map(str, tile[2:4]))])
         self._add_product(plan, along_depth, result or dtype, accumulate, sums)
 
     def _add_product(self, plan: MatmulPlan | TensorCorePlan, along_depth: tuple[bool, bool], result: str,
@@ -474,4 +476,7 @@ def kernel_variants() -> dict[str, Variant]:
         catalogue.add_tensor_core(dtype, precision, small, result="float32", accumulate=True)
     for tile in TENSOR_CORE_TILES:
         catalogue.add_tensor_core("bfloat16", None, tile)
+        catalogue.add_tensor_core("float16", None, tile, sums=True, capability=FLOAT16_CAPABILITY)
+    for along_depth in ((True, True), (True, False), (False, True)):
+        catalogue.add_tensor_core("float16", None, TENSOR_CORE_TILES[0], along_depth, capability=FLOAT16_CAPABILITY)
     return catalogue.variants

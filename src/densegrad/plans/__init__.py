@@ -7,6 +7,7 @@ from .common import GRID_Y, ITEM_BYTES, accumulator_of, check_plan
 from .matmul_simt import MATMUL_TILES, SHARED_BYTES, MatmulPlan, transposed_tile
 from .matmul_tensor_core import (
     DYNAMIC_SHARED_BYTES,
+    FLOAT16_CAPABILITY,
     TENSOR_CORE_CAPABILITY,
     TENSOR_CORE_TILES,
     TF32,
@@ -28,6 +29,7 @@ __all__ = [
     "ACTIVATIONS",
     "CROSS_ENTROPY",
     "DYNAMIC_SHARED_BYTES",
+    "FLOAT16_CAPABILITY",
     "GRID_Y",
     "ITEM_BYTES",
     "LAYOUTS",

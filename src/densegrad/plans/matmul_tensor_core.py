@@ -35,6 +35,8 @@ TENSOR_CORE_TILES = (
 DYNAMIC_SHARED_BYTES = 99 * 1024
 #: the first compute capability with bfloat16, TF32, 16 depths of float16 an instruction and asynchronous copies
 TENSOR_CORE_CAPABILITY = (8, 0)
+#: the first one with 8 depths of float16 an instruction, and what stages may take of shared memory there
+FLOAT16_CAPABILITY, FLOAT16_SHARED_BYTES = (7, 5), 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class TensorCorePlan(Tiling):
         Slots for tiles in shared memory, all but one of which are on their way while one is multiplied.
     parts : int
         How many pieces the depth is cut into, which are added in ascending order afterwards.
+    capability : tuple of int
+        The compute capability whose instructions are taken, which the GPU must have: (8, 0), or (7, 5) for float16 by 8
+        depths an instruction and copies that pass through registers.
 
     Raises
     ------
@@ -76,6 +81,7 @@ class TensorCorePlan(Tiling):
     warp_cols: int
     stages: int
     parts: int = 1
+    capability: tuple[int, int] = TENSOR_CORE_CAPABILITY
 
     def __post_init__(self) -> None:
         wanted: tuple[str | None, ...] = {"float16": (None,), "bfloat16": (None,), "float32": TF32}.get(self.dtype, ())
@@ -98,8 +104,12 @@ class TensorCorePlan(Tiling):
         if not least <= self.threads <= min(most, 1024):
             raise PlanError(f"these tiles are copied by {least} to {min(most, 1024)} threads; got {self.threads} "
                             "(change the warps' tiles)")
-        if self.stages < 2 or self.shared_bytes > DYNAMIC_SHARED_BYTES:
-            raise PlanError(f"stages must be at least 2 and take at most {DYNAMIC_SHARED_BYTES} bytes of shared "
+        if self.capability != TENSOR_CORE_CAPABILITY and (self.capability, self.dtype) != (FLOAT16_CAPABILITY, "float16"):
+            raise PlanError(f"capability must be {TENSOR_CORE_CAPABILITY}, or {FLOAT16_CAPABILITY} for float16; got "
+                            f"{self.capability!r} for {self.dtype}")
+        limit = DYNAMIC_SHARED_BYTES if self.capability == TENSOR_CORE_CAPABILITY else FLOAT16_SHARED_BYTES
+        if self.stages < 2 or self.shared_bytes > limit:
+            raise PlanError(f"stages must be at least 2 and take at most {limit} bytes of shared "
                             f"memory; got {self.stages}, which take {self.shared_bytes}")
         if not 1 <= self.parts <= GRID_Y:
             raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
@@ -111,6 +121,11 @@ class TensorCorePlan(Tiling):
         """The plan of the transposed result, right.T @ left.T."""
         return replace(self, rows=self.cols, cols=self.rows, tile_rows=self.tile_cols, tile_cols=self.tile_rows,
                        warp_rows=self.warp_cols, warp_cols=self.warp_rows)
+
+    @property
+    def kind(self) -> str:
+        """What the operands are multiplied as, in the kernel's words."""
+        return self.precision or self.dtype + ("k8" if self.capability == FLOAT16_CAPABILITY else "")
 
     @property
     def threads(self) -> int:
@@ -153,7 +168,10 @@ class TensorCorePlan(Tiling):
         error = f"{self.chain + 1} u"
         if self.precision is not None:
             error = f"({error} + {self.product_error:.2g})"
-        return self._explain("tensor cores" + (f" in {self.precision}" if self.precision else ""),
+        unit = "tensor cores" + (f" in {self.precision}" if self.precision else "")
+        if self.capability == FLOAT16_CAPABILITY:
+            unit += " of compute capability {}.{}".format(*self.capability)
+        return self._explain(unit,
                              f"{self.warp_rows} x {self.warp_cols} results a warp, {self.threads} threads a block, "
                              f"{self.stages} stages", error, self.cost)
 

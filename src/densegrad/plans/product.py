@@ -9,7 +9,13 @@ from typing import TypeVar
 from ..errors import PlanError
 from .common import GRID_Y, ITEM_BYTES, ceil_div
 from .matmul_simt import MATMUL_TILES, MatmulPlan, transposed_tile
-from .matmul_tensor_core import TENSOR_CORE_CAPABILITY, TENSOR_CORE_TILES, TF32, TensorCorePlan
+from .matmul_tensor_core import (
+    FLOAT16_CAPABILITY,
+    TENSOR_CORE_CAPABILITY,
+    TENSOR_CORE_TILES,
+    TF32,
+    TensorCorePlan,
+)
 from .tiling import MODEL_DRAM_BYTES, MODEL_LAUNCH, MODEL_MULTIPROCESSORS
 
 Product = TypeVar("Product", MatmulPlan, TensorCorePlan)
@@ -32,9 +38,10 @@ def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
 
 
 @lru_cache(maxsize=4096)
-def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None) -> TensorCorePlan:
-    """The plan for these sizes, dtype and precision, chosen as by plan_matmul."""
-    return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision))
+def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
+                     capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> TensorCorePlan:
+    """The plan for these sizes, dtype and precision with the instructions of this capability, chosen as by plan_matmul."""
+    return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, capability))
 
 
 def _cheapest(candidates: list[Product]) -> Product:
@@ -55,7 +62,7 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
                  capability: tuple[int, int]) -> MatmulPlan | TensorCorePlan:
     """The plan for these sizes and dtype at a precision on a GPU of this compute capability.
 
-    Depends on nothing else of the GPU than whether it has the instructions: from 8.0 on.
+    Depends on nothing else of the GPU than whether it has the instructions: all from 8.0 on, float16's from 7.5 on.
 
     Parameters
     ----------
@@ -71,12 +78,14 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
         If the dtype cannot be multiplied so, or the GPU cannot do it.
     """
     if _on_tensor_cores(dtype, precision, capability):
-        return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None)
+        return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None,
+                                min(capability, TENSOR_CORE_CAPABILITY))
     return plan_matmul(rows, cols, depth, dtype)
 
 
 def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, int]) -> bool:
-    half, able = dtype in ("float16", "bfloat16"), capability >= TENSOR_CORE_CAPABILITY
+    half = dtype in ("float16", "bfloat16")
+    able = capability >= (FLOAT16_CAPABILITY if dtype == "float16" else TENSOR_CORE_CAPABILITY)
     if precision not in (None, "ieee", *TF32):
         raise ValueError(f'precision must be None, "ieee", "tf32" or "tf32x3"; got {precision!r}')
     if precision not in TF32:
@@ -104,9 +113,9 @@ def check_precision(plan: MatmulPlan | TensorCorePlan, precision: str | None, ca
     if precision not in (None, own):
         raise PlanError(f'plan multiplies with precision {own!r}, but precision={precision!r} was asked for (leave one '
                         'of them out)')
-    if isinstance(plan, TensorCorePlan) and capability < TENSOR_CORE_CAPABILITY:
-        raise PlanError("plan needs tensor cores of compute capability 8.0; this GPU has "
-                        f"{capability[0]}.{capability[1]} (pass a MatmulPlan, or none)")
+    if isinstance(plan, TensorCorePlan) and capability < plan.capability:
+        raise PlanError("plan needs tensor cores of compute capability {}.{}; this GPU has {}.{} (pass a MatmulPlan, or "
+                        "none)".format(*plan.capability, *capability))
 
 
 def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[MatmulPlan]:
@@ -123,8 +132,9 @@ def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[Matm
     return plans
 
 
-def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None) -> list[TensorCorePlan]:
-    """Every plan that plan_tensor_core chooses from."""
+def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
+                           capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> list[TensorCorePlan]:
+    """Every plan that plan_tensor_core chooses from; copies through registers fill one stage ahead."""
     tiles = dict.fromkeys(tile for r, c, i, j, stages in TENSOR_CORE_TILES
                           for tile in ((r, c, i, j, stages), (c, r, j, i, stages)))
     plans: list[TensorCorePlan] = []
@@ -133,7 +143,7 @@ def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precisi
             continue
         plans += _cut_into_parts(TensorCorePlan(
             rows, cols, depth, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype], warp_rows, warp_cols,
-            stages, ceil_div(max(depth, 1), 2**30)))
+            stages if capability >= TENSOR_CORE_CAPABILITY else 2, ceil_div(max(depth, 1), 2**30), capability))
     return plans
 
 
