@@ -237,7 +237,8 @@ def test_a_plan_and_a_precision_that_disagree_are_refused(xp):
     ({"warp_cols": 64}, "warps must fit into tiles of 32 x 32"), ({"tile_depth": 32}, "tile_depth must be 64 bytes"),
     ({"stages": 1}, "stages must be at least 2"), ({"stages": 64}, "at most 101376 bytes"),
     ({"capability": (7, 5)}, r"capability must be \(8, 0\), or \(7, 5\) for float16; got \(7, 5\) for float32"),
-    ({"dtype": "float16", "precision": None, "tile_depth": 32, "stages": 17, "capability": (7, 5)}, "at most 65536 bytes"),
+    ({"dtype": "float16", "precision": None, "tile_depth": 32, "stages": 17, "capability": (7, 5)},
+     "at most 65536 bytes"),
     ({"parts": 0}, "parts must be"),
     ({"tile_rows": 128, "tile_cols": 128, "warp_rows": 128, "warp_cols": 128}, "128 sums"),
     ({"tile_cols": 256}, "copied by")])

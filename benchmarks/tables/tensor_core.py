@@ -275,7 +275,8 @@ README = [
           (*(f"loop {kind} {orientation} {capability}" for kind in ("bfloat16", "tf32", "tf32x3")
              for orientation in ("dW", "dX") for capability in ("8.0", "9.0")),
            *(f"loop float16k8 {orientation} 7.5" for orientation in ("dW", "dX"))),
-          "No spills in any. mma.sync, which these kernels use, reaches 63 % of an H100's tensor rate by the model."),
+          "No spills in any. float16k8 is float16 with the instructions of compute capability 7.5. mma.sync, which "
+          "these kernels use, reaches 63 % of an H100's tensor rate by the model."),
     Shown("Accuracy of dL/dW (D = M = 32, into float32): the error over the sum of the products' magnitudes, executed "
           "PTX against float64",
           (("kind", "products of", ""), ("samples", "S", ""), ("data", "data", ""), ("worst_error", "worst", ""),

@@ -104,10 +104,13 @@ class TensorCorePlan(Tiling):
         if not least <= self.threads <= min(most, 1024):
             raise PlanError(f"these tiles are copied by {least} to {min(most, 1024)} threads; got {self.threads} "
                             "(change the warps' tiles)")
-        if self.capability != TENSOR_CORE_CAPABILITY and (self.capability, self.dtype) != (FLOAT16_CAPABILITY, "float16"):
+        limits = {TENSOR_CORE_CAPABILITY: DYNAMIC_SHARED_BYTES}
+        if self.dtype == "float16":
+            limits[FLOAT16_CAPABILITY] = FLOAT16_SHARED_BYTES
+        if self.capability not in limits:
             raise PlanError(f"capability must be {TENSOR_CORE_CAPABILITY}, or {FLOAT16_CAPABILITY} for float16; got "
                             f"{self.capability!r} for {self.dtype}")
-        limit = DYNAMIC_SHARED_BYTES if self.capability == TENSOR_CORE_CAPABILITY else FLOAT16_SHARED_BYTES
+        limit = limits[self.capability]
         if self.stages < 2 or self.shared_bytes > limit:
             raise PlanError(f"stages must be at least 2 and take at most {limit} bytes of shared "
                             f"memory; got {self.stages}, which take {self.shared_bytes}")

@@ -40,7 +40,7 @@ def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
 @lru_cache(maxsize=4096)
 def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
                      capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> TensorCorePlan:
-    """The plan for these sizes, dtype and precision with the instructions of this capability, chosen as by plan_matmul."""
+    """The plan with the instructions of this compute capability, chosen as by plan_matmul."""
     return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, capability))
 
 
@@ -114,8 +114,8 @@ def check_precision(plan: MatmulPlan | TensorCorePlan, precision: str | None, ca
         raise PlanError(f'plan multiplies with precision {own!r}, but precision={precision!r} was asked for (leave one '
                         'of them out)')
     if isinstance(plan, TensorCorePlan) and capability < plan.capability:
-        raise PlanError("plan needs tensor cores of compute capability {}.{}; this GPU has {}.{} (pass a MatmulPlan, or "
-                        "none)".format(*plan.capability, *capability))
+        raise PlanError("plan needs tensor cores of compute capability {}.{}; this GPU has {}.{} (pass a MatmulPlan, "
+                        "or none)".format(*plan.capability, *capability))
 
 
 def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[MatmulPlan]:
@@ -163,10 +163,11 @@ def _cut_into_parts(whole: Product) -> list[Product]:
 def bias_rides_along(plan: MatmulPlan | TensorCorePlan) -> bool:
     """Whether adding dZ up within dL/dW's blocks is cheaper than reading it once more, by the model.
 
-    The blocks of the first tile row spend about 2 % more instructions on it on FMA units, 10 % on tensor cores, and they
+    The blocks of the first tile row spend about 2 % more instructions on it on FMA units, 10 % on tensor cores, and
     end up to that much later.
     """
     cost = plan.cost
-    extra = (0.1 if isinstance(plan, TensorCorePlan) else 0.02) * cost.arithmetic / ceil_div(max(plan.rows, 1), plan.tile_rows)
+    share = 0.1 if isinstance(plan, TensorCorePlan) else 0.02
+    extra = share * cost.arithmetic / ceil_div(max(plan.rows, 1), plan.tile_rows)
     again = plan.depth * plan.cols * ITEM_BYTES[plan.dtype] / (MODEL_DRAM_BYTES * MODEL_MULTIPROCESSORS)
     return extra < again + MODEL_LAUNCH
