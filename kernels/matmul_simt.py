@@ -23,12 +23,13 @@ Grid
     down a group, then across, so that the tiles in flight share operands in L2.
 Shared memory
     2 stages * tile_depth * (tile_rows + tile_cols) accumulators: one stage is multiplied while the other is filled.
-    Operands contiguous along the depth are transposed on the way in; see primitives.layout for how that avoids
-    conflicts. In the end the results of rows that take no vectors pass through it, too.
+    Operands contiguous along the depth are transposed on the way in, in deep tiles two depths at a time, which halves
+    the stores; see primitives.layout for how that avoids conflicts. In the end the results of rows that take no vectors
+    pass through it, too.
 The main loop
     Besides 512 (or 2048) multiply-adds it should hold loads, stores and a barrier only. So all of a thread's accesses
-    lie at constant distances from one place in each operand, which moves on by one 32-bit addition, and from one place
-    in a stage for reading and one for writing; and only tiles that no edge cuts are in it.
+    lie at constant distances from one place in each operand, which is one multiply-add away from that of the first
+    tile, and from one place in a stage for reading and one for writing; and only tiles that no edge cuts are in it.
 Bytes and flops
     Reads each operand once per tile of the other axis: rows * depth * (cols / tile_cols) + depth * cols *
     (rows / tile_rows) elements; writes rows * cols * parts. 2 * rows * cols * depth flops.
@@ -48,8 +49,6 @@ from numba import cuda, int32
 from . import primitives
 from .primitives.layout import ITEM_BYTES, WIDEST, Line, lanes_of, tile_copy, tile_share
 
-ENDLESS = 2**31 - 1
-
 
 class Tiles(NamedTuple):
     """What a block multiplies at a time and what a thread of it owns, of operands of dtype summed in accumulator."""
@@ -62,7 +61,7 @@ class Tiles(NamedTuple):
     thread_rows: int
     thread_cols: int
     blocks_per_multiprocessor: int
-    offset_bits: int  # that count the bytes from a tile's first element to any other
+    offset_bits: int  # that count the bytes from a tile's first element to any other: 32, or 64 for huge strides
 
 
 class Side(NamedTuple):
@@ -91,11 +90,12 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
     sums_of is "right" or "left" for the kernel that also adds that operand up along the depth.
     """
     accumulator, tile_rows, tile_cols, tile_depth = tiles.accumulator, tiles.rows, tiles.cols, tiles.depth
-    thread_rows, thread_cols, item_bytes = tiles.thread_rows, tiles.thread_cols, ITEM_BYTES[tiles.dtype]
+    thread_rows, thread_cols = tiles.thread_rows, tiles.thread_cols
     lanes_down, lanes_across = tile_rows // thread_rows, tile_cols // thread_cols
     threads = lanes_down * lanes_across
     vector = WIDEST // ITEM_BYTES[accumulator]
     sums_count, stage_size = thread_rows * thread_cols, tile_depth * (tile_rows + tile_cols)
+    stage_bytes = stage_size * ITEM_BYTES[accumulator]
 
     # Copies of tiles, and what multiplies them.
     left_along_depth, right_along_depth = left_side.along_depth, right_side.along_depth
@@ -103,19 +103,19 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
                           threads, thread_rows, tiles.offset_bits)
     right_copy = tile_copy(tiles.dtype, accumulator, tile_cols, tile_depth, right_side.access, right_along_depth,
                            threads, thread_cols, tiles.offset_bits, start=tile_depth * tile_rows)
-    row_spacing, col_spacing = left_copy.layout.spacing, right_copy.layout.spacing
-    lanes_of_thread = primitives.thread_lanes(lanes_of(lanes_down, lanes_across, col_spacing // vector))
-    row_of, col_of = primitives.fragment_start(left_copy.layout), primitives.fragment_start(right_copy.layout)
+    row_spacing, col_spacing = left_copy.layout.group_spacing, right_copy.layout.group_spacing
+    lanes_of_thread = primitives.thread_lanes(lanes_of(lanes_down, lanes_across, right_copy.layout.spacing // vector))
     left_turn_of, right_turn_of = primitives.tile_turn(left_copy), primitives.tile_turn(right_copy)
     left_offset_of, right_offset_of = primitives.tile_offset(left_copy), primitives.tile_offset(right_copy)
-    left_offset_type, right_offset_type = primitives.offset_type(left_copy), primitives.offset_type(right_copy)
     place_of = primitives.place(tiles.dtype)
+    left_deeper, right_deeper = primitives.deeper(left_copy), primitives.deeper(right_copy)
     load_left, load_right = primitives.load_tile(left_copy), primitives.load_tile(right_copy)
     load_whole_left, load_whole_right = primitives.load_whole_tile(left_copy), primitives.load_whole_tile(right_copy)
     store_left, store_right = primitives.store_tile(left_copy), primitives.store_tile(right_copy)
     both_stages = primitives.shared_array("stages", accumulator, 2 * stage_size)
     multiply = primitives.multiply_tile(accumulator, tile_depth, left_copy.layout, right_copy.layout)
     zeros = primitives.zeros(accumulator, sums_count)
+    again = primitives.again()
 
     # The way of the results from registers to memory.
     access, accumulate = epilogue.access, epilogue.accumulate
@@ -139,9 +139,8 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
     has_sums, of_left = bool(sums_of), sums_of == "left"
     summed = left_copy if of_left else right_copy
     share = tile_share(summed)
-    add_tile, no_sums = primitives.add_tile(share), primitives.zeros(accumulator, share.groups * vector)
-    first_sums = primitives.head(accumulator, share.groups * vector, vector)
-    turn_sums = primitives.rotate(accumulator, share.groups * vector, vector)
+    add_tile, no_sums = primitives.add_tile(share), primitives.zeros(accumulator, share.count)
+    store_tile_sums = primitives.store_tile_sums(share)
     add_sum, no_sum = primitives.add(accumulator, 1), primitives.zeros(accumulator, 1)
     store_sum = primitives.store_vector(accumulator, 1, accumulator)
     sums_outer = summed.outer_size
@@ -156,12 +155,12 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
         col = (cuda.blockIdx.x >> group_bits) * tile_cols
         part = cuda.blockIdx.z
         start = part * depth_per_part
-        depth_left = int32(min(depth_per_part, depth - start) if row < rows else 0)
+        depth_here = int32(min(depth_per_part, depth - start) if row < rows else 0)
         rows_left, cols_left = int32(min(rows - row, tile_rows)), int32(min(cols - col, tile_cols))
 
         # 2. This thread's place in the tile, and that of its warp.
         down, across, warp_down, warp_across = lanes_of_thread(thread)
-        first_row, first_col = row_of(down), col_of(across)
+        first_row, first_col = int32(down * vector), int32(across * vector)
 
         # 3. The first tiles are in stage 0 of shared memory.
         left_turn = left_turn_of(left, row, start, left_stride, thread)
@@ -170,11 +169,9 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
         left_offset = left_offset_of(left_stride, left_turn, thread)
         right_at = place_of(right, col * right_stride + start if right_along_depth else col + start * right_stride)
         right_offset = right_offset_of(right_stride, right_turn, thread)
-        left_step = tile_depth * item_bytes * (1 if left_along_depth else left_stride)
-        right_step = tile_depth * item_bytes * (1 if right_along_depth else right_stride)
         stages = both_stages()
-        left_next = load_left(left_at, left_offset, left_stride, left_turn, rows_left, depth_left, thread)
-        right_next = load_right(right_at, right_offset, right_stride, right_turn, cols_left, depth_left, thread)
+        left_next = load_left(left_at, left_offset, left_stride, left_turn, rows_left, depth_here, thread)
+        right_next = load_right(right_at, right_offset, right_stride, right_turn, cols_left, depth_here, thread)
         store_left(stages, 0, left_next, left_stride, left_turn, thread)
         store_right(stages, 0, right_next, right_stride, right_turn, thread)
         cuda.syncthreads()
@@ -185,54 +182,54 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
 
         # 4. While one stage is multiplied, the next tiles travel to registers and from there to the other stage.
         sums = zeros()
-        now = int32(0)
+        now, done = int32(0), int32(0)
         inside = rows_left == tile_rows and cols_left == tile_cols
-        least = int32(2 * tile_depth if inside else ENDLESS)
-        while depth_left >= least:
-            depth_left = int32(depth_left - tile_depth)
-            left_offset = left_offset_type(left_offset + left_step)
-            right_offset = right_offset_type(right_offset + right_step)
-            left_next = load_whole_left(left_at, left_offset, left_stride, left_turn, thread)
-            right_next = load_whole_right(right_at, right_offset, right_stride, right_turn, thread)
+        last = int32(depth_here - 2 * tile_depth if inside else -1)
+        while done <= last:
+            done = int32(done + tile_depth)
+            left_to, right_to = left_deeper(left_at, done, left_stride), right_deeper(right_at, done, right_stride)
+            left_next = load_whole_left(left_to, left_offset, left_stride, left_turn, thread)
+            right_next = load_whole_right(right_to, right_offset, right_stride, right_turn, thread)
             if has_sums and sums_here:
                 depth_total = add_tile(stages, now, depth_total, thread)
+            other = int32(stage_bytes - now)
             sums = multiply(stages, now, first_row, first_col, sums)
-            now = int32(stage_size - now)
-            store_left(stages, now, left_next, left_stride, left_turn, thread)
-            store_right(stages, now, right_next, right_stride, right_turn, thread)
+            store_left(stages, other, left_next, left_stride, left_turn, thread)
+            store_right(stages, other, right_next, right_stride, right_turn, thread)
+            now = other
             cuda.syncthreads()
 
         # 5. The same where an edge cuts tiles off; warps beyond it rest, and after the last tile nothing is loaded.
-        works = row_of(warp_down) < rows_left and col_of(warp_across) < cols_left
-        while depth_left > 0:
-            depth_left = int32(depth_left - tile_depth)
-            left_offset = left_offset_type(left_offset + left_step)
-            right_offset = right_offset_type(right_offset + right_step)
-            left_next = load_left(left_at, left_offset, left_stride, left_turn, rows_left, depth_left, thread)
-            right_next = load_right(right_at, right_offset, right_stride, right_turn, cols_left, depth_left, thread)
+        # Where the thread is in the tile is computed again, so that it took no registers up to here.
+        thread = again(cuda.threadIdx.x)
+        down, across, warp_down, warp_across = lanes_of_thread(thread)
+        first_row, first_col = int32(down * vector), int32(across * vector)
+        works = warp_down * vector < rows_left and warp_across * vector < cols_left
+        while done < depth_here:
+            done = int32(done + tile_depth)
+            left_to, right_to = left_deeper(left_at, done, left_stride), right_deeper(right_at, done, right_stride)
+            depth_left = depth_here - done
+            left_next = load_left(left_to, left_offset, left_stride, left_turn, rows_left, depth_left, thread)
+            right_next = load_right(right_to, right_offset, right_stride, right_turn, cols_left, depth_left, thread)
             if has_sums and sums_here:
                 depth_total = add_tile(stages, now, depth_total, thread)
+            other = int32(stage_bytes - now)
             if works:
                 sums = multiply(stages, now, first_row, first_col, sums)
-            now = int32(stage_size - now)
-            store_left(stages, now, left_next, left_stride, left_turn, thread)
-            store_right(stages, now, right_next, right_stride, right_turn, thread)
+            store_left(stages, other, left_next, left_stride, left_turn, thread)
+            store_right(stages, other, right_next, right_stride, right_turn, thread)
+            now = other
             cuda.syncthreads()
 
         # 6. Shared memory is free again: threads that took the same columns at other depths meet there.
         if has_sums:
-            for group in range(share.groups):
-                if thread < share.across * share.depths:
-                    place = thread // share.across * sums_outer
-                    place += (thread % share.across * share.groups + group) * vector
-                    store_vector(stages, place, first_sums(depth_total))
-                depth_total = turn_sums(depth_total)
+            store_tile_sums(stages, depth_total, thread)
             cuda.syncthreads()
             begin, end = (row, rows) if of_left else (col, cols)
             for outer in range(thread, sums_outer if sums_here else 0, threads):
                 if begin + outer < end:
                     total = no_sum()
-                    for place in range(outer, share.depths * sums_outer, sums_outer):
+                    for place in range(outer, share.classes * sums_outer, sums_outer):
                         total = add_sum(total, load_one(stages, place))
                     store_sum(depth_sums, part * sums_stride + begin + outer, total)
             cuda.syncthreads()
@@ -250,14 +247,14 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
                 cuda.syncthreads()
                 first_line, line_lane = line_of(thread)
                 for number in range(first_line, lanes_down, lines):
-                    r = row + row_of(number) + below
+                    r = row + number * vector + below
                     place = place_of_result(result, r * row_stride + col * col_stride)
                     store_line(stages, number, place, col_stride, line_lane, cols_left if r < rows else 0, alpha)
                 cuda.syncthreads()
             else:
-                r = row + first_row + below
+                r = row + int(first_row) + below
                 for j in range(col_groups * stores):
-                    c = col + first_col + j // stores * col_spacing + j % stores * access
+                    c = col + int(first_col) + j // stores * col_spacing + j % stores * access
                     if r < rows and c < cols:
                         index = part * part_stride + r * row_stride + c * col_stride
                         value = scale(convert(first(sums)), alpha)

@@ -6,7 +6,7 @@ from numba import cuda
 from densegrad import device
 from densegrad.device import dtype_of
 from densegrad.kernels import primitives
-from densegrad.kernels.primitives.layout import Line, lanes_of, tile_copy
+from densegrad.kernels.primitives.layout import Line, lanes_of, tile_copy, tile_share
 from densegrad.testing import bits, host, integers, normal
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -280,6 +280,7 @@ TILES = [
     ("float64", 8, 4, 2, False, 32, 4, 64), ("float32", 64, 8, 1, False, 32, 8, 32),
     ("float32", 32, 16, 2, False, 32, 4, 32), ("float16", 32, 16, 1, False, 64, 4, 32),
     ("float64", 16, 8, 1, False, 16, 4, 64), ("float32", 128, 16, 4, True, 64, 16, 32),
+    ("float16", 64, 16, 4, True, 32, 8, 32), ("float32", 64, 16, 2, True, 64, 8, 64),
 ]
 
 
@@ -297,6 +298,7 @@ def test_tiles_come_into_shared_memory(xp, tile, shift):
                      start=size)
     array = primitives.shared_array("tile", wide, 3 * size)
     turn_of, offset_of, place_of = primitives.tile_turn(copy), primitives.tile_offset(copy), primitives.place(dtype)
+    deeper, stage = primitives.deeper(copy), size * np.dtype(wide).itemsize
     load, load_whole, store = primitives.load_tile(copy), primitives.load_whole_tile(copy), primitives.store_tile(copy)
     get, keep, typed = primitives.load_shared(wide, 1), primitives.store_vector(wide, 1, wide), np.int32
 
@@ -305,10 +307,11 @@ def test_tiles_come_into_shared_memory(xp, tile, shift):
         thread = cuda.threadIdx.x
         shared = array()
         turn = turn_of(values, first, 0, stride, thread)
-        place, offset = place_of(values, first), offset_of(stride, turn, thread)
+        offset = offset_of(stride, turn, thread)
+        place = deeper(place_of(values, first - 2 * (1 if along_depth else stride)), typed(2), stride)
         whole = load_whole(place, offset, stride, turn, thread)
         cut = load(place, offset, stride, turn, typed(outer_left), typed(depth_left), thread)
-        store(shared, size, whole, stride, turn, thread)
+        store(shared, typed(stage), whole, stride, turn, thread)
         store(shared, 0, cut, stride, turn, thread)
         cuda.syncthreads()
         for index in range(thread, 2 * size, threads):
@@ -329,7 +332,7 @@ def test_tiles_come_into_shared_memory(xp, tile, shift):
         wanted = np.zeros(2 * size, wide)
         for outer in range(outer_size):
             for depth in range(depth_size):
-                place = depth * outer_size + (outer ^ copy.layout.flip(depth))
+                place = copy.layout.place(outer, depth) - size
                 wanted[place], wanted[size + place] = cut[outer, depth], matrix[outer, depth]
         same(out, wanted)
 
@@ -337,25 +340,20 @@ def test_tiles_come_into_shared_memory(xp, tile, shift):
 @pytest.mark.parametrize(("down", "across", "beside"), [
     (1, 1, 1), (2, 2, 2), (8, 16, 4), (8, 16, 16), (4, 8, 8), (64, 2, 2)])
 def test_threads_share_a_tile(xp, down, across, beside):
-    """Warps of 4 by 8 or 8 by 4 threads, across first; the fragments of the threads down make up the tile."""
+    """Warps of 4 by 8 or 8 by 4 threads, across first."""
     lanes = lanes_of(down, across, beside)
-    layout = tile_copy("float32", "float32", 8 * down, 8, 4, True, lanes.threads, 8, 32).layout
-    place, start, spacing = primitives.thread_lanes(lanes), primitives.fragment_start(layout), layout.spacing
+    place = primitives.thread_lanes(lanes)
     one, keep = primitives.load_vector("float32", 1, "float32"), primitives.store_vector("float32", 1, "float32")
 
     @primitives.jit(lanes.threads)
-    def kernel(numbers, threads, warps, owners):
+    def kernel(numbers, threads, warps):
         thread = cuda.threadIdx.x
         mine_down, mine_across, warp_down, warp_across = place(thread)
         keep(threads, mine_down * across + mine_across, one(numbers, thread))
         keep(warps, mine_down * across + mine_across, one(numbers, warp_down * across + warp_across))
-        if mine_across == 0:
-            for n in range(8):
-                keep(owners, start(mine_down) + n // 4 * spacing + n % 4, one(numbers, mine_down))
 
     threads, warps = xp.full((down, across), -1, "float32"), xp.full((down, across), -1, "float32")
-    owners = xp.full(8 * down, -1, "float32")
-    run(kernel, xp.arange(lanes.threads, dtype="float32"), threads, warps, owners, threads=lanes.threads)
+    run(kernel, xp.arange(lanes.threads, dtype="float32"), threads, warps, threads=lanes.threads)
     wide = min(8, across, beside)
     high = min(32 // wide, down)
     wanted = np.empty((down, across), "float32")
@@ -365,16 +363,16 @@ def test_threads_share_a_tile(xp, down, across, beside):
     same(threads, wanted)
     firsts = [[i // high * high * across + j // wide * wide for j in range(across)] for i in range(down)]
     same(warps, np.float32(firsts))
-    assert (np.bincount(host(owners).astype(int), minlength=down) == 8).all()
 
 
 @pytest.mark.parametrize(("dtype", "left", "right", "along_depth"), [
     ("float32", (16, 8), (8, 4), (False, True)), ("float32", (64, 8), (64, 8), (True, True)),
     ("float32", (64, 8), (128, 16), (True, True)), ("float64", (8, 4), (4, 2), (True, False))])
 @pytest.mark.parametrize("access", [1, "widest"])
-def test_tiles_are_multiplied(xp, dtype, left, right, along_depth, access):
+@pytest.mark.parametrize("depth", [8, 16])
+def test_tiles_are_multiplied(xp, dtype, left, right, along_depth, access, depth):
     """Small integers, for which the device's fused multiply-add and the simulator's two roundings are both exact."""
-    depth, vector = 8, 16 // np.dtype(dtype).itemsize
+    vector = 16 // np.dtype(dtype).itemsize
     (rows, thread_rows), (cols, thread_cols) = left, right
     access = vector if access == "widest" else access
     layouts = [tile_copy(dtype, dtype, outer, depth, access, along, 4, thread, 32, start).layout
@@ -385,28 +383,64 @@ def test_tiles_are_multiplied(xp, dtype, left, right, along_depth, access):
     put, one = primitives.store_shared(dtype, 1), primitives.load_vector(dtype, 1, dtype)
     load, keep = primitives.load_each(dtype, count, dtype), primitives.store_each(dtype, count, dtype)
     stage, int32 = (rows + cols) * depth, np.int32
+    stage_bytes = stage * np.dtype(dtype).itemsize
 
     @primitives.jit(1)
     def kernel(images, left_outer, right_outer, sums, out):
         shared = stages()
         for index in range(stage):
             put(shared, stage + index, one(images, index))
-        found = multiply(shared, int32(stage), int32(left_outer), int32(right_outer), load(sums, 0, 1, count))
+        found = multiply(shared, int32(stage_bytes), int32(left_outer), int32(right_outer), load(sums, 0, 1, count))
         keep(out, 0, 1, count, found)
 
     matrices, images = [integers((rows, depth), dtype, 1), integers((cols, depth), dtype, 2)], np.zeros(stage, dtype)
     for matrix, layout in zip(matrices, layouts, strict=True):
         for outer, k in np.ndindex(matrix.shape):
-            images[layout.start + k * layout.outer_size + (outer ^ layout.flip(k))] = matrix[outer, k]
+            images[layout.place(outer, k)] = matrix[outer, k]
     sums = integers((count,), dtype, 3)
-    starts = [[lane * vector // layout.spacing * layout.stretch + lane * vector % layout.spacing
-               for lane in range(layout.lanes)] for layout in layouts]
-    for left_outer, right_outer in ((starts[0][0], starts[1][0]), (starts[0][-1], starts[1][-1])):
-        mine = [[outer + group * layout.spacing + n for group in range(layout.groups) for n in range(vector)]
+    for left_outer, right_outer in ((0, 0), tuple((layout.lanes - 1) * vector for layout in layouts)):
+        mine = [[outer + group * layout.group_spacing + n for group in range(layout.groups) for n in range(vector)]
                 for outer, layout in zip((left_outer, right_outer), layouts, strict=True)]
         out = xp.zeros(count, dtype)
         run(kernel, xp.asarray(images), left_outer, right_outer, xp.asarray(sums), out, threads=1)
         same(out, sums + (matrices[0][mine[0]] @ matrices[1][mine[1]].T).reshape(-1))
+
+
+@pytest.mark.parametrize(("outer_size", "depth_size", "access", "along_depth", "threads"), [
+    (16, 8, 4, False, 16), (64, 8, 4, True, 64), (128, 16, 4, True, 64), (128, 16, 4, True, 16), (64, 16, 1, True, 32)])
+def test_tiles_are_summed(xp, outer_size, depth_size, access, along_depth, threads):
+    """Along the depth, into sums of every n-th depth, whose number does not depend on the layout."""
+    copy = tile_copy("float32", "float32", outer_size, depth_size, access, along_depth, threads, 8, 32)
+    layout, share = copy.layout, tile_share(copy)
+    size, classes = outer_size * depth_size, min(4 * threads // outer_size or 1, depth_size)
+    array = primitives.shared_array("tile", "float32", 2 * size)
+    zeros, add = primitives.zeros("float32", share.count), primitives.add_tile(share)
+    store, typed, stage = primitives.store_tile_sums(share), np.int32, 4 * size
+    put, get = primitives.store_shared("float32", 1), primitives.load_shared("float32", 1)
+    one, keep = primitives.load_vector("float32", 1, "float32"), primitives.store_vector("float32", 1, "float32")
+
+    @primitives.jit(threads)
+    def kernel(image, out):
+        thread, shared = cuda.threadIdx.x, array()
+        for index in range(thread, size, threads):
+            put(shared, size + index, one(image, index))
+        cuda.syncthreads()
+        sums = add(shared, typed(stage), zeros(), thread)
+        cuda.syncthreads()
+        store(shared, sums, thread)
+        cuda.syncthreads()
+        for index in range(thread, classes * outer_size, threads):
+            keep(out, index, get(shared, index))
+
+    matrix, image = normal((outer_size, depth_size), "float32", 5), np.empty(size, "float32")
+    for outer, depth in np.ndindex(matrix.shape):
+        image[layout.place(outer, depth)] = matrix[outer, depth]
+    out = xp.zeros((classes, outer_size), "float32")
+    run(kernel, xp.asarray(image), out, threads=threads)
+    wanted = np.zeros((classes, outer_size), "float32")
+    for depth in range(depth_size):
+        wanted[depth % classes] += matrix[:, depth]
+    same(out, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -7,20 +7,24 @@ SECTOR, LINE, WIDEST = 32, 128, 16
 
 
 class TileLayout(NamedTuple):
-    """A tile in shared memory: element (outer, depth) at start + depth * outer_size + (outer ^ flip of that depth).
+    """A tile in shared memory, in layers of `depths` depths each, one after the other from start on.
 
-    A thread's fragment is `groups` vectors of 16 bytes, `vector` elements each, `spacing` elements apart; as many
-    threads as fit into the spacing share such a stretch of memory, then the next stretch begins. The flip moves
-    neighbouring depths to other banks, so that a copy which transposes stores without conflicts; it never splits a
-    vector.
+    A layer is made of vectors of 16 bytes, `vector` elements: those of neighbouring outer indices, `depths` of each. A
+    thread's fragment is `groups` times `vector` neighbouring outer indices, so groups * depths vectors of a layer.
+    These are `spacing` elements apart; as many threads as fit into the spacing share such a stretch of memory, then the
+    next stretch begins.
+
+    The flip moves neighbouring layers to other banks, so that a copy which transposes stores without conflicts: what
+    would be element p of a layer is element p ^ flip. It never splits a vector.
     """
 
     start: int
     outer_size: int
     vector: int
     groups: int
+    depths: int
     spacing: int
-    flip_every: int  # depths
+    flip_every: int  # layers
     flip_count: int
     flip_unit: int  # elements
 
@@ -30,13 +34,63 @@ class TileLayout(NamedTuple):
         return self.outer_size // (self.groups * self.vector)
 
     @property
+    def layer(self) -> int:
+        """Elements of a layer."""
+        return self.outer_size * self.depths
+
+    @property
+    def vectors(self) -> int:
+        """Of a thread's fragment in a layer."""
+        return self.groups * self.depths
+
+    @property
     def stretch(self) -> int:
         """Elements that the fragments of threads beside one another make up."""
-        return self.groups * self.spacing
+        return self.vectors * self.spacing
 
-    def flip(self, depth: int) -> int:
-        """What the outer index is combined with at this depth, by exclusive or."""
-        return depth // self.flip_every % self.flip_count * self.flip_unit
+    @property
+    def group_spacing(self) -> int:
+        """Outer indices from one group of a thread to the next."""
+        return self.outer_size // self.groups
+
+    def flip(self, layer: int) -> int:
+        """What the number of an element is combined with in this layer, by exclusive or."""
+        return layer // self.flip_every % self.flip_count * self.flip_unit
+
+    def first_of(self, lane: int) -> int:
+        """Where the fragment of the thread with this number down (or across) begins in an unflipped layer."""
+        return lane * self.vector % self.spacing + lane * self.vector // self.spacing * self.stretch
+
+    def position(self, outer: int) -> int:
+        """Where the elements of an outer index begin in an unflipped layer: at `depths` times its piece."""
+        group, rest = divmod(outer, self.group_spacing)
+        lane, number = divmod(rest, self.vector)
+        vector, within = divmod(number, self.vector // self.depths)
+        return self.first_of(lane) + (group * self.depths + vector) * self.spacing + within * self.depths
+
+    @property
+    def fields(self) -> list[tuple[int, int]]:
+        """(size, weight) of what the number of a piece is made of, from its least significant part on.
+
+        A piece is an outer index's part of a layer. Their numbers count them as they lie in an unflipped layer; what
+        these are made of, times the weights, makes up the outer index.
+        """
+        within, beside = self.vector // self.depths, min(self.spacing // self.vector, self.lanes)
+        return [(within, 1), (beside, self.vector), (self.depths, within), (self.groups, self.group_spacing),
+                (self.lanes // beside, beside * self.vector)]
+
+    def outer_of(self, piece: int) -> int:
+        """The outer index of this piece."""
+        outer = 0
+        for size, weight in self.fields:
+            outer += piece % size * weight
+            piece //= size
+        return outer
+
+    def place(self, outer: int, depth: int) -> int:
+        """Where an element lies."""
+        layer, within = divmod(depth, self.depths)
+        return self.start + layer * self.layer + (self.position(outer) ^ self.flip(layer)) + within
 
 
 class Lanes(NamedTuple):
@@ -66,8 +120,8 @@ class TileCopy(NamedTuple):
     lie side by side in a row of memory, and on, as far as the tile goes; the next threads take the next depth. So all
     accesses of a thread have constant distances, if the threads cover all depths.
 
-    Where it is contiguous along the depth, `side` neighbouring threads read a sector of 32 bytes, the next threads the
-    next outer indices.
+    Where it is contiguous along the depth, `side` neighbouring threads read a sector of 32 bytes, the next threads that
+    of the outer index whose piece of a layer is the next one.
     """
 
     dtype: str
@@ -109,9 +163,12 @@ class TileCopy(NamedTuple):
 
     def steps(self) -> list[tuple[int, int]]:
         """(outer, depth) of each of a thread's accesses, counted from its first."""
-        width = self.lanes if self.along_depth else self.side * self.access
         depths = range(0, self.depth_size, self.rows * (self.access if self.along_depth else 1))
-        return [(outer, depth) for depth in depths for outer in range(0, self.outer_size, width)]
+        if self.along_depth:
+            outers = [self.layout.outer_of(piece) for piece in range(0, self.outer_size, self.lanes)]
+        else:
+            outers = list(range(0, self.outer_size, self.side * self.access))
+        return [(outer, depth) for depth in depths for outer in outers]
 
     @property
     def count(self) -> int:
@@ -138,26 +195,42 @@ class Line(NamedTuple):
 
 
 class TileShare(NamedTuple):
-    """How the threads of a block add up a tile in shared memory along its depth.
+    """How the threads of a block add up a tile in shared memory along its depth, into `classes` sums of an outer index.
 
-    Thread t takes `groups` vectors of outer indices, those of number t % across, at depths t // across, + depths, ...;
-    threads of other number than the first across * depths repeat what others do, and their sums are not used.
+    Depths d, d + classes, ... are added up in this order. Thread t takes `vectors` vectors of a layer, those of number
+    t % across, + across, ..., in the layers t // across, + layers, ...; threads of other number than the first across *
+    layers repeat what others do, and their sums are not used.
     """
 
     dtype: str
     depth_size: int
+    classes: int
     across: int
-    depths: int
-    groups: int
+    layers: int
     layout: TileLayout
+
+    @property
+    def vectors(self) -> int:
+        """That a thread reads of a layer."""
+        return self.layout.layer // self.layout.vector // self.across
+
+    @property
+    def held(self) -> int:
+        """Sums of an outer index that a thread holds: fewer than a vector has depths if these are of the same class."""
+        return min(self.classes, self.layout.depths)
+
+    @property
+    def count(self) -> int:
+        """Sums of a thread."""
+        return self.vectors * self.layout.vector // self.layout.depths * self.held
 
 
 def tile_share(copy: TileCopy) -> TileShare:
-    """The share of each thread of the block that fills the tile by this copy."""
-    vectors = copy.outer_size // (WIDEST // ITEM_BYTES[copy.wide])
-    across = min(vectors, copy.threads)
-    depths = min(copy.threads // across, copy.depth_size)
-    return TileShare(copy.wide, copy.depth_size, across, depths, vectors // across, copy.layout)
+    """The share of each thread of the block that fills the tile by this copy; the sums do not depend on the layout."""
+    across = min(copy.outer_size // copy.layout.vector, copy.threads)
+    classes = min(copy.threads // across, copy.depth_size)
+    layers = max(classes // copy.layout.depths, 1)
+    return TileShare(copy.wide, copy.depth_size, classes, across * classes // layers, layers, copy.layout)
 
 
 def tile_copy(dtype: str, wide: str, outer_size: int, depth_size: int, access: int, along_depth: bool, threads: int,
@@ -168,17 +241,20 @@ def tile_copy(dtype: str, wide: str, outer_size: int, depth_size: int, access: i
     """
     vector, banks = WIDEST // ITEM_BYTES[wide], LINE // ITEM_BYTES[wide]
     groups = thread_outer // vector
-    spacing, flips = outer_size // groups, 1
+    spacing, flips, depths = outer_size // groups, 1, 1
     if along_depth:
+        # Two depths side by side are stored at once; in shallow tiles, of threads with few registers, one.
+        depths = min(access, vector // 2) if depth_size > 8 else 1
         side = min(max(SECTOR // (access * ITEM_BYTES[dtype]), 1), depth_size // access, threads)
         if spacing % banks == 0:
             flips = min(side, banks // vector)
-        if flips == 2 and groups > 1:
+        if flips == 2 and groups * depths > 1:
             # A thread's vectors lie where the flip swaps them, so that it reads all of them at constant distances.
             spacing = banks // 2
     else:
         side = min(max(threads // depth_size, banks // access), outer_size // access, threads)
-    layout = TileLayout(start, outer_size, vector, groups, spacing, access if along_depth else 1, flips, banks // flips)
+    flip_every = access // depths if along_depth else 1
+    layout = TileLayout(start, outer_size, vector, groups, depths, spacing, flip_every, flips, banks // flips)
     return TileCopy(dtype, wide, outer_size, depth_size, access, along_depth, side, threads, offset_bits, layout)
 
 

@@ -70,15 +70,14 @@ def thread_lanes(lanes):
 
 
 @cache
-def fragment_start(layout):
-    """(lane) -> the outer index that the fragment of the thread with this number down (or across) begins at."""
+def again():
+    """(number) -> the same, of which the compiler does not know it.
 
-    def body(builder, lane):
-        beside = ir.Constant(_INT32, layout.spacing // layout.vector)
-        return builder.add(builder.mul(builder.urem(lane, beside), ir.Constant(_INT32, layout.vector)),
-                           builder.mul(builder.udiv(lane, beside), ir.Constant(_INT32, layout.stretch)))
-
-    return _expand(types.int32, (types.int32,), body)
+    So what follows from it is computed again, and takes no registers up to there.
+    """
+    function = ir.FunctionType(_INT32, [_INT32])
+    return _expand(types.int32, (types.int32,), lambda builder, number: builder.asm(
+        function, "mov.u32 $0, $1;", "=r,r", [number], side_effect=True))
 
 
 @cache
@@ -142,10 +141,8 @@ def place(dtype):
 
 @cache
 def tile_offset(copy):
-    """(stride, turn, thread) -> how many bytes from a tile's first element the thread's first access lies.
-
-    Those from there to another tile may be added.
-    """
+    """(stride, turn, thread) -> how many bytes from a tile's first element the thread's first access lies."""
+    kind = _offset_type(copy)
 
     def body(builder, stride, turn, thread):
         outer, depth = (builder.zext(step, _INT64) for step in _first_access(builder, copy, thread))
@@ -153,14 +150,33 @@ def tile_offset(copy):
         near, far = (depth, outer) if copy.along_depth else (outer, depth)
         element = builder.add(near, builder.mul(far, stride))
         byte = builder.mul(element, ir.Constant(_INT64, _BYTES[copy.dtype]))
-        return builder.trunc(byte, _INT32) if offset_type(copy) == types.uint32 else byte
+        return builder.trunc(byte, _INT32) if kind == types.uint32 else byte
 
-    return _expand(offset_type(copy), (types.int64, types.int32, types.int32), body)
+    return _expand(kind, (types.int64, types.int32, types.int32), body)
 
 
-def offset_type(copy):
+def _offset_type(copy):
     """The type of such offsets; turned rows may begin before the operand."""
     return types.uint32 if copy.offset_bits == 32 and not copy.turns else types.int64
+
+
+@cache
+def deeper(copy):
+    """(place, depth, stride) -> the place of the same element of the tile that lies `depth` deeper.
+
+    One instruction where bytes are counted in 32 bits.
+    """
+    size = _BYTES[copy.dtype]
+
+    def body(builder, place, depth, stride):
+        step = ir.Constant(_INT64, size) if copy.along_depth else builder.mul(stride, ir.Constant(_INT64, size))
+        if copy.offset_bits == 64:
+            return builder.add(place, builder.mul(builder.sext(depth, _INT64), step))
+        function = ir.FunctionType(_INT64, [_INT32, _INT32, _INT64])
+        return builder.asm(function, "mad.wide.s32 $0, $1, $2, $3;", "=l,r,r,l",
+                           [depth, builder.trunc(step, _INT32), place], side_effect=False)
+
+    return _expand(types.int64, (types.int64, types.int32, types.int64), body)
 
 
 @cache
@@ -180,7 +196,7 @@ def load_tile(copy):
         return _load_places(builder, copy, place, offset, stride, turn, thread, bounds)
 
     return _expand(_fragment_type(copy.wide, copy.count),
-                   (types.int64, offset_type(copy), types.int64, *[types.int32] * 4), body)
+                   (types.int64, _offset_type(copy), types.int64, *[types.int32] * 4), body)
 
 
 @cache
@@ -191,7 +207,7 @@ def load_whole_tile(copy):
         return _load_places(builder, copy, place, offset, stride, turn, thread, [()] * len(copy.steps()))
 
     return _expand(_fragment_type(copy.wide, copy.count),
-                   (types.int64, offset_type(copy), types.int64, types.int32, types.int32), body)
+                   (types.int64, _offset_type(copy), types.int64, types.int32, types.int32), body)
 
 
 def _load_places(builder, copy, place, offset, stride, turn, thread, bounds):
@@ -216,32 +232,56 @@ def _load_places(builder, copy, place, offset, stride, turn, thread, bounds):
 
 @cache
 def store_tile(copy):
-    """(array, index, fragment, stride, turn, thread): stores what load_tile brought into the array's stage at index."""
+    """(array, stage, fragment, stride, turn, thread): stores what load_tile brought.
+
+    A stage is how many bytes after the beginning of the array it begins.
+    """
     layout = copy.layout
 
-    def store(builder, array, index, values, stride, turn, thread):
+    def store(builder, array, stage, values, stride, turn, thread):
         _, first_depth = _first_access(builder, copy, thread)
-        row = builder.add(ir.Constant(_INT32, layout.start),
-                          builder.mul(first_depth, ir.Constant(_INT32, layout.outer_size)))
         for number, step in enumerate(copy.steps()):
-            base, further = _outer(builder, copy, step, stride, turn, thread)
-            # Steps of whole flip periods leave the flipped bits alone, and so are constant offsets.
-            rest = further % (layout.flip_count * layout.flip_unit)
-            outer = builder.xor(builder.add(base, ir.Constant(_INT32, rest)), _flip(builder, layout, first_depth))
-            start = _stage_pointer(builder, array, builder.add(row, outer), index, copy.wide)
+            place, further = _stored(builder, copy, step, first_depth, stride, turn, thread)
+            start = _stage_pointer(builder, array, place, stage, copy.wide)
             share = values[number * copy.access:(number + 1) * copy.access]
-            vectors = [[value] for value in share] if copy.along_depth else [share]
-            for depth, vector in enumerate(vectors, step[1]):
-                offset = ir.Constant(_INT64, depth * layout.outer_size + further - rest)
+            width = min(copy.access, layout.depths) if copy.along_depth else copy.access
+            for depth in range(0, copy.access, width):
+                offset = ir.Constant(_INT64, further + depth // layout.depths * layout.layer)
                 pointer = builder.gep(start, [offset], inbounds=True, source_etype=_STORED[copy.wide])
-                _store_shared(builder, pointer, copy.wide, vector)
+                _store_shared(builder, pointer, copy.wide, share[depth:depth + width])
 
-    def body(builder, array, index, fragment, stride, turn, thread):
+    def body(builder, array, stage, fragment, stride, turn, thread):
         with builder.if_then(_has_share(builder, copy, thread)):
-            store(builder, array, index, _unpack(builder, fragment), stride, turn, thread)
+            store(builder, array, stage, _unpack(builder, fragment), stride, turn, thread)
 
     return _expand(types.none, (types.int32, types.int32, _fragment_type(copy.wide, copy.count), types.int64,
                                 types.int32, types.int32), body)
+
+
+def _stored(builder, copy, step, first_depth, stride, turn, thread):
+    """(value, constant), whose sum is the place in a stage of a thread's access."""
+    def constant(value):
+        return ir.Constant(_INT32, value)
+
+    layout, (outer, depth) = copy.layout, step
+    layer = builder.udiv(first_depth, constant(layout.depths))
+    row = builder.add(constant(layout.start), builder.mul(layer, constant(layout.layer)))
+    if not copy.along_depth:
+        base, further = _outer(builder, copy, step, stride, turn, thread)
+        return builder.add(row, base), depth * layout.layer + further
+    # Steps of whole flip periods leave the flipped bits alone, and so are constant offsets.
+    position = layout.position(outer)
+    rest = position % (layout.flip_count * layout.flip_unit)
+    first = builder.mul(_first_piece(builder, copy, thread), constant(layout.depths))
+    flipped = builder.xor(builder.add(first, constant(rest)), _flip(builder, layout, layer))
+    within = builder.urem(first_depth, constant(layout.depths))
+    return (builder.add(builder.add(row, flipped), within),
+            position - rest + depth // layout.depths * layout.layer + depth % layout.depths)
+
+
+def _first_piece(builder, copy, thread):
+    """The piece of a thread's first access, of an operand contiguous along the depth."""
+    return builder.urem(builder.udiv(thread, ir.Constant(_INT32, copy.side)), ir.Constant(_INT32, copy.lanes))
 
 
 def _first_access(builder, copy, thread):
@@ -252,9 +292,9 @@ def _first_access(builder, copy, thread):
     near, rest = builder.urem(thread, constant(copy.side)), builder.udiv(thread, constant(copy.side))
     if not copy.along_depth:
         return builder.mul(near, constant(copy.access)), rest
-    group, far = builder.urem(rest, constant(copy.lanes)), builder.udiv(rest, constant(copy.lanes))
-    depth = builder.add(near, builder.mul(far, constant(copy.side)))
-    return group, builder.mul(depth, constant(copy.access))
+    depth = builder.add(near, builder.mul(builder.udiv(rest, constant(copy.lanes)), constant(copy.side)))
+    return (_outer_of(builder, copy.layout, _first_piece(builder, copy, thread)),
+            builder.mul(depth, constant(copy.access)))
 
 
 def _outer(builder, copy, step, stride, turn, thread):
@@ -284,79 +324,139 @@ def _has_share(builder, copy, thread):
     return builder.icmp_signed("<", _first_access(builder, copy, thread)[1], ir.Constant(_INT32, copy.depth_size))
 
 
-def _flip(builder, layout, depth):
-    """TileLayout.flip of a depth that is not a constant."""
-    flip = builder.udiv(depth, ir.Constant(_INT32, layout.flip_every))
+def _flip(builder, layout, layer):
+    """TileLayout.flip of a layer that is not a constant."""
+    flip = builder.udiv(layer, ir.Constant(_INT32, layout.flip_every))
     flip = builder.urem(flip, ir.Constant(_INT32, layout.flip_count))
     return builder.mul(flip, ir.Constant(_INT32, layout.flip_unit))
 
 
-def _stage_pointer(builder, array, place, index, dtype):
-    """A pointer to an element of the stage at index: only the stage changes from one tile to the next."""
-    size = ir.Constant(_INT32, _BYTES[dtype])
-    byte = builder.add(builder.add(array, builder.mul(place, size)), builder.mul(index, size))
+def _outer_of(builder, layout, piece):
+    """TileLayout.outer_of a piece that is not a constant."""
+    outer = ir.Constant(_INT32, 0)
+    for size, weight in layout.fields:
+        part = builder.urem(piece, ir.Constant(_INT32, size))
+        outer = builder.add(outer, builder.mul(part, ir.Constant(_INT32, weight)))
+        piece = builder.udiv(piece, ir.Constant(_INT32, size))
+    return outer
+
+
+def _stage_pointer(builder, array, place, stage, dtype):
+    """A pointer to an element of a stage: only the stage changes from one tile to the next."""
+    byte = builder.add(builder.add(array, builder.mul(place, ir.Constant(_INT32, _BYTES[dtype]))), stage)
     return builder.inttoptr(byte, ir.PointerType(_STORED[dtype], _SHARED))
 
 
 @cache
 def add_tile(share):
-    """(array, index, sums, thread) -> sums plus the thread's TileShare of the tile in the stage at index.
+    """(array, stage, sums, thread) -> sums plus the thread's TileShare of the tile in that stage."""
+    layout = share.layout
 
-    In ascending order of the depth.
-    """
-    layout, vector = share.layout, 16 // _BYTES[share.dtype]
-
-    def body(builder, array, index, sums, thread):
-        def constant(value):
-            return ir.Constant(_INT32, value)
-
-        first_outer = builder.mul(builder.urem(thread, constant(share.across)), constant(share.groups * vector))
-        first_depth = builder.urem(builder.udiv(thread, constant(share.across)), constant(share.depths))
-        totals = _unpack(builder, sums)
-        for depth_step in range(0, share.depth_size, share.depths):
-            depth = builder.add(first_depth, constant(depth_step))
-            row = builder.add(constant(layout.start), builder.mul(depth, constant(layout.outer_size)))
-            for group in range(share.groups):
-                outer = builder.xor(builder.add(first_outer, constant(group * vector)), _flip(builder, layout, depth))
-                pointer = _stage_pointer(builder, array, builder.add(row, outer), index, share.dtype)
-                for position, value in enumerate(_load_shared(builder, pointer, share.dtype, vector), group * vector):
-                    totals[position] = builder.fadd(totals[position], value)
+    def body(builder, array, stage, sums, thread):
+        first, first_layer = _first_vector(builder, share, thread)
+        totals, vector = _unpack(builder, sums), layout.vector
+        for step in range(0, share.depth_size // layout.depths, share.layers):
+            layer = builder.add(first_layer, ir.Constant(_INT32, step))
+            row = builder.add(ir.Constant(_INT32, layout.start), builder.mul(layer, ir.Constant(_INT32, layout.layer)))
+            for number in range(share.vectors):
+                position = builder.add(first, ir.Constant(_INT32, number * share.across * vector))
+                place = builder.add(row, builder.xor(position, _flip(builder, layout, layer)))
+                pointer = _stage_pointer(builder, array, place, stage, share.dtype)
+                for element, value in enumerate(_load_shared(builder, pointer, share.dtype, vector), number * vector):
+                    held = element // layout.depths * share.held + element % share.held
+                    totals[held] = builder.fadd(totals[held], value)
         return _pack(builder, totals)
 
-    fragment = _fragment_type(share.dtype, share.groups * vector)
+    fragment = _fragment_type(share.dtype, share.count)
     return _expand(fragment, (types.int32, types.int32, fragment, types.int32), body)
 
 
 @cache
+def store_tile_sums(share):
+    """(array, sums, thread): stores a TileShare's sums, those of class c and outer index o at c * outer_size + o."""
+    layout = share.layout
+
+    def body(builder, array, sums, thread):
+        def constant(value):
+            return ir.Constant(_INT32, value)
+
+        first, first_layer = _first_vector(builder, share, thread)
+        values, outers = _unpack(builder, sums), layout.vector // layout.depths
+        with builder.if_then(builder.icmp_signed("<", thread, constant(share.across * share.layers))):
+            for number in range(share.vectors):
+                position = builder.add(first, constant(number * share.across * layout.vector))
+                outer = _outer_of(builder, layout, builder.udiv(position, constant(layout.depths)))
+                place = builder.add(builder.mul(first_layer, constant(layout.layer)), outer)
+                own = values[number * outers * share.held:(number + 1) * outers * share.held]
+                for depth in range(share.held):
+                    pointer = _shared_pointer(builder, array, builder.add(place, constant(depth * layout.outer_size)),
+                                              share.dtype)
+                    _store_shared(builder, pointer, share.dtype, own[depth::share.held])
+
+    return _expand(types.none, (types.int32, _fragment_type(share.dtype, share.count), types.int32), body)
+
+
+def _first_vector(builder, share, thread):
+    """(position, layer) of the first vector that a thread adds."""
+    across = ir.Constant(_INT32, share.across)
+    layer = builder.urem(builder.udiv(thread, across), ir.Constant(_INT32, share.layers))
+    return builder.mul(builder.urem(thread, across), ir.Constant(_INT32, share.layout.vector)), layer
+
+
+@cache
 def multiply_tile(dtype, depth, left, right):
-    """(array, index, left outer, right outer, sums) -> sums plus the outer products of the stage at index.
+    """(array, stage, left outer, right outer, sums) -> sums plus the outer products of the tiles in that stage.
 
-    left and right are TileLayouts; the outer indices are those of the thread's first elements. The depths are written
-    out, in ascending order, one fused multiply-add for each pair of a left and a right element.
+    left and right are TileLayouts; the outer indices are those of the thread's first elements. All is written out: one
+    fused multiply-add for each pair of a left and a right element, in ascending order of the depth.
     """
-    vector = 16 // _BYTES[dtype]
+    rows, columns, depths = left.groups * left.vector, right.groups * right.vector, max(left.depths, right.depths)
+    # Within a depth the order is free. The assembler spills or delays loads in the other one; benchmarks.counted tells.
+    by_rows = depths == 1 and (rows != columns or max(left.flip_count, right.flip_count) > 1)
 
-    def fragments(builder, layout, array, index, outer):
-        for step in range(depth):
-            flip, values = layout.flip(step), []
-            # A flip by whole spacings swaps the thread's own vectors: a constant.
-            swap = flip % layout.stretch if flip % layout.spacing == 0 else 0
-            place = builder.add(builder.xor(outer, ir.Constant(_INT32, flip ^ swap)), ir.Constant(_INT32, layout.start))
-            start = _stage_pointer(builder, array, place, index, dtype)
-            for group in range(layout.groups):
-                offset = ir.Constant(_INT64, step * layout.outer_size + (group * layout.spacing ^ swap))
-                pointer = builder.gep(start, [offset], inbounds=True, source_etype=_STORED[dtype])
-                values += _load_shared(builder, pointer, dtype, vector)
-            yield values
-
-    def body(builder, array, index, left_outer, right_outer, sums):
+    def body(builder, array, stage, left_outer, right_outer, sums):
         totals = _unpack(builder, sums)
-        steps = zip(fragments(builder, left, array, index, left_outer),
-                    fragments(builder, right, array, index, right_outer), strict=True)
-        for rows, columns in steps:
-            totals = [builder.fma(row, column, totals[i * len(columns) + j])
-                      for i, row in enumerate(rows) for j, column in enumerate(columns)]
+
+        def multiply(row, column, step, left_value, right_value):
+            number = row * columns + column
+            totals[number] = builder.fma(left_value[row, step], right_value[column, step], totals[number])
+
+        for first in range(0, depth, depths):
+            held, passing = {}, {}
+            for vector in _fragment(builder, left, dtype, array, stage, left_outer, first, depths):
+                held |= vector
+            for vector in _fragment(builder, right, dtype, array, stage, right_outer, first, depths):
+                passing |= vector
+                for column, step in {} if by_rows else vector:
+                    for row in range(rows):
+                        multiply(row, column, step, held, vector)
+            for row, step in held if by_rows else {}:
+                for column in range(columns):
+                    multiply(row, column, step, held, passing)
         return _pack(builder, totals)
 
-    fragment = _fragment_type(dtype, vector * left.groups * vector * right.groups)
+    fragment = _fragment_type(dtype, rows * columns)
     return _expand(fragment, (types.int32, types.int32, types.int32, types.int32, fragment), body)
+
+
+def _fragment(builder, layout, dtype, array, stage, outer, first_depth, depths):
+    """Yields {(number in the fragment, depth): element} of each vector of a thread's fragment at these depths."""
+    if layout.stretch < layout.layer:
+        spacing = ir.Constant(_INT32, layout.spacing)
+        position = builder.add(builder.urem(outer, spacing),
+                               builder.mul(builder.udiv(outer, spacing), ir.Constant(_INT32, layout.stretch)))
+    else:
+        position = outer
+    outers = layout.vector // layout.depths
+    for layer in range(first_depth // layout.depths, (first_depth + depths) // layout.depths):
+        # A flip by whole spacings swaps the thread's own vectors: a constant.
+        flip = layout.flip(layer)
+        swap = flip % layout.stretch if flip % layout.spacing == 0 else 0
+        place = builder.add(builder.xor(position, ir.Constant(_INT32, flip ^ swap)), ir.Constant(_INT32, layout.start))
+        start = _stage_pointer(builder, array, place, stage, dtype)
+        for vector in range(layout.vectors):
+            offset = ir.Constant(_INT64, layer * layout.layer + (vector * layout.spacing ^ swap))
+            pointer = builder.gep(start, [offset], inbounds=True, source_etype=_STORED[dtype])
+            values = _load_shared(builder, pointer, dtype, layout.vector)
+            yield {(vector * outers + element // layout.depths, layer * layout.depths + element % layout.depths): value
+                   for element, value in enumerate(values)}

@@ -40,9 +40,9 @@ def thread_lanes(lanes):
 
 
 @cache
-def fragment_start(layout):
-    """(lane) -> the outer index that the fragment of the thread with this number down (or across) begins at."""
-    return lambda lane: lane * layout.vector // layout.spacing * layout.stretch + lane * layout.vector % layout.spacing
+def again():
+    """(number) -> the same, of which the compiler does not know it."""
+    return lambda number: number
 
 
 @cache
@@ -96,14 +96,16 @@ class _Place:
 def tile_offset(copy):
     """(stride, turn, thread) -> how many bytes from a tile's first element the thread's first access lies.
 
-    Those from there to another tile may be added. Here these are all, since each access is found by itself.
+    Here none, since each access is found by itself.
     """
     return lambda stride, turn, thread: 0
 
 
-def offset_type(copy):
-    """The type of such offsets."""
-    return int
+@cache
+def deeper(copy):
+    """(place, depth, stride) -> the place of the same element of the tile that lies `depth` deeper."""
+    size = ITEM_BYTES[copy.dtype]
+    return lambda place, depth, stride: place + int(depth) * size * (1 if copy.along_depth else stride)
 
 
 @cache
@@ -135,15 +137,18 @@ def load_whole_tile(copy):
 
 @cache
 def store_tile(copy):
-    """(array, index, fragment, stride, turn, thread): stores what load_tile brought into the array's stage at index."""
-    layout = copy.layout
+    """(array, stage, fragment, stride, turn, thread): stores what load_tile brought.
 
-    def run(array, index, fragment, stride, turn, thread):
+    A stage is how many bytes after the beginning of the array it begins.
+    """
+
+    def run(array, stage, fragment, stride, turn, thread):
         values = fragment.reshape(-1, copy.access)
+        width = min(copy.access, copy.layout.depths) if copy.along_depth else copy.access
         for (outer, depth), part in zip(_accesses(copy, thread, turn, stride), values, strict=False):
-            for step, value in enumerate(part) if copy.along_depth else [(0, part)]:
-                place = layout.start + (depth + step) * layout.outer_size + (outer ^ layout.flip(depth))
-                array.span(index + place, np.size(value))[:] = value
+            for start in range(0, copy.access, width):
+                place = stage // ITEM_BYTES[copy.wide] + copy.layout.place(outer, depth + start)
+                array.span(place, width)[:] = part[start:start + width]
 
     return run
 
@@ -153,8 +158,9 @@ def _accesses(copy, thread, turn, stride):
     places = []
     for outer, depth in copy.steps():
         if copy.along_depth:
-            far, group = divmod(thread // copy.side, copy.lanes)
-            outer, depth = outer + group, depth + (far * copy.side + thread % copy.side) * copy.access
+            far, piece = divmod(thread // copy.side, copy.lanes)
+            outer += copy.layout.outer_of(piece)
+            depth += (far * copy.side + thread % copy.side) * copy.access
         else:
             turned = (turn + depth * stride) % (SECTOR // ITEM_BYTES[copy.dtype]) if copy.turns else 0
             outer = (outer + thread % copy.side * copy.access - turned) % copy.outer_size
@@ -166,43 +172,66 @@ def _accesses(copy, thread, turn, stride):
 
 @cache
 def add_tile(share):
-    """(array, index, sums, thread) -> sums plus the thread's TileShare of the tile in the stage at index.
+    """(array, stage, sums, thread) -> sums plus the thread's TileShare of the tile in that stage."""
 
-    In ascending order of the depth.
-    """
-    layout, vector = share.layout, 16 // _TYPE[share.dtype]().itemsize
-
-    def run(array, index, sums, thread):
-        totals = sums.reshape(share.groups, vector).copy()
-        first_outer = thread % share.across * share.groups * vector
-        for depth in range(thread // share.across % share.depths, share.depth_size, share.depths):
-            for group in range(share.groups):
-                outer = first_outer + group * vector ^ layout.flip(depth)
-                totals[group] += array.span(index + layout.start + depth * layout.outer_size + outer, vector)
-        return totals.ravel()
+    def run(array, stage, sums, thread):
+        totals, start = sums.copy(), stage // ITEM_BYTES[share.dtype]
+        for number, outer, depth in _summed(share, thread):
+            totals[number] += array.span(start + share.layout.place(outer, depth), 1)[0]
+        return totals
 
     return _quiet(run)
 
 
 @cache
+def store_tile_sums(share):
+    """(array, sums, thread): stores a TileShare's sums, those of class c and outer index o at c * outer_size + o."""
+
+    def run(array, sums, thread):
+        if thread < share.across * share.layers:
+            for number, outer, depth in _summed(share, thread):
+                array.span(depth % share.classes * share.layout.outer_size + outer, 1)[0] = sums[number]
+
+    return run
+
+
+@cache
+def _summed(share, thread):
+    """(which of its sums, outer, depth) of each element that a thread adds, in this order."""
+    layout, places = share.layout, []
+    thread_layer, thread_vector = divmod(thread, share.across)
+    for depth in range(share.depth_size):
+        if depth // layout.depths % share.layers != thread_layer % share.layers:
+            continue
+        for outer in range(layout.outer_size):
+            vector, within = divmod(layout.position(outer), layout.vector)
+            if vector % share.across == thread_vector:
+                piece = vector // share.across * (layout.vector // layout.depths) + within // layout.depths
+                places.append((piece * share.held + depth % share.held, outer, depth))
+    return places
+
+
+@cache
 def multiply_tile(dtype, depth, left, right):
-    """(array, index, left outer, right outer, sums) -> sums plus the outer products of the stage at index.
+    """(array, stage, left outer, right outer, sums) -> sums plus the outer products of the tiles in that stage.
 
-    left and right are TileLayouts; the outer indices are those of the thread's first elements. The steps are taken in
-    ascending order; product and sum are rounded one after the other, where the device rounds once.
+    left and right are TileLayouts; the outer indices are those of the thread's first elements. Products are added in
+    ascending order of the depth; product and sum are rounded one after the other, where the device rounds once.
     """
-    vector = 16 // _TYPE[dtype]().itemsize
 
-    def fragment(layout, array, index, outer, step):
-        first, flip = index + layout.start + step * layout.outer_size, layout.flip(step)
-        return np.concatenate([array.span(first + (outer + group * layout.spacing ^ flip), vector)
-                               for group in range(layout.groups)])
+    def fragment(layout, array, start, outer, step):
+        size = layout.vector // layout.depths
+        first = [outer + group * layout.group_spacing + number
+                 for group in range(layout.groups) for number in range(0, layout.vector, size)]
+        layer = step // layout.depths * layout.depths
+        return np.concatenate([array.span(start + layout.place(one, layer), layout.vector)[step - layer::layout.depths]
+                               for one in first])
 
-    def run(array, index, left_outer, right_outer, sums):
-        totals = sums.reshape(vector * left.groups, vector * right.groups)
+    def run(array, stage, left_outer, right_outer, sums):
+        totals, start = sums.reshape(left.groups * left.vector, -1), stage // ITEM_BYTES[dtype]
         for step in range(depth):
-            rows = fragment(left, array, index, left_outer, step)
-            totals = totals + rows[:, None] * fragment(right, array, index, right_outer, step)
+            rows = fragment(left, array, start, left_outer, step)
+            totals = totals + rows[:, None] * fragment(right, array, start, right_outer, step)
         return totals.ravel()
 
     return _quiet(run)

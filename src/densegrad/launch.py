@@ -178,7 +178,7 @@ def _launch_matmul(session: Session, plan: MatmulPlan, left: Operand, right: Ope
     wide = "float64" if target.dtype == "float64" else plan.accumulator
     left_side, right_side = _side(left, vector), _side(right.T, vector)
     tiles = Tiles(plan.dtype, plan.accumulator, plan.tile_rows, plan.tile_cols, plan.tile_depth, plan.thread_rows,
-                  plan.thread_cols, plan.blocks_per_multiprocessor, _part_bits(plan, left, right.T))
+                  plan.thread_cols, plan.blocks_per_multiprocessor, _offset_bits(plan, left_side, right_side))
     kernel = make_matmul(tiles, Side(left_side.along_depth, left_side.access),
                          Side(right_side.along_depth, right_side.access),
                          Epilogue(target.dtype, target.access(vector), wide, accumulate), sums_of)
@@ -329,13 +329,6 @@ def _offset_bits(plan: Tiling, left: _Side, right: _Side) -> int:
 
     small = max(reach(left, plan.tile_rows), reach(right, plan.tile_cols)) < 2**31
     return 32 if small and left.stride >= 0 and right.stride >= 0 else 64
-
-
-def _part_bits(plan: Tiling, *sides: Operand) -> int:
-    """Whether 32 bits can count the bytes from any part's first element to its last, of operands as (outer, depth)."""
-    outer, depth = max(plan.tile_rows, plan.tile_cols), plan.depth_per_part + 2 * plan.tile_depth
-    reach = max(outer * side.row_stride + depth * side.col_stride for side in sides) * ITEM_BYTES[plan.dtype]
-    return 32 if reach < 2**32 and all(min(side.row_stride, side.col_stride) >= 0 for side in sides) else 64
 
 
 def _side(operand: Operand, vector: int) -> _Side:
