@@ -79,7 +79,7 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     """
     if _on_tensor_cores(dtype, precision, capability):
         return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None,
-                                min(capability, TENSOR_CORE_CAPABILITY))
+                                TENSOR_CORE_CAPABILITY if capability >= TENSOR_CORE_CAPABILITY else FLOAT16_CAPABILITY)
     return plan_matmul(rows, cols, depth, dtype)
 
 
