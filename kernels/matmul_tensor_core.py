@@ -56,7 +56,7 @@ Edges
 
 Compute capability 7.5
     Has mma for 8 depths of float16 and no asynchronous copies: a step takes two instructions, and copies pass through
-    registers while the tile before them is multiplied.
+    registers: the compiler puts products of the tile before between their loads and their stores.
 
 Source: PTX ISA, "mma", "ldmatrix", "cp.async"; Thakkar et al., the CUTLASS documentation, "Efficient GEMM in CUDA";
 Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
@@ -67,9 +67,8 @@ from functools import cache
 from numba import cuda, int32
 
 from . import primitives
-from .primitives.layout import TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
+from .primitives.layout import ITEM_BYTES, TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 LANES = 32
 #: outer indices of which a warp adds up the depths, at the least
 LEAST_SHARE = 32

@@ -89,7 +89,7 @@ REFUSED = {
     "plan of another kind": (lambda: densegrad.bias_grad(DZ, plan=PLAN), TypeError, None,
                              ["plan must be a BatchSumPlan"]),
     "plan of another shape": (lambda: densegrad.weight_grad(X, DZ, plan=replace(PLAN, rows=9)), ValueError,
-                              densegrad.PlanError, ["plan was made for rows 9", "have 4", "replace"]),
+                              densegrad.PlanError, ["plan was made for rows 9", "have 4", "make one for rows 4, cols"]),
     "plan of another dtype": (lambda: densegrad.weight_grad(X, DZ, plan=replace(PLAN, dtype="float16")), ValueError,
                               densegrad.PlanError, ["plan was made for dtype float16"]),
     "alpha past float32": (lambda: densegrad.bias_grad(DZ, alpha=1e300), ValueError, None,

@@ -117,7 +117,8 @@ def test_a_warp_multiplies_tiles_of_any_orientation(xp, kind, along_depth):
             np.testing.assert_array_equal(result, wanted)
 
 
-@pytest.mark.parametrize(("kind", "access"), [("bfloat16", (1, 2)), ("float16", (4, 1)), ("tf32", (1, 2))])
+@pytest.mark.parametrize(("kind", "access"), [
+    ("bfloat16", (1, 2)), ("float16", (4, 1)), ("float16k8", (4, 2)), ("tf32", (1, 2))])
 def test_chunks_come_in_pieces(xp, kind, access):
     """Of 2 to 8 bytes, where memory is aligned to no more; the edges lie between any two of them."""
     deep = 64 // ITEM[kind] - 3 * max(access)

@@ -284,5 +284,5 @@ README = [
           tuple(f"accuracy {kind} {samples} {data}"
                 for samples in (1024, 32768) for data in DATA for kind in ("ieee", *NEWER)),
           "ieee is float32 on FMA units. A tensor core of silicon rounds sums in its own way, which the executed PTX "
-          "does not show: each step's sum is exact there and rounded once."),
+          "does not show: each instruction's sum is exact there and rounded once."),
 ]

@@ -1,4 +1,4 @@
-"""Tensor cores and asynchronous copies as inline PTX: what the 32 lanes of a warp do together.
+"""Tensor cores and copies into shared memory as inline PTX: what the 32 lanes of a warp do together.
 
 Source: PTX ISA, "Warp-level matrix instructions: mma, ldmatrix" with their pictures of the fragments, and "cp.async".
 """
@@ -63,7 +63,7 @@ def shared_bytes(size):
     return _expand(types.int32, (), body)
 
 
-# -- asynchronous copies
+# -- copies of chunks
 
 
 @cache
@@ -89,7 +89,7 @@ def _first_chunk(builder, copy, thread):
 
 @cache
 def copy_chunks(copy, ragged):
-    """(array, index, place, stride, outer left, depth left, thread): starts the thread's share of a ChunkCopy.
+    """(array, index, place, stride, outer left, depth left, thread): copies the thread's share of a ChunkCopy.
 
     place is what copy_place gave for the tile, which comes to index of shared memory. Outer indices from `outer left`
     on and, if ragged, depths from `depth left` on come as zeros and are not read. They have arrived after wait_copies;
@@ -135,7 +135,7 @@ def copy_chunks(copy, ragged):
                     _copy_piece(builder, targets[rest], target, source, shift, width, inside)
                 else:
                     loaded.append((targets[rest], target, _load_piece(builder, source, shift, width, inside)))
-        # All loads are on their way before the first store waits for one.
+        # All of this operand's loads are on their way before the first store waits for one.
         for pointer, target, values in loaded:
             _store_piece(builder, pointer, target, values)
 

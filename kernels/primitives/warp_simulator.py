@@ -1,4 +1,4 @@
-"""Tensor cores and asynchronous copies in NumPy: what the 32 lanes of a warp do together, for the Numba CUDA simulator.
+"""Tensor cores and copies into shared memory in NumPy: what the 32 lanes of a warp do together, for the simulator.
 
 The simulator runs every lane as a thread of its own and knows no warps. Lanes meet at a barrier; the last one to come
 does the work of all. Asynchronous copies are as late as they may be: their target is poisoned until the wait that
@@ -91,7 +91,7 @@ def shared_bytes(size):
     return run
 
 
-# -- asynchronous copies
+# -- copies of chunks
 
 
 class _Copies:
@@ -134,7 +134,7 @@ def copy_place(copy):
 
 @cache
 def copy_chunks(copy, ragged):
-    """(array, index, place, stride, outer left, depth left, thread): starts the thread's share of a ChunkCopy.
+    """(array, index, place, stride, outer left, depth left, thread): copies the thread's share of a ChunkCopy.
 
     place is what copy_place gave for the tile, which comes to index of shared memory. Outer indices from `outer left`
     on and, if ragged, depths from `depth left` on come as zeros and are not read. They have arrived after wait_copies;
@@ -232,8 +232,7 @@ def mma(kind, down, across):
     Sums are those of row block after row block, four a lane for each pair of blocks. "float16k8" is float16 in two
     instructions of 8 depths each, all that compute capability 7.5 has. Of "tf32" the operands are rounded to nearest
     first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products of the first terms,
-    then those of a first and a second one. Products are exact, and each step's sum is rounded
-    once.
+    then those of a first and a second one. Products are exact, and each instruction's sum is rounded once.
     """
 
     def all_lanes(values):

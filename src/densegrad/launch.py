@@ -464,12 +464,13 @@ def kernel_variants() -> dict[str, Variant]:
         large, small = TENSOR_CORE_TILES[2 if precision == "tf32x3" else 0], TENSOR_CORE_TILES[-1]
         for along_depth in ((False, False), (True, True), (True, False), (False, True)):
             catalogue.add_tensor_core(dtype, precision, large, along_depth)
-            catalogue.add_tensor_core(dtype, precision, large, along_depth, sums=True)
+            if along_depth[0] == along_depth[1]:
+                catalogue.add_tensor_core(dtype, precision, large, along_depth, sums=True)
         catalogue.add_tensor_core(dtype, precision, small, length=1023)
         catalogue.add_tensor_core(dtype, precision, small, result="float32", accumulate=True)
     for tile in TENSOR_CORE_TILES:
         catalogue.add_tensor_core("bfloat16", None, tile)
-        catalogue.add_tensor_core("float16", None, tile, sums=True, capability=FLOAT16_CAPABILITY)
-    for along_depth in ((True, True), (True, False), (False, True)):
-        catalogue.add_tensor_core("float16", None, TENSOR_CORE_TILES[0], along_depth, capability=FLOAT16_CAPABILITY)
+    for along_depth in ((False, False), (True, True)):
+        for tile in (TENSOR_CORE_TILES[0], TENSOR_CORE_TILES[-1]):
+            catalogue.add_tensor_core("float16", None, tile, along_depth, sums=True, capability=FLOAT16_CAPABILITY)
     return catalogue.variants

@@ -96,8 +96,8 @@ def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: Above) -> Up
     if plan is None:
         return usual
     if isinstance(plan, BatchSumPlan):
-        raise TypeError("plan must be an UpstreamPlan, which says what dz is formed from; got BatchSumPlan (pass "
-                        f'densegrad.plans.UpstreamPlan("{above.name}", plan))')
+        raise TypeError("plan must be an UpstreamPlan, which says what dz is formed from; got BatchSumPlan (make one "
+                        "with densegrad.plans.plan_upstream)")
     check_plan(plan, UpstreamPlan, {})
     if plan.above != above.name:
         raise PlanError(f"plan forms dz below {plan.above}, but it is {above.name} that lies above (make one for "

@@ -1,6 +1,7 @@
 """Plans: how a gradient is computed, as printable values. Pure: shapes and dtypes in, a frozen dataclass out.
 
-A plan never looks at a device, so that the same inputs give the same bits on every one.
+A plan never looks at a device. Those of products on tensor cores also follow from a stated compute capability; all
+others give the same bits on every GPU.
 """
 from .batch_sum import LAYOUTS, BatchSumPlan, plan_batch_sum
 from .common import GRID_Y, ITEM_BYTES, accumulator_of, check_plan

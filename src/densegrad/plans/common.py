@@ -33,8 +33,9 @@ def check_plan(plan: Any, kind: type | tuple[type, ...], sizes: dict[str, Any], 
         raise TypeError(f"{name} must be {wanted}; got {type(plan).__name__}")
     for size, wanted in sizes.items():
         if getattr(plan, size) != wanted:
+            given = ", ".join(f"{size} {wanted}" for size, wanted in sizes.items())
             raise PlanError(f"{name} was made for {size} {getattr(plan, size)}, but the inputs have {wanted} (make one "
-                            f"for them, for example with dataclasses.replace({name}, {size}={wanted!r}))")
+                            f"for {given}, as the functions of densegrad.plans do)")
     return plan
 
 

@@ -61,7 +61,7 @@ class TensorCorePlan(Tiling):
         How many pieces the depth is cut into, which are added in ascending order afterwards.
     capability : tuple of int
         The compute capability whose instructions are taken, which the GPU must have: (8, 0), or (7, 5) for float16 by 8
-        depths an instruction and copies that pass through registers.
+        depths an instruction and copies that pass through registers; two stages are enough for those.
 
     Raises
     ------

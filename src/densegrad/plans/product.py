@@ -40,8 +40,9 @@ def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
 @lru_cache(maxsize=4096)
 def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
                      capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> TensorCorePlan:
-    """The plan with the instructions of this compute capability, chosen as by plan_matmul."""
-    return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, capability))
+    """The plan with instructions that this compute capability has, chosen as by plan_matmul."""
+    instructions = TENSOR_CORE_CAPABILITY if capability >= TENSOR_CORE_CAPABILITY else FLOAT16_CAPABILITY
+    return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, instructions))
 
 
 def _cheapest(candidates: list[Product]) -> Product:
@@ -78,8 +79,7 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
         If the dtype cannot be multiplied so, or the GPU cannot do it.
     """
     if _on_tensor_cores(dtype, precision, capability):
-        return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None,
-                                TENSOR_CORE_CAPABILITY if capability >= TENSOR_CORE_CAPABILITY else FLOAT16_CAPABILITY)
+        return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None, capability)
     return plan_matmul(rows, cols, depth, dtype)
 
 
@@ -95,7 +95,7 @@ def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, i
         raise PlanError(f'precision="{precision}" is a way to multiply float32; the inputs are {dtype} ({cure}: leave '
                         'precision out)')
     if not able:
-        raise PlanError(f'precision="{precision}" needs compute capability 8.0; this GPU has '
+        raise PlanError(f'precision="{precision}" needs compute capability 8.0 or newer; this GPU has '
                         f'{capability[0]}.{capability[1]} (take precision="ieee")')
     return True
 
@@ -111,8 +111,8 @@ def check_precision(plan: MatmulPlan | TensorCorePlan, precision: str | None, ca
     _on_tensor_cores(plan.dtype, precision, capability)
     own = plan.precision if isinstance(plan, TensorCorePlan) else "ieee"
     if precision not in (None, own):
-        raise PlanError(f'plan multiplies with precision {own!r}, but precision={precision!r} was asked for (leave one '
-                        'of them out)')
+        how = "exactly on tensor cores" if own is None else f"with precision {own!r}"
+        raise PlanError(f"plan multiplies {how}, but precision={precision!r} was asked for (leave one of them out)")
     if isinstance(plan, TensorCorePlan) and capability < plan.capability:
         raise PlanError("plan needs tensor cores of compute capability {}.{}; this GPU has {}.{} (pass a MatmulPlan, "
                         "or none)".format(*plan.capability, *capability))
@@ -143,7 +143,7 @@ def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precisi
             continue
         plans += _cut_into_parts(TensorCorePlan(
             rows, cols, depth, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype], warp_rows, warp_cols,
-            stages if capability >= TENSOR_CORE_CAPABILITY else 2, ceil_div(max(depth, 1), 2**30), capability))
+            stages if capability == TENSOR_CORE_CAPABILITY else 2, ceil_div(max(depth, 1), 2**30), capability))
     return plans
 
 

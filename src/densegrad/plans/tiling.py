@@ -123,8 +123,9 @@ class Tiling:
                          f"alone would leave multiprocessors idle; {self.workspace_bytes} bytes of workspace, added in "
                          "ascending order")
         else:
-            lines.append("the depth is not cut: the tiles alone are enough blocks, or cutting would cost more than it "
-                         "gains")
+            enough = tiles >= MODEL_MULTIPROCESSORS
+            lines.append("the depth is not cut: " + ("the tiles alone are enough blocks" if enough else
+                                                     "cutting would cost more than it gains"))
         lines.append(f"longest chain of additions {self.chain}: |error| <= {error} (|left| @ |right|)")
         lines.append(f"model, not measured: {cost.total:.0f} cycles on {MODEL_MULTIPROCESSORS} multiprocessors, bound "
                      f"by {cost.bound} (arithmetic {cost.arithmetic:.0f}, memory {cost.memory:.0f}, parts "
