@@ -46,7 +46,7 @@ def check(name: str, architectures: list[str]) -> str:
 
 
 def variants():
-    from densegrad.launch import kernel_variants
+    from densegrad.catalogue import kernel_variants
 
     return kernel_variants()
 

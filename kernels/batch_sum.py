@@ -29,10 +29,8 @@ from functools import cache
 from numba import cuda, int32
 
 from . import primitives
+from .primitives.layout import ITEM_BYTES, SECTOR, WIDEST
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-VECTOR_BYTES = 16
-SECTOR_BYTES = 32
 #: Elements under way where they are picked singly: few, since that takes registers.
 EDGE_ELEMENTS = 8
 
@@ -92,7 +90,7 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
         lanes * threads_x * vectors accumulators of 16 / itemsize each; twice that for compensated sums.
     """
     item = ITEM_BYTES[dtype]
-    vector, sector = VECTOR_BYTES // item, SECTOR_BYTES // item
+    vector, sector = WIDEST // item, SECTOR // item
     threads, spacing = threads_x * lanes, threads_x * vector
     width = spacing * vectors
     halves = 1 + compensated
@@ -177,7 +175,7 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
         are such that accesses which are served together meet different banks.
     """
     item = ITEM_BYTES[dtype]
-    vector, sector = VECTOR_BYTES // item, SECTOR_BYTES // item
+    vector, sector = WIDEST // item, SECTOR // item
     threads, line = threads_x * lanes, threads_x * vector
     warp_width = min(32, threads_x) * vector
     folded = folders * period
@@ -274,7 +272,7 @@ def make_add_parts(accumulator, result, access, threads, accumulate):
     Grid
         As many blocks as that takes.
     """
-    vector = VECTOR_BYTES // ITEM_BYTES[accumulator]
+    vector = WIDEST // ITEM_BYTES[accumulator]
     in_flight = 4
     wide = _epilogue(accumulator, result)
     zeros = primitives.zeros(accumulator, vector)

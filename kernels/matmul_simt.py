@@ -64,25 +64,6 @@ class Tiles(NamedTuple):
     offset_bits: int  # that count the bytes from a tile's first element to any other: 32, or 64 for huge strides
 
 
-class Side(NamedTuple):
-    """How an operand lies in memory: contiguous along the depth or not, and how many elements may be read at a time."""
-
-    along_depth: bool
-    access: int
-
-
-class Epilogue(NamedTuple):
-    """What becomes of alpha times a sum: computed in `wide`, plus the result if accumulate, then rounded once to dtype.
-
-    access elements of the result's columns may be written at a time.
-    """
-
-    dtype: str
-    access: int
-    wide: str
-    accumulate: bool
-
-
 @cache
 def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
     """The kernel for these tiles, orientations and results.

@@ -63,28 +63,41 @@ Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while
 performance", 2022.
 """
 from functools import cache
+from typing import NamedTuple
 
 from numba import cuda, int32
 
 from . import primitives
-from .primitives.layout import ITEM_BYTES, TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
+from .primitives.layout import ITEM_BYTES, LANES, TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
 
-LANES = 32
 #: outer indices of which a warp adds up the depths, at the least
 LEAST_SHARE = 32
 
 
-@cache
-def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages, left_access, left_along_depth,
-                right_access, right_along_depth, offset_bits, result_dtype, result_access, epilogue, accumulate,
-                sums_of):
-    """The kernel for these tiles, types and orientations.
+class Tiles(NamedTuple):
+    """What a block multiplies at a time and what a warp of it owns, and what operands of dtype are multiplied as.
 
-    kind is what the operands are multiplied as: "float16", "bfloat16", "tf32", "tf32x3" or, with the instructions of
-    compute capability 7.5, "float16k8". epilogue is the type that alpha * sum (+ result, if accumulate) is computed in
-    before it is rounded to result_dtype. sums_of is "right" or "left" for the kernel that also adds that operand up
-    along the depth, else "".
+    kind is "float16", "bfloat16", "tf32", "tf32x3" or, with the instructions of compute capability 7.5, "float16k8".
     """
+
+    dtype: str
+    kind: str
+    rows: int
+    cols: int
+    warp_rows: int
+    warp_cols: int
+    stages: int
+    offset_bits: int  # that count the bytes from one of a thread's copies to the next
+
+
+@cache
+def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
+    """The kernel for these tiles, orientations and results.
+
+    sums_of is "right" or "left" for the kernel that also adds that operand up along the depth.
+    """
+    dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages, offset_bits = tiles
+    left_along_depth, right_along_depth = left_side.along_depth, right_side.along_depth
     warps_across = tile_cols // warp_cols
     threads = LANES * (tile_rows // warp_rows) * warps_across
     item_bytes = ITEM_BYTES[dtype]
@@ -99,9 +112,9 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
     shared_bytes = primitives.shared_bytes(all_bytes)
     left_place = right_place = primitives.place(dtype)
     asynchronous = kind != "float16k8"
-    left_copy = ChunkCopy(left_layout.tile, item_bytes, left_access, left_along_depth, threads, offset_bits,
+    left_copy = ChunkCopy(left_layout.tile, item_bytes, left_side.access, left_along_depth, threads, offset_bits,
                           asynchronous)
-    right_copy = ChunkCopy(right_layout.tile, item_bytes, right_access, right_along_depth, threads, offset_bits,
+    right_copy = ChunkCopy(right_layout.tile, item_bytes, right_side.access, right_along_depth, threads, offset_bits,
                            asynchronous)
     left_start, right_start = primitives.copy_place(left_copy), primitives.copy_place(right_copy)
     copy_first_left, copy_left = primitives.copy_chunks(left_copy, True), primitives.copy_chunks(left_copy, False)
@@ -118,7 +131,8 @@ def make_matmul(dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages,
     count = 4 * down * across
     zeros = primitives.zeros("float32", count * (1 + split))
     tidy, settle = (make("float32", count, True) if split else _same for make in (primitives.tidy, primitives.settle))
-    store = primitives.store_products(left_layout, right_layout, result_dtype, result_access, epilogue, accumulate)
+    store = primitives.store_products(left_layout, right_layout, epilogue.dtype, epilogue.access, epilogue.wide,
+                                      epilogue.accumulate)
 
     # dL/db rides along in the blocks of the first tile row (or column): their warps share dZ's tile among them, and
     # read it once more, as a left operand.

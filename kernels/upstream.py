@@ -36,7 +36,8 @@ from functools import cache
 from numba import cuda
 
 from . import primitives
-from .batch_sum import ITEM_BYTES, VECTOR_BYTES, finish_column
+from .batch_sum import finish_column
+from .primitives.layout import ITEM_BYTES, WIDEST
 
 CROSS_ENTROPY = "cross_entropy"
 
@@ -54,7 +55,7 @@ def _absent(load):
 @cache
 def _load_values(dtype, accumulator, samples, together):
     """(address, index, stride, left) -> one value for each of the samples, of which so many lie together."""
-    width = min(together, VECTOR_BYTES // ITEM_BYTES[dtype])
+    width = min(together, WIDEST // ITEM_BYTES[dtype])
     return primitives.load_pieces(dtype, width, samples[::width], accumulator)
 
 

@@ -21,7 +21,7 @@ ARROWS = {
     "plans/common": {".errors"},
     "plans/batch_sum": {".errors", "common"},
     "plans/upstream": {".errors", "batch_sum", "common"},
-    "plans/tiling": {"common"},
+    "plans/tiling": {".errors", "common"},
     "plans/matmul_simt": {".errors", "common", "tiling"},
     "plans/matmul_tensor_core": {".errors", "common", "tiling"},
     "plans/product": {".errors", "common", "matmul_simt", "matmul_tensor_core", "tiling"},
@@ -29,6 +29,7 @@ ARROWS = {
     "device": {"errors"},
     "operands": {"device", "errors"},
     "launch": {"kernels", "operands", "plans"},
+    "catalogue": {"launch", "operands", "plans"},
     "gradients": {"errors", "launch", "operands", "plans", "upstream"},
     "upstream": {"errors", "launch", "operands", "plans"},
     "testing": {"device", "plans", "reference"},
@@ -39,7 +40,7 @@ OUTSIDE = {
     "ml_dtypes": {"device"},
     "cupy": {"device"},
     "cuda": {"device"},
-    "numba": {"device", "launch"},
+    "numba": {"catalogue", "device"},
 }
 #: the command line may use the whole package, but no other module may use the command line
 COMMANDS = {"cli", "checks", "demo", "explain", "picture"}

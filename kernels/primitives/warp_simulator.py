@@ -9,10 +9,9 @@ from functools import cache
 
 import numpy as np
 
-from .layout import CHUNK_BYTES
+from .layout import CHUNK_BYTES, LANES
 from .simulator import _TYPE, _quiet
 
-LANES = 32
 #: seconds after which lanes stop waiting for one that does not come
 PATIENCE = 20.0
 

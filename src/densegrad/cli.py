@@ -23,7 +23,8 @@ from . import device
 if TYPE_CHECKING:
     import numpy as np
 
-    from .launch import Launch, Variant
+    from .catalogue import Variant
+    from .launch import Launch
 
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"
 _INSTALL = 'pip install "numba-cuda[cu13]" cupy-cuda13x  (cu12 and cupy-cuda12x for drivers of CUDA 12)'
@@ -455,7 +456,7 @@ def ptx(
     missing = _missing_libraries()
     if missing:
         raise RuntimeError(f"{' and '.join(missing)} not found, which kernels are compiled with: {_INSTALL}")
-    from .launch import kernel_variants
+    from .catalogue import kernel_variants
 
     variants = kernel_variants()
     if kernel is None:

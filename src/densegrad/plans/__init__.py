@@ -13,6 +13,7 @@ from .matmul_tensor_core import (
     TENSOR_CORE_TILES,
     TF32,
     TensorCorePlan,
+    plan_of_tile,
 )
 from .product import (
     bias_rides_along,
@@ -54,6 +55,7 @@ __all__ = [
     "matmul_candidates",
     "plan_batch_sum",
     "plan_matmul",
+    "plan_of_tile",
     "plan_product",
     "plan_tensor_core",
     "plan_upstream",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..errors import PlanError
-from .common import GRID_Y, ITEM_BYTES, ceil_div
+from .common import ITEM_BYTES, ceil_div
 from .tiling import (
     MODEL_BLOCK,
     MODEL_LATENCY,
@@ -88,10 +88,7 @@ class MatmulPlan(Tiling):
         if self.shared_bytes > SHARED_BYTES:
             raise PlanError(f"two stages of these tiles take {self.shared_bytes} bytes of shared memory; at most "
                             f"{SHARED_BYTES} fit (make the tiles smaller)")
-        if not 1 <= self.parts <= GRID_Y:
-            raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
-        if self.depth_per_part > 2**30:
-            raise PlanError(f"a part has at most {2**30} depths; got {self.depth_per_part} (take more parts)")
+        self._check_parts()
 
     @property
     def T(self) -> MatmulPlan:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..errors import PlanError
-from .common import GRID_Y, ITEM_BYTES, ceil_div
+from .common import ITEM_BYTES, ceil_div
 from .tiling import (
     MODEL_BLOCK,
     MODEL_LATENCY,
@@ -31,6 +31,8 @@ TENSOR_CORE_TILES = (
     (64, 32, 32, 32, 4),
     (32, 32, 32, 32, 4),
 )
+#: how deep tiles are: two steps of one mma instruction
+TILE_DEPTH_BYTES = 64
 #: what stages may take of shared memory that a launch asks for, on every GPU with all of these instructions
 DYNAMIC_SHARED_BYTES = 99 * 1024
 #: the first compute capability with bfloat16, TF32, 16 depths of float16 an instruction and asynchronous copies
@@ -96,8 +98,9 @@ class TensorCorePlan(Tiling):
             raise PlanError(f"warps must fit into tiles of {self.tile_rows} x {self.tile_cols}; got {self.warp_rows} x "
                             f"{self.warp_cols}")
         item = ITEM_BYTES[self.dtype]
-        if self.tile_depth * item != 64:
-            raise PlanError(f"tile_depth must be 64 bytes, {64 // item} of {self.dtype}; got {self.tile_depth}")
+        if self.tile_depth * item != TILE_DEPTH_BYTES:
+            raise PlanError(f"tile_depth must be {TILE_DEPTH_BYTES} bytes, {TILE_DEPTH_BYTES // item} of {self.dtype}; "
+                            f"got {self.tile_depth}")
         if self.sums > 128:
             raise PlanError(f"a thread has registers for 128 sums; got warps with {self.sums} (make them smaller)")
         most, least = 4 * min(self.tile_rows, self.tile_cols), max(self.tile_rows, self.tile_cols) * item // 16
@@ -114,10 +117,7 @@ class TensorCorePlan(Tiling):
         if self.stages < 2 or self.shared_bytes > limit:
             raise PlanError(f"stages must be at least 2 and take at most {limit} bytes of shared "
                             f"memory; got {self.stages}, which take {self.shared_bytes}")
-        if not 1 <= self.parts <= GRID_Y:
-            raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
-        if self.depth_per_part > 2**30:
-            raise PlanError(f"a part has at most {2**30} depths; got {self.depth_per_part} (take more parts)")
+        self._check_parts()
 
     @property
     def T(self) -> TensorCorePlan:
@@ -143,7 +143,7 @@ class TensorCorePlan(Tiling):
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: the stages."""
-        return self.stages * 64 * (self.tile_rows + self.tile_cols)
+        return self.stages * TILE_DEPTH_BYTES * (self.tile_rows + self.tile_cols)
 
     @property
     def chain(self) -> int:
@@ -177,6 +177,16 @@ class TensorCorePlan(Tiling):
         return self._explain(unit,
                              f"{self.warp_rows} x {self.warp_cols} results a warp, {self.threads} threads a block, "
                              f"{self.stages} stages", error, self.cost)
+
+
+def plan_of_tile(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
+                 tile: tuple[int, int, int, int, int], capability: tuple[int, int] = TENSOR_CORE_CAPABILITY,
+                 parts: int = 1) -> TensorCorePlan:
+    """The plan with one of TENSOR_CORE_TILES. Copies that pass through registers fill one stage ahead, so two do."""
+    tile_rows, tile_cols, warp_rows, warp_cols, stages = tile
+    return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows, tile_cols,
+                          TILE_DEPTH_BYTES // ITEM_BYTES[dtype], warp_rows, warp_cols,
+                          stages if capability == TENSOR_CORE_CAPABILITY else 2, parts, capability)
 
 
 def _tensor_core_cost(plan: TensorCorePlan) -> MatmulCost:

@@ -15,6 +15,7 @@ from .matmul_tensor_core import (
     TENSOR_CORE_TILES,
     TF32,
     TensorCorePlan,
+    plan_of_tile,
 )
 from .tiling import MODEL_DRAM_BYTES, MODEL_LAUNCH, MODEL_MULTIPROCESSORS
 
@@ -134,16 +135,14 @@ def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[Matm
 
 def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
                            capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> list[TensorCorePlan]:
-    """Every plan that plan_tensor_core chooses from; copies through registers fill one stage ahead."""
+    """Every plan that plan_tensor_core chooses from."""
     tiles = dict.fromkeys(tile for r, c, i, j, stages in TENSOR_CORE_TILES
                           for tile in ((r, c, i, j, stages), (c, r, j, i, stages)))
     plans: list[TensorCorePlan] = []
-    for tile_rows, tile_cols, warp_rows, warp_cols, stages in tiles:
-        if warp_rows * warp_cols > 64 * (32 if precision == "tf32x3" else 64):
-            continue
-        plans += _cut_into_parts(TensorCorePlan(
-            rows, cols, depth, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype], warp_rows, warp_cols,
-            stages if capability == TENSOR_CORE_CAPABILITY else 2, ceil_div(max(depth, 1), 2**30), capability))
+    parts = ceil_div(max(depth, 1), 2**30)
+    for tile in tiles:
+        if tile[2] * tile[3] <= 64 * (32 if precision == "tf32x3" else 64):
+            plans += _cut_into_parts(plan_of_tile(rows, cols, depth, dtype, precision, tile, capability, parts))
     return plans
 
 

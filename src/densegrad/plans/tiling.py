@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..errors import PlanError
 from .common import GRID_Y, ITEM_BYTES, accumulator_of, ceil_div
 
 #: A nominal GPU, so that plans are the same on every one: an H100's multiprocessors and bytes per clock cycle.
@@ -104,6 +105,12 @@ class Tiling:
         """What blocks read from global memory, most of it from cache: each operand once per tile of the other axis."""
         down, across = ceil_div(self.rows, self.tile_rows), ceil_div(self.cols, self.tile_cols)
         return (self.rows * across + self.cols * down) * self.depth * ITEM_BYTES[self.dtype]
+
+    def _check_parts(self) -> None:
+        if not 1 <= self.parts <= GRID_Y:
+            raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
+        if self.depth_per_part > 2**30:
+            raise PlanError(f"a part has at most {2**30} depths; got {self.depth_per_part} (take more parts)")
 
     def _explain(self, unit: str, threads: str, error: str, cost: MatmulCost) -> str:
         tiles = self.tiles
