@@ -50,6 +50,12 @@ def on(xp, *arrays):
     return [None if array is None else xp.asarray(array) for array in arrays]
 
 
+def placed_as_it_is(xp, array):
+    """The lane's own array, with its axes in the order that they have in memory."""
+    order = np.argsort([-stride for stride in array.strides], kind="stable")
+    return xp.asarray(np.ascontiguousarray(array.transpose(order))).transpose(*map(int, np.argsort(order)))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_float64_derivatives_by_central_differences(activation):
     functions = {
@@ -215,6 +221,29 @@ def test_an_f_ordered_gradient_gives_an_f_ordered_dz(xp):
     assert dz.strides == da.strides
     np.testing.assert_array_equal(host(dz), host(da) / 2)
     assert (bits(db) == bits(dg.bias_grad(dz, plan=plan.sum))).all()
+
+
+@pytest.mark.parametrize("batch", [(2, 2), (3, 2, 4)])
+@pytest.mark.parametrize("above", ["identity", "relu", "mask", "cross_entropy"])
+def test_a_new_dz_has_features_first_and_batch_axes_in_their_own_order(above, batch, xp):
+    """Two batch axes that flatten to one, with samples side by side in memory: turning all axes would permute them."""
+    def memory_order(array):
+        return np.moveaxis(np.moveaxis(array, -1, 0).copy(), 0, -1)
+
+    z, samples = memory_order(data((*batch, 3), "float32", 26)), np.arange(np.prod(batch)).reshape(batch)
+    function, arguments, options, scale, roundings = "activation_grad", (z,), {}, np.abs(z), 0
+    if above == "relu":
+        arguments = z, memory_order(data((*batch, 3), "float32", 27)), "relu"
+    elif above == "mask":
+        options = {"sample_weight": samples % 3 > 0}
+    elif above == "cross_entropy":
+        function, arguments, scale = "cross_entropy_grad", (z, samples % 3), 1
+        roundings = cross_entropy_roundings(samples.size, 3, True)
+    exact = getattr(reference, function)(*arguments, **options)[0].reshape(z.shape)
+    given = [argument if isinstance(argument, str) else placed_as_it_is(xp, argument) for argument in arguments]
+    dz, _ = getattr(dg, function)(*given, **{name: xp.asarray(value) for name, value in options.items()})
+    check_within(dz, exact, dz_bound(exact, scale, roundings, "float32"))
+    assert dz.strides == z.strides
 
 
 def test_few_samples_of_many_classes(xp):

@@ -70,9 +70,10 @@ class Session:
         """Where kernels are to write a result."""
         argument, upload = target.argument, target.argument is not None and target.argument.compact
         if argument is None or (upload and not target.accumulate):
-            turned = target.turned and argument is None
-            array = self.device.empty(target.shape[::-1] if turned else target.shape, target.dtype)
-            array = array.T if turned else array
+            features_first = target.features_first and argument is None
+            *batch, features = target.shape
+            array = self.device.empty((features, *batch) if features_first else target.shape, target.dtype)
+            array = array.transpose(*range(1, array.ndim), 0) if features_first else array
         else:
             self.device.wait_for(argument.memory, self.stream)
             array = self.device.placed(argument.array, upload)
@@ -127,7 +128,7 @@ def _matrix(target: Target) -> Operand:
     """A new result seen as a matrix."""
     *batch, cols = target.shape
     rows = prod(batch)
-    return Operand(target.name, None, 0, target.dtype, rows, cols, *((1, rows) if target.turned else (cols, 1)))
+    return Operand(target.name, None, 0, target.dtype, rows, cols, *((1, rows) if target.features_first else (cols, 1)))
 
 
 def run_matmul(session: Session, plan: MatmulPlan | TensorCorePlan, left: Operand, right: Operand, result: Operand,

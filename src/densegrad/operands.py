@@ -429,7 +429,8 @@ class Target:
     dtype: str
     argument: Argument | None
     accumulate: bool
-    turned: bool = False  # whether a new matrix is in Fortran order
+    #: whether a new array has its last axis first in memory, before the batch axes in their own order
+    features_first: bool = False
 
 
 def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accumulate: bool,

@@ -241,7 +241,7 @@ def _output_grads(inputs: Inputs, above: Above, batch_axis: int, keepdims: bool,
     alpha, outs = accept_alpha(alpha, inputs), accept_tuple("out", out, OutputGrads)
     inputs = replace(inputs, beside=above.arguments)
     dz = accept_out("out.dz", outs.dz, inputs, inputs.dz.memory.shape, False, in_place=(inputs.dz, above.z))
-    dz = replace(dz, turned=inputs.dz.memory.shape != () and inputs.dz.layout == "features_first" and not batch_axis)
+    dz = replace(dz, features_first=inputs.dz.layout == "features_first" and not batch_axis)
     db = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
     check_apart([dz, db])
     plan = upstream_plan(plan, inputs, above)
