@@ -2,7 +2,10 @@
 
     dZ[s, m] = alpha weight[s] dA[s, m] f'(Z[s, m])                           below an activation A = f(Z)
     dZ[s, m] = alpha weight[s] (softmax(Z[s])[m] - target[s, m])              below softmax and cross-entropy
-    result[m] = sum over s of dZ[s, m]                                        all matrices (samples, outputs)
+    result[m] = sum_alpha * sum over s of dZ[s, m]                            all matrices (samples, outputs)
+
+alpha is for who wants dZ, which is rounded to its dtype with alpha in it; sum_alpha is for who wants the sum alone,
+and is multiplied in the type of the sums.
 
 softmax(Z[s])[m] = exp(Z[s, m] - largest[s] - log_total[s]), which log_sum_exp finds. target[s, m] is 1 - smoothing +
 smoothing / outputs where m is the label of s, smoothing / outputs elsewhere. Samples that are left out, by their label
@@ -130,12 +133,11 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
     add_places = primitives.add_shared(accumulator, elements, threads_x)
     add_folds = primitives.add_shared(accumulator, threads_x, 1)
     finish = finish_column(accumulator, result, accumulate, False, partial)
-    one = primitives.typed("float64" if result == "float64" else accumulator)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def upstream_sum(gradient, gradient_down, gradient_across, z, z_down, z_across, dz, dz_down, dz_across, weights,
                      weight_stride, labels, label_stride, totals, ignored, parameter, alpha, samples, outputs,
-                     samples_per_part, target, part_stride, col_stride):
+                     samples_per_part, target, part_stride, col_stride, sum_alpha):
         thread = cuda.threadIdx.x
         lane, place = thread // threads_x, thread % threads_x * width
 
@@ -189,10 +191,10 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
             cuda.syncthreads()
             for row in range(thread, min(lanes, outputs - first_output), threads):
                 total = add_folds(zero(), folds, row * (threads_x + 1))
-                finish(total, target, part * part_stride + (first_output + row) * col_stride, 0, one(1))
+                finish(total, target, part * part_stride + (first_output + row) * col_stride, 0, sum_alpha)
         else:
             for column in range(thread, min(line, outputs - first_output), threads):
                 total = add_lanes(zero(), lines, column)
-                finish(total, target, part * part_stride + (first_output + column) * col_stride, 0, one(1))
+                finish(total, target, part * part_stride + (first_output + column) * col_stride, 0, sum_alpha)
 
     return upstream_sum

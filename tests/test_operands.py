@@ -100,7 +100,7 @@ REFUSED = {
         lambda: densegrad.dense_grads(X, W, DZ, alpha=1e39, out=DenseGrads(dw=zeros(4, 3, dtype="float64"))),
         ValueError, None, ["alpha must be", "got 1e+39"]),
     "alpha past float32, below an activation": (
-        lambda: densegrad.dense_grads(X, W, DZ, alpha=1e39, activation="relu", z=DZ, need="db",
+        lambda: densegrad.dense_grads(X, W, DZ, alpha=1e39, activation="relu", z=DZ, need=("dw", "db"),
                                       out=DenseGrads(db=zeros(3, dtype="float64"))),
         ValueError, None, ["alpha must be", "got 1e+39"]),
     "alpha past float64": (lambda: densegrad.bias_grad(DZ.astype("float64"), alpha=10 ** 400), ValueError, None,

@@ -383,6 +383,42 @@ def test_dense_grads_goes_below_the_activation(batch_axis, xp):
     assert (bits(weighted.dx) == bits(dg.input_grad(dz, w, batch_axis=batch_axis))).all()
 
 
+@pytest.mark.parametrize(("dtype", "option", "batch_axis", "parts"), [
+    ("float16", "relu", 0, 1), ("bfloat16", "gelu", 1, 1), ("float16", "mask", 1, 2), ("float16", "weights", 0, 2)])
+def test_alpha_scales_sums_and_not_what_is_rounded_to_half(dtype, option, batch_axis, parts, xp):
+    """An alpha that float16 has no room for, with results in float32: those without alpha, scaled."""
+    shape = (4, 23) if batch_axis else (23, 4)
+    x, w, dz, z = on(xp, data((23, 5), dtype, 28), data((5, 4), dtype, 29), data(shape, dtype, 30) / dtype_of(dtype)
+                     .type(2048), data(shape, dtype, 31))
+    options = {"mask": {"sample_weight": xp.arange(23) % 4 > 0},
+               "weights": {"sample_weight": xp.arange(23, dtype="float32") / xp.float32(32)},
+               }.get(option, {"activation": option, "z": z})
+    # Cut into parts, it is the second launch that scales db.
+    plan = small_plan(option if "z" in options else "identity", 23, 4, dtype, batch_axis, parts)
+
+    def grads(alpha, accumulate):
+        outs = dg.DenseGrads(*(xp.full(size, 1 if accumulate else np.nan, "float32") for size in ((23, 5), (5, 4), 4)))
+        return map(host, dg.dense_grads(x, w, dz, alpha=alpha, out=outs, accumulate=accumulate, batch_axis=batch_axis,
+                                        plan=dg.DenseGrads(db=plan), **options))
+
+    unscaled = [whole.astype(np.float64) for whole in grads(1.0, False)]
+    assert all(np.abs(whole).max() > 2.0 ** -12 for whole in unscaled)
+    for alpha in (2.0 ** -16, 2.0 ** -20):
+        for found, whole in zip(grads(alpha, False), unscaled, strict=True):
+            check_within(found, alpha * whole, 0)
+    for found, whole in zip(grads(2.0 ** -8, True), unscaled, strict=True):
+        exact = 1 + whole / 256
+        check_within(found, exact, ROUNDOFF["float32"] * np.abs(exact))
+
+
+def test_alpha_is_multiplied_in_the_type_of_the_result_below_activations_too(xp):
+    """A float64 db of float32 inputs takes an alpha that float32 has no room for."""
+    da = xp.asarray(np.ones((3, 2), "float32"))
+    grads = dg.dense_grads(None, None, da, need="db", activation="relu", z=da, alpha=1e39,
+                           out=dg.DenseGrads(db=xp.zeros(2, "float64")))
+    np.testing.assert_array_equal(host(grads.db), [3e39, 3e39])
+
+
 def test_leading_batch_axes(xp):
     da, z, weight = data((2, 5, 6), "float32", 21), data((2, 5, 6), "float32", 22), normal((2, 5), "float32", 23)
     found = dg.activation_grad(*on(xp, da, z), "sigmoid", sample_weight=xp.asarray(weight), keepdims=True)

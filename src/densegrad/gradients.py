@@ -312,7 +312,8 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
         memory while db is summed, and goes into dx and dw. Samples that a mask leaves out have a gradient of zero; for
         dw their rows of x must be finite.
     batch_axis, weight_layout, keepdims, alpha, precision, stream
-        As in `bias_grad` and `weight_grad`; alpha scales all three.
+        As in `bias_grad` and `weight_grad`; alpha scales all three, and never the dz that is formed below an activation
+        or with weights.
     out : DenseGrads of arrays or None, optional
         Where to write each of them, for example `DenseGrads(dw=main_grad)`.
     accumulate : bool
@@ -359,8 +360,7 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
         targets["db"] = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
     if "db" in needed or above.arguments:
         steps["db"] = upstream_plan(plans.db, inputs, above) if above.arguments else _bias_plan(plans.db, inputs)
-    # Below an activation dz takes alpha in, in the type of its sums.
-    alpha = accept_alpha(alpha, inputs, () if above.arguments else targets.values())
+    alpha = accept_alpha(alpha, inputs, targets.values())
     check_apart(list(targets.values()))
     rides = not above.arguments and {"dw", "db"} <= needed and plans.db is None and bias_rides_along(steps["dw"])
     with launch.session(inputs, stream) as session:
@@ -368,9 +368,8 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
             db = (session.result(targets["db"]) if "db" in needed
                   else session.scratch("db", 1, inputs.out_features, inputs.dtype))
             formed = session.like(inputs.dz)
-            above.run(session, steps["db"], formed, db, alpha, accumulate and "db" in needed)
+            above.run(session, steps["db"], formed, db, accumulate and "db" in needed, sum_alpha=alpha)
             session.use(inputs.dz, formed)
-            alpha = 1.0  # dz holds it now
         if "dx" in needed:
             _run_input(session, steps["dx"], targets["dx"], alpha)
         if rides:

@@ -240,11 +240,12 @@ def _launch_batch_sum(session: Session, plan: BatchSumPlan, source: Operand, tar
 
 def run_upstream(session: Session, plan: UpstreamPlan, parameter: float, gradient: Operand | None,
                  z: Operand | None, dz: Operand, result: Operand, *, weights: Operand | None = None,
-                 labels: Operand | None = None, ignored: int = 0, alpha: float = 1.0, accumulate: bool = False) -> None:
-    """dz = alpha * weights * what the plan's activation or cross-entropy makes of the gradient and z, result its sum.
+                 labels: Operand | None = None, ignored: int = 0, alpha: float = 1.0, sum_alpha: float = 1.0,
+                 accumulate: bool = False) -> None:
+    """dz = alpha * weights * what the plan's activation or cross-entropy makes of the gradient and z.
 
-    All but result (1, outputs) are (samples, outputs), weights and labels (samples, 1). With accumulate, the sum is
-    added into result.
+    result is sum_alpha times the sum of dz, or that added into result with accumulate. All but result (1, outputs) are
+    (samples, outputs), weights and labels (samples, 1).
     """
     if not dz.cols or (accumulate and not dz.rows):
         return
@@ -267,17 +268,18 @@ def run_upstream(session: Session, plan: UpstreamPlan, parameter: float, gradien
                                cut.threads_x, cut.lanes, features_first, plan.blocks_per_multiprocessor,
                                weights.dtype if weights else "", width if of_pieces else 1,
                                labels.dtype if labels else "", accumulate and second is None, second is not None)
-    wide = np.dtype(cut.accumulator).type
+    inner = np.dtype(cut.accumulator).type
+    wide = np.float64 if target.dtype == "float64" else inner
 
     def placed(matrix: Operand | None) -> tuple:
         return (matrix.address, matrix.row_stride, matrix.col_stride) if matrix else (0, 0, 0)
 
     session.launch(kernel, plan.grid, plan.threads, (
         *placed(gradient), *placed(z), *placed(dz), *placed(weights)[:2], *placed(labels)[:2], *placed(totals)[:1],
-        ignored, wide(parameter), wide(alpha), dz.rows, dz.cols, cut.samples_per_part, target.address,
-        target.row_stride if second else 0, target.col_stride), plan)
+        ignored, inner(parameter), inner(alpha), dz.rows, dz.cols, cut.samples_per_part, target.address,
+        target.row_stride if second else 0, target.col_stride, wide(sum_alpha)), plan)
     if second is not None:
-        _launch_batch_sum(session, second, target, result, accumulate)
+        _launch_batch_sum(session, second, target, result, accumulate, sum_alpha)
 
 
 def run_add_parts(session: Session, workspace: Operand, parts: int, result: Operand, accumulate: bool, alpha: float,

@@ -48,16 +48,17 @@ class Above:
         """The arrays that it reads beside the gradient."""
         return tuple(argument for argument in (self.z, self.weights, self.labels) if argument is not None)
 
-    def run(self, session: launch.Session, plan: UpstreamPlan, dz: Operand, db: Operand, alpha: float,
-            accumulate: bool) -> None:
-        """Form dz and sum it into db."""
+    def run(self, session: launch.Session, plan: UpstreamPlan, dz: Operand, db: Operand, accumulate: bool, *,
+            alpha: float = 1.0, sum_alpha: float = 1.0) -> None:
+        """Form dz, with alpha in it, and write sum_alpha times its sum to db."""
         def placed(argument: Argument | None) -> Operand | None:
             return None if argument is None else session.place(argument)
 
         source = session.place(session.inputs.dz)
         z, gradient = (source, None) if self.labels is not None else (placed(self.z), source)
         launch.run_upstream(session, plan, self.parameter, gradient, z, dz, db, weights=placed(self.weights),
-                            labels=placed(self.labels), ignored=self.ignored, alpha=alpha, accumulate=accumulate)
+                            labels=placed(self.labels), ignored=self.ignored, alpha=alpha, sum_alpha=sum_alpha,
+                            accumulate=accumulate)
 
 
 def accept_activation(inputs: Inputs, activation: str | None, z: Any, batch_axis: int, negative_slope: float,
@@ -134,7 +135,9 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
     keepdims : bool
         Whether db has shape (1, M) instead of (M,).
     alpha : float
-        What dz is multiplied by besides: 1/S of a mean loss, for example. A number of the host's.
+        What dz is multiplied by besides: 1/S of a mean loss, for example. A number of the host's. dz is rounded to its
+        dtype with alpha in it, so that a small alpha loses what float16 has no room for: scale the loss up against
+        that, and the sums down. `dense_grads` scales its sums only.
     out : OutputGrads of arrays or None, optional
         Where to write dz and db. `out.dz` has the dtype of da, and may be da or z itself.
     accumulate : bool
@@ -200,7 +203,7 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
         As in `activation_grad`; `out.dz` may be z itself.
     alpha : float
         What dz is multiplied by: 1.0 for the sum of the samples' losses; for their mean, 1 over their number, without
-        those that are ignored.
+        those that are ignored. dz is rounded to its dtype with alpha in it, as in `activation_grad`.
 
     Returns
     -------
@@ -247,5 +250,5 @@ def _output_grads(inputs: Inputs, above: Above, batch_axis: int, keepdims: bool,
     plan = upstream_plan(plan, inputs, above)
     with launch.session(inputs, stream) as session:
         matrix = session.result(dz)
-        above.run(session, plan, matrix.T if batch_axis else matrix, session.result(db), alpha, accumulate)
+        above.run(session, plan, matrix.T if batch_axis else matrix, session.result(db), accumulate, alpha=alpha)
         return OutputGrads(session.deliver(dz), session.deliver(db))
