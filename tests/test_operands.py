@@ -117,7 +117,7 @@ REFUSED_OUTS = {
     "list": (lambda: [0.0] * 3, TypeError, None, ["out must be", "list"]),
     "read-only": (lambda: read_only(zeros(3)), ValueError, densegrad.OutError, ["out is read-only"]),
     "broadcast": (lambda: np.lib.stride_tricks.as_strided(zeros(1), (3,), (0,)), ValueError, densegrad.OutError,
-                  ["out is a broadcast view", "copy"]),
+                  ["several elements of out share memory", "copy"]),
     "overlapping": (lambda: DZ[0], ValueError, densegrad.OutError, ["out overlaps dz"]),
 }
 
@@ -164,6 +164,51 @@ def test_interleaved_arrays_do_not_overlap(xp):
     out = both[0, 1::2]
     densegrad.bias_grad(both[:, ::2], out=out)
     check_within(out, exact, 0)
+
+
+def strided(xp, shape, strides, dtype="float32", offset=0):
+    """An array of zeros with these strides in elements."""
+    cells = xp.zeros(64, dtype)
+    return xp.lib.stride_tricks.as_strided(cells[offset:], shape, tuple(cells.itemsize * step for step in strides))
+
+
+#: (shape, strides in elements, first element, whether two of the elements are one)
+INTERLEAVED = {
+    "the diagonal": ((2, 2), (1, 1), 0, True), "windows": ((3, 4), (2, 1), 0, True),
+    "meet in the end": ((4, 3), (2, 3), 0, True), "would meet later": ((3, 3), (3, 4), 0, False),
+    "would meet one later": ((3, 2), (2, 3), 0, False), "backwards": ((2, 2), (-1, 1), 8, True),
+    "between": ((3, 2), (4, 2), 0, False), "broadcast": ((1, 3), (5, 0), 0, True), "one": ((1, 3), (0, 1), 0, False)}
+
+
+@pytest.mark.parametrize("case", INTERLEAVED)
+def test_an_output_may_interleave_with_itself_but_not_overlap(xp, case):
+    shape, strides, offset, overlaps = INTERLEAVED[case]
+    x, dz = xp.asarray(np.ones((3, shape[0]), "float32")), xp.asarray(np.ones((3, shape[1]), "float32"))
+    out = strided(xp, shape, strides, offset=offset)
+    if overlaps:
+        refused(lambda: densegrad.weight_grad(x, dz, out=out), ValueError, densegrad.OutError,
+                ["several elements of out share memory", "pass out.copy()"])
+        refused(lambda: densegrad.activation_grad(xp.ones(shape, "float32"), out=densegrad.OutputGrads(dz=out)),
+                ValueError, densegrad.OutError, ["several elements of out.dz share memory"])
+        np.testing.assert_array_equal(host(out), 0)
+    else:
+        np.testing.assert_array_equal(host(densegrad.weight_grad(x, dz, out=out)), np.full(shape, 3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_output_overlaps_itself_where_two_indices_have_one_address(seed):
+    """Against every address written out, of one to four axes, strides within an element too."""
+    draw, verdicts = np.random.default_rng(seed), []
+    for _ in range(250):
+        axes = draw.integers(1, 5)
+        shape, itemsize = tuple(map(int, draw.choice((0, 1, 2, 2, 3, 3, 4, 4), axes))), int(draw.choice((2, 4)))
+        strides = tuple(map(int, draw.integers(-12, 13, axes)))
+        memory = device.Memory(shape, strides, np.dtype(f"V{itemsize}"), 1024, False, "nowhere")
+        begins = sum((index * stride for index, stride in zip(np.indices(shape), strides, strict=True)), start=0)
+        touched = np.add.outer(np.ravel(begins), np.arange(itemsize))
+        verdicts.append(operands.overlaps_itself(memory))
+        assert verdicts[-1] == (len(np.unique(touched)) < touched.size), (shape, strides, itemsize)
+    assert {True, False} == set(verdicts)
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -457,8 +457,9 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
         raise OutError(f"{name} is read-only (pass an array that can be written)")
     if memory.place != inputs.place:
         raise OutDeviceError(f"{name} must lie where the inputs do, on {inputs.place}; got one on {memory.place}")
-    if 0 not in shape and any(size > 1 and stride == 0 for size, stride in zip(shape, memory.strides, strict=True)):
-        raise OutError(f"{name} is a broadcast view, several of its elements share memory (pass {name}.copy())")
+    if overlaps_itself(memory):
+        raise OutError(f"several elements of {name} share memory, so that not all of them can be written; got strides "
+                       f"{memory.strides} for shape {shape} (pass {name}.copy())")
     if in_place and dtype != inputs.dtype:
         raise DTypeError(f"{name} must be {inputs.dtype}, as the inputs are; got {dtype}")
     for argument in inputs.arguments:
@@ -521,6 +522,29 @@ def overlap(left: device.Memory, right: device.Memory) -> bool:
         return np.shares_memory(_ghost(left), _ghost(right), max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+def overlaps_itself(memory: device.Memory) -> bool:
+    """Whether two elements of an array have a byte in common."""
+    if 0 in memory.shape:
+        return False
+    reach = memory.dtype.itemsize
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(memory.strides, memory.shape, strict=True)
+                               if size > 1):
+        if stride < reach:
+            break
+        reach += (size - 1) * stride
+    else:
+        return False  # every step goes beyond all that shorter steps reach
+    # Two elements that differ on an axis are as far apart as one at its beginning and one behind that.
+    return any(overlap(_part(memory, axis, 0, 1), _part(memory, axis, 1, size))
+               for axis, size in enumerate(memory.shape))
+
+
+def _part(memory: device.Memory, axis: int, begin: int, end: int) -> device.Memory:
+    """What lies between two indices of an axis."""
+    shape = *memory.shape[:axis], end - begin, *memory.shape[axis + 1:]
+    return replace(memory, shape=shape, byte=memory.byte + begin * memory.strides[axis])
 
 
 def _extent(memory: device.Memory) -> tuple[int, int]:
