@@ -168,6 +168,48 @@ def test_three_tf32_products_are_as_good_as_float32(xp, lane, make):
     assert errors["tf32"] > 16 * errors["ieee"]
 
 
+def magnitudes(shape, low, high, seed):
+    """Numbers of either sign between two powers of two, whose exponents are spread evenly."""
+    draw = np.random.default_rng(seed)
+    exponents = draw.integers(low, high, shape)
+    return (np.ldexp(1 + draw.random(shape), exponents) * draw.choice((-1, 1), shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("precision", "smallest"), [("tf32", -126), ("tf32x3", -114)])
+@pytest.mark.parametrize("samples", [1, 20])
+def test_operands_from_zero_and_from_the_smallest_on_keep_the_bound(xp, precision, smallest, samples):
+    """Products one by one, and sums of them; other operands are large, so that no result underflows."""
+    x, dz = magnitudes((samples, 60), smallest, smallest + 14, 1), magnitudes((samples, 33), -4, 40, 2)
+    x[:, 0], x[:, 1] = 0, 2.0 ** smallest
+    for arrays in ((x, dz), (dz, x)):
+        plan = small_plan(arrays[0].shape[1], arrays[1].shape[1], samples, precision)
+        assert plan.smallest_operand == 2.0 ** smallest
+        found = densegrad.weight_grad(*map(xp.asarray, arrays), plan=plan)
+        exact, bound = expected("weight_grad", arrays, {}, plan.chain, product_error=plan.product_error)
+        check_within(found, exact, bound)
+
+
+@pytest.mark.parametrize(("precision", "smallest"), [("tf32", -126), ("tf32x3", -114)])
+def test_smaller_operands_are_off_by_less_than_the_step_of_tf32(xp, precision, smallest):
+    x, dz = magnitudes((1, 60), -149, smallest, 3), magnitudes((1, 33), -4, 40, 4)
+    x[0, :3] = 2e-38, 2.0 ** -149, np.nextafter(np.float32(2.0 ** smallest), np.float32(0))
+    plan = small_plan(60, 33, 1, precision)
+    found = densegrad.weight_grad(*map(xp.asarray, (x, dz)), plan=plan)
+    exact, bound = expected("weight_grad", (x, dz), {}, plan.chain, product_error=plan.product_error,
+                            operand_error=plan.operand_error)
+    check_within(found, exact, bound)
+    # That is not what operands in the range may be off by.
+    _, narrow = expected("weight_grad", (x, dz), {}, plan.chain, product_error=plan.product_error)
+    assert (np.abs(host(found) - exact) > narrow).any()
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+def test_what_counts_as_zero_beside_infinity(xp, precision):
+    x, dz = np.array([[2.0 ** -149, 2.0 ** -137, 2.0 ** -136, 1]], np.float32), np.array([[np.inf]], np.float32)
+    found = host(densegrad.weight_grad(*map(xp.asarray, (x, dz)), precision=precision))[:, 0]
+    np.testing.assert_array_equal(found, [np.inf] * 4 if precision == "ieee" else [np.nan, np.nan, np.inf, np.inf])
+
+
 # plans and the argument
 
 
@@ -253,5 +295,7 @@ def test_a_plan_says_unit_and_error_bound():
     assert "tensor cores, sums in float32" in plan_product(768, 3072, 8192, "bfloat16", None, (8, 0)).explain()
     text = plan_product(768, 3072, 8192, "float32", "tf32", (8, 0)).explain()
     assert "tensor cores in tf32" in text
-    assert "u + 0.00098) (|left| @ |right|)" in text
+    assert "u + 0.00098) (|left| @ |right|) where operands are 0 or at least 2^-126 in magnitude" in text
+    thrice = plan_product(768, 3072, 8192, "float32", "tf32x3", (8, 0)).explain()
+    assert "(|left| @ |right|) where operands are 0 or at least 2^-114 in magnitude" in thrice
     assert "FMA units" in plan_product(768, 3072, 8192, "float32", None, (8, 0)).explain()

@@ -143,7 +143,8 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
     precision : None, "ieee", "tf32" or "tf32x3"
         How products are computed: "ieee" on FMA units, as IEEE 754 says. float16 and bfloat16 go to tensor cores by
         default, where their products are exact. float32 does not: "tf32" rounds it to 11 significant bits there,
-        "tf32x3" multiplies two such terms of it, to float32's accuracy.
+        "tf32x3" multiplies two such terms of it, to float32's accuracy. That holds for operands that are 0 or at least
+        2^-126 in magnitude ("tf32x3": 2^-114); smaller ones are off by up to 2^-136, below which they count as 0.
     plan : MatmulPlan or TensorCorePlan, optional
         How to compute it, instead of what `plans.plan_product` says.
 

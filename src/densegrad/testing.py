@@ -115,7 +115,8 @@ def bits(array: Any) -> np.ndarray:
 
 
 def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int, dtype: str,
-                result_dtype: str | None = None, compensated: bool = False, product_error: float = 0.0) -> np.ndarray:
+                result_dtype: str | None = None, compensated: bool = False, product_error: float = 0.0,
+                lost: np.ndarray | float = 0.0) -> np.ndarray:
     """What the error of a sum of products may be, entry by entry.
 
     Parameters
@@ -132,6 +133,8 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
         Whether what the additions rounded away was added up beside the sums.
     product_error : float
         What each product may be off by before it is added, of its magnitude.
+    lost : ndarray or float
+        What the products may be off by besides, all together.
 
     Returns
     -------
@@ -142,7 +145,7 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
     """
     accumulator, result_dtype = accumulator_of(dtype), result_dtype or dtype
     relative = ((chain + 1) * ROUNDOFF[accumulator]) ** (1 + compensated) + product_error
-    sums = relative * magnitude + (chain + 1) * UNDERFLOW[accumulator]
+    sums = relative * magnitude + lost + (chain + 1) * UNDERFLOW[accumulator]
     if compensated and result_dtype != accumulator:
         sums = sums + ROUNDOFF[accumulator] * np.abs(exact)
     return (sums + ROUNDOFF[result_dtype] * (np.abs(exact) + sums) + UNDERFLOW[result_dtype]
@@ -176,7 +179,7 @@ def dz_bound(exact: np.ndarray, scale: np.ndarray | float, roundings: float, dty
 
 def expected(function: str, arrays: tuple[np.ndarray, ...], options: dict[str, Any], chain: int,
              result_dtype: str | None = None, old: np.ndarray | None = None,
-             product_error: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+             product_error: float = 0.0, operand_error: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """What a public function should give, in float64, and how far it may be off.
 
     Parameters
@@ -193,16 +196,24 @@ def expected(function: str, arrays: tuple[np.ndarray, ...], options: dict[str, A
         What the result is added to.
     product_error : float
         What the plan says each product may be off by, of its magnitude.
+    operand_error : float
+        What the plan says operands below its smallest_operand may be off by, where there are such operands.
     """
     meaning, dtype = getattr(reference, function), arrays[0].dtype.name
     with np.errstate(all="ignore"):
         exact = meaning(*arrays, **options)
-        magnitude = meaning(*(np.abs(array.astype(np.float64)) for array in arrays), **options)
+        sizes = [np.abs(array.astype(np.float64)) for array in arrays]
+        magnitude, lost = meaning(*sizes, **options), 0.0
+        if operand_error:
+            # Times the other operand, which may be off by 2⁻¹¹ of itself.
+            left, right = sizes
+            lost = (1 + 2.0 ** -11) * operand_error * (meaning(np.ones_like(left), right, **options)
+                                                       + meaning(left, np.ones_like(right), **options))
         terms = max(max(array.shape, default=0) for array in arrays)
         if old is not None:
             exact, magnitude = exact + old.astype(np.float64), magnitude + np.abs(old.astype(np.float64))
         return exact, error_bound(magnitude, exact, chain + (old is not None), terms, dtype, result_dtype,
-                                  product_error=product_error)
+                                  product_error=product_error, lost=lost)
 
 
 def check_within(result: Any, exact: np.ndarray, bound: np.ndarray | float) -> None:

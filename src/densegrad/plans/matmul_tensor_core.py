@@ -21,6 +21,9 @@ from .tiling import (
 
 #: how float32 can be multiplied on tensor cores
 TF32 = ("tf32", "tf32x3")
+#: the step between tf32's subnormal numbers, and from which power of two on operands lose no more than product_error
+TF32_STEP = 2.0 ** -136
+_SMALLEST = {"tf32": -126, "tf32x3": -114}
 #: (tile_rows, tile_cols, warp_rows, warp_cols, stages), from large to small; their transposes are tried too
 TENSOR_CORE_TILES = (
     (128, 256, 64, 64, 3),
@@ -161,6 +164,19 @@ class TensorCorePlan(Tiling):
             return 2.0 ** -10 + 2.0 ** -22
         return 3.01 * 2.0 ** -22 + self.chain * 2.0 ** -33 if self.precision == "tf32x3" else 0.0
 
+    @property
+    def smallest_operand(self) -> float:
+        """The smallest magnitude but 0 of operands for which product_error holds; smaller ones are operand_error off.
+
+        What is left of a float32 below 2⁻¹¹⁴ may be less than the smallest normal number, and then has fewer bits.
+        """
+        return 2.0 ** _SMALLEST[self.precision] if self.precision else 0.0
+
+    @property
+    def operand_error(self) -> float:
+        """What an operand below smallest_operand may be off by: the step between tf32's subnormal numbers."""
+        return TF32_STEP if self.precision else 0.0
+
     @cached_property
     def cost(self) -> MatmulCost:
         """What the model says this plan takes."""
@@ -168,15 +184,16 @@ class TensorCorePlan(Tiling):
 
     def explain(self) -> str:
         """The plan in words, with its reasons and what the model says."""
-        error = f"{self.chain + 1} u"
+        error, where = f"{self.chain + 1} u", ""
         if self.precision is not None:
             error = f"({error} + {self.product_error:.2g})"
+            where = f" where operands are 0 or at least 2^{_SMALLEST[self.precision]} in magnitude"
         unit = "tensor cores" + (f" in {self.precision}" if self.precision else "")
         if self.capability == FLOAT16_CAPABILITY:
             unit += " of compute capability {}.{}".format(*self.capability)
         return self._explain(unit,
                              f"{self.warp_rows} x {self.warp_cols} results a warp, {self.threads} threads a block, "
-                             f"{self.stages} stages", error, self.cost)
+                             f"{self.stages} stages", error, self.cost, where)
 
 
 def plan_of_tile(rows: int, cols: int, depth: int, dtype: str, precision: str | None,

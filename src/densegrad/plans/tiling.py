@@ -112,7 +112,7 @@ class Tiling:
         if self.depth_per_part > 2**30:
             raise PlanError(f"a part has at most {2**30} depths; got {self.depth_per_part} (take more parts)")
 
-    def _explain(self, unit: str, threads: str, error: str, cost: MatmulCost) -> str:
+    def _explain(self, unit: str, threads: str, error: str, cost: MatmulCost, where: str = "") -> str:
         tiles = self.tiles
         used = self.rows * self.cols / (tiles * self.tile_rows * self.tile_cols) if self.rows and self.cols else 0.0
         lines = [
@@ -133,7 +133,7 @@ class Tiling:
             enough = tiles >= MODEL_MULTIPROCESSORS
             lines.append("the depth is not cut: " + ("the tiles alone are enough blocks" if enough else
                                                      "cutting would cost more than it gains"))
-        lines.append(f"longest chain of additions {self.chain}: |error| <= {error} (|left| @ |right|)")
+        lines.append(f"longest chain of additions {self.chain}: |error| <= {error} (|left| @ |right|){where}")
         lines.append(f"model, not measured: {cost.total:.0f} cycles on {MODEL_MULTIPROCESSORS} multiprocessors, bound "
                      f"by {cost.bound} (arithmetic {cost.arithmetic:.0f}, memory {cost.memory:.0f}, parts "
                      f"{cost.parts:.0f})")
