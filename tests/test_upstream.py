@@ -104,7 +104,8 @@ def test_every_activation(activation, dtype, batch_axis, xp):
     given = None if activation == "identity" else z
     plan = small_plan(activation, 37, 9, dtype, batch_axis, parts=2)
     out = poisoned(shape, dtype, module=xp)
-    options = {"batch_axis": batch_axis, "alpha": 0.75, "negative_slope": 0.3}
+    options = {"batch_axis": batch_axis, "alpha": 0.75}
+    options |= {"negative_slope": 0.3} if activation == "leaky_relu" else {}
     _, db = dg.activation_grad(*on(xp, da, given), activation, out=dg.OutputGrads(dz=out.array), plan=plan, **options)
     exact, _ = reference.activation_grad(da, given, activation, **options)
     check_within(out.read(), exact, dz_bound(exact, np.abs(0.75 * da.astype(float)), ROUNDINGS[activation], dtype))
@@ -433,7 +434,12 @@ def test_leading_batch_axes(xp):
 WRONG = {
     "rellu": (ValueError, "activation must be one of identity, relu,", lambda a: dg.activation_grad(a, a, "rellu")),
     "z and activation": (ValueError, r"the order is da, z, activation", lambda a: dg.activation_grad(a, "relu", a)),
-    "one-hot": (ShapeError, r"one-hot\? then pass labels.argmax\(axis=-1\)", lambda a: dg.cross_entropy_grad(a, a)),
+    "one-hot": (ShapeError, r"one-hot\? then pass labels.argmax\(axis=-1\)",
+                lambda a: dg.cross_entropy_grad(a, (a > 0).astype("int64"))),
+    "labels of torch's order": (
+        ShapeError, r"labels must have one value for each sample, shape \(2, 3\); got \(2, 4\); are the classes on axis "
+        r"1 of z\? then pass numpy.moveaxis\(z, 1, -1\)",
+        lambda a: dg.cross_entropy_grad(a.reshape(2, 3, 4), (a.reshape(2, 3, 4)[:, 0] > 0).astype("int64"))),
     "compensated": (TypeError, "compensated must be True or False; got 2", lambda a: dg.bias_grad(a, compensated=2)),
     "keepdims": (TypeError, "keepdims must be True or False; got 'no'", lambda a: dg.bias_grad(a, keepdims="no")),
     "accumulate": (TypeError, "accumulate must be True or False; got 1", lambda a: dg.weight_grad(a, a, accumulate=1)),
@@ -441,6 +447,13 @@ WRONG = {
              lambda a: dg.dense_grads(a, a, a, need=None)),
     "no z": (TypeError, "activation='relu' needs z", lambda a: dg.activation_grad(a, None, "relu")),
     "z alone": (TypeError, "z is of no use without an activation", lambda a: dg.activation_grad(a, a)),
+    "slope of another": (
+        TypeError, "negative_slope is the derivative of .leaky_relu. alone; got 0.2 with activation='gelu' .leave it",
+        lambda a: dg.activation_grad(a, a, "gelu", negative_slope=0.2)),
+    "slope of none": (TypeError, "got 0.01 with activation=None .leave it out", lambda a: dg.dense_grads(
+        None, None, a, need="db", negative_slope=0.01)),
+    "shape of z that is not read": (ShapeError, r"z must have the shape of da, \(6, 4\); got \(5, 4\)",
+                                    lambda a: dg.activation_grad(a, a[:5], "identity")),
     "shape of z": (ShapeError, r"z must have the shape of da, \(6, 4\); got \(5, 4\)",
                    lambda a: dg.activation_grad(a, a[:5], "relu")),
     "dtype of z": (DTypeError, "z and da must have the same dtype",
@@ -469,7 +482,7 @@ WRONG = {
         a[:5], sample_weight=a[:5, 0], out=dg.OutputGrads(dz=a[1:]))),
     "db in the weights": (OutError, "out.db overlaps sample_weight in memory", lambda a: dg.activation_grad(
         a[:4].copy(), sample_weight=a[0], out=dg.OutputGrads(db=a[0]))),
-    "nothing to add to": (OutError, "accumulate=True adds into out.db",
+    "nothing to add to": (OutError, r"adds into out.db, which was not given \(pass out=OutputGrads\(db=...\), or",
                           lambda a: dg.activation_grad(a, a, "relu", accumulate=True)),
     "not a tuple": (TypeError, r"out must be OutputGrads\(dz=, db=\)",
                     lambda a: dg.activation_grad(a, a, "relu", out=a)),
@@ -485,6 +498,27 @@ WRONG = {
     "plan of dz for a sum": (TypeError, "plan must be a BatchSumPlan; got UpstreamPlan", lambda a: dg.bias_grad(
         a, plan=plan_upstream(6, 4, "float32", "flat", "relu"))),
 }
+
+
+def test_class_probabilities_are_refused_without_another_problem_as_the_cure():
+    z = data((6, 4), "float32")
+    with pytest.raises(ShapeError, match="class probabilities are not taken") as raised:
+        dg.cross_entropy_grad(z, np.full((6, 4), 0.25, "float32"))
+    assert "argmax" not in str(raised.value)
+    # What it says instead: the same dz, from a softmax of the caller's.
+    assert "dz = softmax(z) - labels" in str(raised.value)
+
+
+def test_identity_takes_z_and_does_not_read_it(xp):
+    """So that a loop over all activations needs no exception; z may hold anything, and be overwritten by dz."""
+    da, z = data((6, 4), "float32", 34), xp.asarray(np.full((6, 4), np.nan, "float32"))
+    for activation in ACTIVATIONS:
+        dg.activation_grad(xp.asarray(da), z, activation)
+    found = dg.activation_grad(xp.asarray(da), z, "identity", out=dg.OutputGrads(dz=z))
+    np.testing.assert_array_equal(host(z), da)
+    assert (bits(found.db) == bits(dg.activation_grad(xp.asarray(da)).db)).all()
+    together = dg.dense_grads(None, None, xp.asarray(da), need="db", activation="identity", z=z)
+    assert (bits(together.db) == bits(dg.bias_grad(xp.asarray(da)))).all()
 
 
 @pytest.mark.parametrize("mistake", WRONG)

@@ -15,6 +15,7 @@ from .operands import (
     accept_bias_out,
     accept_flag,
     accept_out,
+    accept_outs,
     accept_tuple,
     check_apart,
 )
@@ -227,7 +228,7 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
     >>> weight_bias_grad(one, one).db
     array([2., 2.], dtype=float32)
     """
-    outs = accept_tuple("out", out, WeightBiasGrads)
+    outs = accept_outs(out, WeightBiasGrads, accumulate)
     inputs = accept(x=x, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
     weight = _weight_target("out.dw", outs.dw, inputs, weight_layout, accumulate)
     bias = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
@@ -290,7 +291,7 @@ def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in
 
 
 def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fields, activation: str | None = None,
-                z: Any = None, negative_slope: float = 0.01, sample_weight: Any = None, batch_axis: int = 0,
+                z: Any = None, negative_slope: float | None = None, sample_weight: Any = None, batch_axis: int = 0,
                 weight_layout: str = "in_out", keepdims: bool = False, alpha: float = 1.0,
                 precision: str | None = None, out: DenseGrads | None = None,
                 accumulate: bool = False, plan: DenseGrads | None = None, stream: Any = None) -> DenseGrads:
@@ -316,7 +317,7 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
         As in `bias_grad` and `weight_grad`; alpha scales all three, and never the dz that is formed below an activation
         or with weights.
     out : DenseGrads of arrays or None, optional
-        Where to write each of them, for example `DenseGrads(dw=main_grad)`.
+        Where to write each of them, for example `DenseGrads(dw=main_grad)`; none that is not needed.
     accumulate : bool
         Whether to add into `out`, which must then hold every gradient that is needed.
     plan : DenseGrads of plans or None, optional
@@ -344,7 +345,7 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     array([2., 2.], dtype=float32)
     """
     needed = _needed(need, x, w)
-    outs, plans = accept_tuple("out", out, DenseGrads), accept_tuple("plan", plan, DenseGrads)
+    outs, plans = accept_outs(out, DenseGrads, accumulate, needed), accept_tuple("plan", plan, DenseGrads)
     inputs = accept(x=x if "dw" in needed else None, w=w if "dx" in needed else None, dz=dz,
                     batch_axis=batch_axis, weight_layout=weight_layout)
     above = accept_activation(inputs, activation, z, batch_axis, negative_slope, sample_weight)

@@ -326,10 +326,17 @@ def accept_labels(array: Any, inputs: Inputs, batch_axis: int, ignored: int, sam
     ShapeError, DTypeError, DeviceError, TypeError, ValueError
         As for any array of one value for each sample; ValueError if one is no class.
     """
-    if getattr(array, "shape", None) == inputs.dz.memory.shape:
-        axis = 0 if batch_axis else -1
+    shape, z = getattr(array, "shape", None), inputs.dz.memory.shape
+    if shape == z:
+        cure = f"one-hot? then pass labels.argmax(axis={0 if batch_axis else -1})"
+        if _memory(inputs.device, "labels", array).dtype.kind not in "iub":
+            cure = ("class probabilities are not taken; dz = softmax(z) - labels is theirs, which bias_grad and "
+                    "dense_grads take")
         raise ShapeError(f"labels must be the class of each sample, shape {inputs.batch_shape}; got the shape of z, "
-                         f"{array.shape}: one-hot? then pass labels.argmax(axis={axis})")
+                         f"{shape}: {cure}")
+    if len(z) > 2 and shape == (*z[:1], *z[2:]) != inputs.batch_shape:
+        raise ShapeError(f"labels must have one value for each sample, shape {inputs.batch_shape}; got {shape}; are "
+                         "the classes on axis 1 of z? then pass numpy.moveaxis(z, 1, -1)")
     labels = _accept_per_sample("labels", array, inputs, ("int64", "int32"), "astype('int64')")
     if isinstance(array, np.ndarray):
         wrong = (array != ignored) & ((array < 0) | (array >= inputs.out_features))
@@ -495,6 +502,28 @@ def accept_tuple(name: str, given: Any, kind: type[Named]) -> Named:
         raise TypeError(f"{name} must be {kind.__name__}({', '.join(f'{field}=' for field in fields)}) or a tuple of "
                         f"{len(fields)}; got {type(given).__name__}")
     return kind(*given)
+
+
+def accept_outs(out: Any, kind: type[Named], accumulate: Any, needed: Iterable[str] | None = None,
+                added: Iterable[str] | None = None) -> Named:
+    """The named tuple of arrays for those results that are needed; added are those that accumulate=True adds into.
+
+    Raises
+    ------
+    OutError
+        If one is given that is not needed, or one is missing that is added into.
+    TypeError
+        As `accept_tuple` and `accept_flag`.
+    """
+    accumulate, outs = accept_flag("accumulate", accumulate), accept_tuple("out", out, kind)
+    fields = kind._fields  # type: ignore[attr-defined]
+    for field, array in zip(fields, outs, strict=True):
+        if array is not None and field not in (fields if needed is None else needed):
+            raise OutError(f"out.{field} was given, but {field} is not needed (name it in need=, or leave it out)")
+        if array is None and accumulate and field in (added or needed or fields):
+            raise OutError(f"accumulate=True adds into out.{field}, which was not given (pass "
+                           f"out={kind.__name__}({field}=...), or accumulate=False)")
+    return outs
 
 
 def check_apart(targets: list[Target]) -> None:

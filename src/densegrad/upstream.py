@@ -18,12 +18,14 @@ from .operands import (
     accept_labels,
     accept_number,
     accept_out,
+    accept_outs,
     accept_sample_weight,
-    accept_tuple,
     check_apart,
 )
 from .plans import ACTIVATIONS, CROSS_ENTROPY, BatchSumPlan, UpstreamPlan, check_plan, plan_upstream
 
+#: the derivative of "leaky_relu" where z <= 0, if none is given
+NEGATIVE_SLOPE = 0.01
 
 class OutputGrads(NamedTuple):
     """The gradients of a layer's output before its activation, and of its bias. Also what `out` takes."""
@@ -61,8 +63,8 @@ class Above:
                             accumulate=accumulate)
 
 
-def accept_activation(inputs: Inputs, activation: str | None, z: Any, batch_axis: int, negative_slope: float,
-                      sample_weight: Any) -> Above:
+def accept_activation(inputs: Inputs, activation: str | None, z: Any, batch_axis: int,
+                      negative_slope: float | None, sample_weight: Any) -> Above:
     """Check an activation's name and arrays against the gradient above it.
 
     Raises
@@ -76,12 +78,18 @@ def accept_activation(inputs: Inputs, activation: str | None, z: Any, batch_axis
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {got}")
     if z is None and name != "identity":
         raise TypeError(f"activation={name!r} needs z, what it was applied to; got None (pass z=, the layer's output)")
-    if z is not None and name == "identity":
+    if z is not None and activation is None:
         raise TypeError(f"z is of no use without an activation; got {type(z).__name__} (name the activation, or leave "
                         "z out)")
+    if negative_slope is None:
+        negative_slope = NEGATIVE_SLOPE
+    elif name != "leaky_relu":
+        raise TypeError(f'negative_slope is the derivative of "leaky_relu" alone; got {negative_slope!r} with '
+                        f"activation={activation!r} (leave it out)")
     slope_dtype = "float64" if inputs.dtype == "float64" else "float32"
+    beside = None if z is None else accept_beside("z", z, inputs, batch_axis)
     return Above(name, accept_number("negative_slope", negative_slope, slope_dtype),
-                 None if z is None else accept_beside("z", z, inputs, batch_axis),
+                 None if name == "identity" else beside,
                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs))
 
 
@@ -109,9 +117,9 @@ def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: Above) -> Up
 
 
 def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sample_weight: Any = None,
-                    negative_slope: float = 0.01, batch_axis: int = 0, keepdims: bool = False, alpha: float = 1.0,
-                    out: OutputGrads | None = None, accumulate: bool = False, plan: UpstreamPlan | None = None,
-                    stream: Any = None) -> OutputGrads:
+                    negative_slope: float | None = None, batch_axis: int = 0, keepdims: bool = False,
+                    alpha: float = 1.0, out: OutputGrads | None = None, accumulate: bool = False,
+                    plan: UpstreamPlan | None = None, stream: Any = None) -> OutputGrads:
     """Gradients of the loss below an activation a = f(z), and of the bias, in one pass over memory.
 
         dz[s, m] = alpha sample_weight[s] da[s, m] f'(z[s, m])          db[m] = sum over s of dz[s, m]
@@ -121,15 +129,16 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
     da : array, (..., M) for batch_axis 0 or (M, S) for batch_axis 1, float16 | bfloat16 | float32 | float64
         Gradient with respect to the activation's output. Any strides; copied once if neither axis is contiguous.
     z : array, shape and dtype of da
-        What the activation was applied to: the layer's output. Left out where there is no activation.
+        What the activation was applied to: the layer's output. Left out where there is no activation; not read by
+        "identity".
     activation : "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "identity" or None
         f. "gelu" is the exact one, by the error function; "gelu_tanh" its approximation by a hyperbolic tangent.
     sample_weight : array, the shape of the batch: (...), or (S,) for batch_axis 1; bool or a float type, optional
         What each sample's gradients are multiplied by. A boolean mask instead chooses samples: those with False,
         padding for example, contribute exactly nothing and their dz is zero, even if they hold NaN. float64 only beside
         float64.
-    negative_slope : float
-        The derivative of "leaky_relu" where z <= 0.
+    negative_slope : float, optional
+        The derivative of "leaky_relu" where z <= 0, 0.01 if left out; an error beside other activations.
     batch_axis : int
         Which axis of da and z counts samples: 0, or 1 if they are handed over transposed.
     keepdims : bool
@@ -192,9 +201,10 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
     Parameters
     ----------
     z : array, (..., M) for batch_axis 0 or (M, S) for batch_axis 1, float16 | bfloat16 | float32 | float64
-        The logits. Any strides; copied once if neither axis is contiguous.
+        The logits, classes last. Any strides; copied once if neither axis is contiguous. PyTorch's order for more than
+        one batch axis, (N, C, d), is read as classes last too where C == d: pass `numpy.moveaxis(z, 1, -1)`, a view.
     labels : array, the shape of the batch: (...), or (S,) for batch_axis 1; int32 | int64
-        The class of each sample, from 0 to M - 1.
+        The class of each sample, from 0 to M - 1. Class probabilities are not taken.
     ignore_index : int
         A label whose samples contribute exactly nothing: their dz is zero, whatever z holds.
     label_smoothing : float, 0 to 1
@@ -227,6 +237,19 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
     --------
     >>> cross_entropy_grad(numpy.zeros((1, 4), dtype="float32"), numpy.array([2])).dz
     array([[ 0.25,  0.25, -0.75,  0.25]], dtype=float32)
+
+    The sum of the samples' losses, their mean, and the mean weighted by class, which PyTorch divides by the weights of
+    the samples that count:
+
+    >>> z, labels = numpy.zeros((3, 2), dtype="float32"), numpy.array([0, 1, -100])
+    >>> cross_entropy_grad(z, labels).db
+    array([0., 0.], dtype=float32)
+    >>> counted = labels != -100
+    >>> cross_entropy_grad(z, labels, alpha=1 / counted.sum()).dz[0]
+    array([-0.25,  0.25], dtype=float32)
+    >>> weight = numpy.array([3, 1], dtype="float32")[labels * counted] * counted
+    >>> cross_entropy_grad(z, labels, sample_weight=weight, alpha=1 / weight.sum()).db
+    array([-0.25,  0.25], dtype=float32)
     """
     label_smoothing = accept_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
@@ -241,7 +264,7 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
 
 def _output_grads(inputs: Inputs, above: Above, batch_axis: int, keepdims: bool, alpha: float, out: Any,
                   accumulate: bool, plan: UpstreamPlan | None, stream: Any) -> OutputGrads:
-    alpha, outs = accept_alpha(alpha, inputs), accept_tuple("out", out, OutputGrads)
+    alpha, outs = accept_alpha(alpha, inputs), accept_outs(out, OutputGrads, accumulate, added=("db",))
     inputs = replace(inputs, beside=above.arguments)
     dz = accept_out("out.dz", outs.dz, inputs, inputs.dz.memory.shape, False, in_place=(inputs.dz, above.z))
     dz = replace(dz, features_first=inputs.dz.layout == "features_first" and not batch_axis)
