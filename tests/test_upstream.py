@@ -437,8 +437,8 @@ WRONG = {
     "one-hot": (ShapeError, r"one-hot\? then pass labels.argmax\(axis=-1\)",
                 lambda a: dg.cross_entropy_grad(a, (a > 0).astype("int64"))),
     "labels of torch's order": (
-        ShapeError, r"labels must have one value for each sample, shape \(2, 3\); got \(2, 4\); are the classes on axis "
-        r"1 of z\? then pass numpy.moveaxis\(z, 1, -1\)",
+        ShapeError, r"labels must have one value for each sample, shape \(2, 3\); got \(2, 4\); are the classes on "
+        r"axis 1 of z\? then pass numpy.moveaxis\(z, 1, -1\)",
         lambda a: dg.cross_entropy_grad(a.reshape(2, 3, 4), (a.reshape(2, 3, 4)[:, 0] > 0).astype("int64"))),
     "compensated": (TypeError, "compensated must be True or False; got 2", lambda a: dg.bias_grad(a, compensated=2)),
     "keepdims": (TypeError, "keepdims must be True or False; got 'no'", lambda a: dg.bias_grad(a, keepdims="no")),

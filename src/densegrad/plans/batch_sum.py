@@ -6,10 +6,10 @@ from functools import cached_property, lru_cache
 from math import gcd, isqrt
 
 from ..errors import PlanError
-from .common import ITEM_BYTES, accumulator_of, ceil_div, nth, power_of_two
+from .common import ITEM_BYTES, accumulator_of, ceil_div, check_choice, check_sizes, nth, power_of_two
 
 #: How the matrix of (samples, outputs) lies in memory: outputs side by side; that without gaps between the samples;
-#: samples side by side.
+#: samples side by side. plan_batch_sum says when each applies.
 LAYOUTS = ("rows", "flat", "features_first")
 
 
@@ -36,10 +36,9 @@ class BatchSumPlan:
     compensated: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in ITEM_BYTES:
-            raise PlanError(f"plan: dtype must be one of {', '.join(ITEM_BYTES)}; got {self.dtype!r}")
-        if self.layout not in LAYOUTS:
-            raise PlanError(f"plan: layout must be one of {', '.join(LAYOUTS)}; got {self.layout!r}")
+        check_choice("plan: dtype", self.dtype, ITEM_BYTES)
+        check_choice("plan: layout", self.layout, LAYOUTS)
+        check_sizes(samples=self.samples, outputs=self.outputs)
         for name in ("threads_x", "lanes", "in_flight", "samples_per_part", "vectors", "runs_per_block", "folders"):
             if getattr(self, name) < 1:
                 raise PlanError(f"plan: {name} must be at least 1; got {getattr(self, name)}")
@@ -233,9 +232,32 @@ IN_FLIGHT = 4
 SMALL = 2 ** 14
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensated: bool = False) -> BatchSumPlan:
-    """The plan for these sizes, this dtype and this layout (one of LAYOUTS)."""
+    """The plan for these sizes, this dtype and this layout.
+
+    Parameters
+    ----------
+    samples, outputs : int
+        Sizes, S and M.
+    dtype : "float16", "bfloat16", "float32" or "float64"
+        Of dz.
+    layout : "rows", "flat" or "features_first"
+        How dz lies in memory, LAYOUTS. "flat": the outputs of a sample side by side and no gap between samples, as in
+        a new array (S, M) in C order. "rows": with gaps, as in a slice of columns, or where there is one sample.
+        "features_first": the samples of an output side by side, as in Fortran order, or in a new array (M, S) that is
+        passed with batch_axis=1.
+    compensated : bool
+        Whether sums are compensated.
+
+    Raises
+    ------
+    PlanError
+        If one of these is none.
+    """
+    check_sizes(samples=samples, outputs=outputs)
+    check_choice("dtype", dtype, ITEM_BYTES)
+    check_choice("layout", layout, LAYOUTS)
     if not samples or not outputs:
         return replace(_one_part(samples or 1, outputs or 1, dtype, compensated), samples=samples, outputs=outputs)
     if layout == "features_first":

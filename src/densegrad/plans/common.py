@@ -1,6 +1,7 @@
 """What every family of plans needs: sizes of dtypes and grids, whole steps, and the check of a user's plan."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import PlanError
@@ -37,6 +38,31 @@ def check_plan(plan: Any, kind: type | tuple[type, ...], sizes: dict[str, Any], 
             raise PlanError(f"{name} was made for {size} {getattr(plan, size)}, but the inputs have {wanted} (make one "
                             f"for {given}, as the functions of densegrad.plans do)")
     return plan
+
+
+def check_sizes(**sizes: int) -> None:
+    """Hold sizes to what they can be.
+
+    Raises
+    ------
+    PlanError
+        If one is negative or no int.
+    """
+    for name, size in sizes.items():
+        if type(size) is not int or size < 0:
+            raise PlanError(f"{name} must be an int, at least 0; got {size!r}")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Hold a name to those that there are.
+
+    Raises
+    ------
+    PlanError
+        If it is none of these.
+    """
+    if value not in choices:
+        raise PlanError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def ceil_div(length: int, step: int) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..errors import PlanError
-from .common import ITEM_BYTES, ceil_div
+from .common import ITEM_BYTES, ceil_div, check_choice, check_sizes
 from .tiling import (
     MODEL_BLOCK,
     MODEL_LATENCY,
@@ -70,8 +70,8 @@ class MatmulPlan(Tiling):
     parts: int = 1
 
     def __post_init__(self) -> None:
-        if self.dtype not in ITEM_BYTES:
-            raise PlanError(f"dtype must be one of {', '.join(ITEM_BYTES)}; got {self.dtype!r}")
+        check_choice("dtype", self.dtype, ITEM_BYTES)
+        check_sizes(rows=self.rows, cols=self.cols, depth=self.depth)
         for name in ("tile_rows", "tile_cols", "tile_depth", "thread_rows", "thread_cols"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):

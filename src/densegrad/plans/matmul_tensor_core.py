@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..errors import PlanError
-from .common import ITEM_BYTES, ceil_div
+from .common import ITEM_BYTES, ceil_div, check_choice, check_sizes
 from .tiling import (
     MODEL_BLOCK,
     MODEL_LATENCY,
@@ -93,6 +93,7 @@ class TensorCorePlan(Tiling):
         if self.precision not in wanted:
             raise PlanError(f"tensor cores take float16 and bfloat16 with precision None, float32 with one of {TF32}; "
                             f"got {self.dtype} with {self.precision!r}")
+        check_sizes(rows=self.rows, cols=self.cols, depth=self.depth)
         for name in ("tile_rows", "tile_cols", "warp_rows", "warp_cols"):
             value = getattr(self, name)
             if value < 32 or value & (value - 1):
@@ -200,6 +201,7 @@ def plan_of_tile(rows: int, cols: int, depth: int, dtype: str, precision: str | 
                  tile: tuple[int, int, int, int, int], capability: tuple[int, int] = TENSOR_CORE_CAPABILITY,
                  parts: int = 1) -> TensorCorePlan:
     """The plan with one of TENSOR_CORE_TILES. Copies that pass through registers fill one stage ahead, so two do."""
+    check_choice("dtype", dtype, ITEM_BYTES)
     tile_rows, tile_cols, warp_rows, warp_cols, stages = tile
     return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows, tile_cols,
                           TILE_DEPTH_BYTES // ITEM_BYTES[dtype], warp_rows, warp_cols,

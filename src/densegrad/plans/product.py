@@ -7,7 +7,7 @@ from math import prod
 from typing import TypeVar
 
 from ..errors import PlanError
-from .common import GRID_Y, ITEM_BYTES, ceil_div
+from .common import GRID_Y, ITEM_BYTES, ceil_div, check_sizes
 from .matmul_simt import MATMUL_TILES, MatmulPlan, transposed_tile
 from .matmul_tensor_core import (
     FLOAT16_CAPABILITY,
@@ -27,7 +27,7 @@ MIN_TILES_OF_A_PART = 4
 SMALL_WORKSPACE = 2**23
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
     """The plan for these sizes and this dtype: the fewest warps among those within 5 % of the model's best.
 
@@ -38,10 +38,11 @@ def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
     return _cheapest(matmul_candidates(rows, cols, depth, dtype))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
                      capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> TensorCorePlan:
     """The plan with instructions that this compute capability has, chosen as by plan_matmul."""
+    _check_capability(capability)
     instructions = TENSOR_CORE_CAPABILITY if capability >= TENSOR_CORE_CAPABILITY else FLOAT16_CAPABILITY
     return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, instructions))
 
@@ -77,11 +78,17 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     ValueError
         If precision is none of these.
     PlanError
-        If the dtype cannot be multiplied so, or the GPU cannot do it.
+        If a size is negative, the dtype cannot be multiplied so, or the GPU cannot do it.
     """
+    _check_capability(capability)
     if _on_tensor_cores(dtype, precision, capability):
         return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None, capability)
     return plan_matmul(rows, cols, depth, dtype)
+
+
+def _check_capability(capability: tuple[int, int]) -> None:
+    if not isinstance(capability, tuple) or [*map(type, capability)] != [int, int]:
+        raise PlanError(f"capability must be a tuple of two ints, such as (9, 0); got {capability!r}")
 
 
 def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, int]) -> bool:
@@ -121,6 +128,7 @@ def check_precision(plan: MatmulPlan | TensorCorePlan, precision: str | None, ca
 
 def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[MatmulPlan]:
     """Every plan that plan_matmul chooses from."""
+    check_sizes(rows=rows, cols=cols, depth=depth)
     double = dtype == "float64"
     tiles = dict.fromkeys(tile for listed in MATMUL_TILES for tile in (listed, transposed_tile(listed)))
     plans: list[MatmulPlan] = []
@@ -136,6 +144,7 @@ def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[Matm
 def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
                            capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> list[TensorCorePlan]:
     """Every plan that plan_tensor_core chooses from."""
+    check_sizes(rows=rows, cols=cols, depth=depth)
     tiles = dict.fromkeys(tile for r, c, i, j, stages in TENSOR_CORE_TILES
                           for tile in ((r, c, i, j, stages), (c, r, j, i, stages)))
     plans: list[TensorCorePlan] = []

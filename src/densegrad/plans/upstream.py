@@ -7,6 +7,7 @@ from math import gcd
 
 from ..errors import PlanError
 from .batch_sum import (
+    LAYOUTS,
     MOST_BLOCKS,
     SMALL,
     BatchSumPlan,
@@ -15,7 +16,7 @@ from .batch_sum import (
     steps_of_a_part,
     worthy_blocks,
 )
-from .common import ITEM_BYTES, ceil_div, nth, power_of_two
+from .common import ITEM_BYTES, ceil_div, check_choice, check_sizes, nth, power_of_two
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh")
 #: what lies above beside activations: softmax and cross-entropy
@@ -148,12 +149,21 @@ def log_sum_exp_block(samples: int, outputs: int, features_first: bool) -> tuple
     return (256, 1) if few else (32, 8)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def plan_upstream(samples: int, outputs: int, dtype: str, layout: str, above: str) -> UpstreamPlan:
     """The plan for forming dZ of these sizes, in one of LAYOUTS, below one of ACTIVATIONS or CROSS_ENTROPY.
 
-    A thread keeps the elements of two steps, so that 1,024 threads have as much under way as those of a sum.
+    A thread keeps the elements of two steps, so that 1,024 threads have as much under way as those of a sum. Sizes,
+    dtype and layout are those of `plan_batch_sum`.
+
+    Raises
+    ------
+    PlanError
+        If one of these is none.
     """
+    check_sizes(samples=samples, outputs=outputs)
+    check_choice("dtype", dtype, ITEM_BYTES)
+    check_choice("layout", layout, LAYOUTS)
     vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
     rows, cols = max(samples, 1), max(outputs, 1)
     small = rows * cols <= SMALL

@@ -1,0 +1,51 @@
+"""What makers of plans refuse: sizes, dtypes, layouts and capabilities that mean nothing, by errors that name them."""
+import numpy as np
+import pytest
+
+from densegrad import plans
+from densegrad.errors import PlanError
+from densegrad.plans import BatchSumPlan, MatmulPlan, TensorCorePlan
+
+MAKERS = {
+    "plan_batch_sum": (plans.plan_batch_sum, {"samples": 64, "outputs": 10, "dtype": "float32", "layout": "flat"}),
+    "plan_upstream": (plans.plan_upstream, {"samples": 64, "outputs": 10, "dtype": "float32", "layout": "flat",
+                                            "above": "relu"}),
+    "plan_matmul": (plans.plan_matmul, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32"}),
+    "plan_tensor_core": (plans.plan_tensor_core, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32",
+                                                  "precision": "tf32", "capability": (8, 0)}),
+    "plan_product": (plans.plan_product, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32", "precision": None,
+                                          "capability": (9, 0)}),
+    "BatchSumPlan": (BatchSumPlan, {"samples": 64, "outputs": 10, "dtype": "float32", "layout": "rows", "threads_x": 4,
+                                    "lanes": 8, "in_flight": 1, "samples_per_part": 64}),
+    "MatmulPlan": (MatmulPlan, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32", "tile_rows": 8, "tile_cols": 8,
+                                "tile_depth": 4, "thread_rows": 4, "thread_cols": 4}),
+    "TensorCorePlan": (TensorCorePlan, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32", "precision": "tf32",
+                                        "tile_rows": 32, "tile_cols": 32, "tile_depth": 16, "warp_rows": 32,
+                                        "warp_cols": 32, "stages": 3}),
+}
+#: what no plan has: argument -> (value, what is said)
+WRONG = {
+    "samples": ((-1, "samples must be an int, at least 0; got -1"), (2.5, "samples must be .*; got 2.5")),
+    "outputs": ((-10, "outputs must be an int, at least 0; got -10"), ("10", "outputs must be .*; got '10'")),
+    "rows": ((-4, "rows must be an int, at least 0; got -4"), (None, "rows must be .*; got None")),
+    "cols": ((-4, "cols must be an int, at least 0; got -4"), (4.0, "cols must be .*; got 4.0")),
+    "depth": ((-4, "depth must be an int, at least 0; got -4"), (np.int64(4), "depth must be")),
+    "dtype": (("float31", "float16, bfloat16, float32.*float31"), ("int32", "float16, bfloat16, float32.*int32")),
+    "layout": (("nonsense", "layout must be one of rows, flat, features_first; got 'nonsense'"),
+               ("C", "layout must be one of rows, flat, features_first; got 'C'")),
+    "above": (("rellu", "above must be one of identity, relu"),),
+    "capability": ((9.0, r"capability must be a tuple of two ints, such as \(9, 0\); got 9.0"),
+                   ("9.0", "capability must be a tuple of two ints"), ((9,), "capability must be a tuple of two")),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_plans_are_made_of_what_there_is(maker):
+    make, arguments = MAKERS[maker]
+    make(**arguments)
+    for name in arguments.keys() & WRONG.keys():
+        for value, message in WRONG[name]:
+            if maker == "TensorCorePlan" and name == "dtype":
+                message = f"tensor cores take float16 and bfloat16 .*; got {value}"
+            with pytest.raises(PlanError, match=message):
+                make(**arguments | {name: value})
