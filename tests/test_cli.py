@@ -1,5 +1,6 @@
 """The command line, run in this process on the lane's device, or in its own where start-up is what is tested."""
 import dataclasses
+import io
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import densegrad
@@ -363,6 +365,20 @@ def test_check_notices_bits_that_differ(monkeypatch):
     assert outcome.share <= 1
     assert not outcome.repeats
     assert not outcome.passed
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_check_breaks_no_name_at_80_columns(repeats):
+    cases = [case for kind in ("simulator", "gpu") for case in checks.cases(kind)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(cli._check_table([checks.Outcome(case, 1e-16, 1e-16, 1.0, repeats) for case in cases]))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    words = [word for line in lines for word in line.split()]
+    for name in ("function", "compensated", "in_out", "out_in", "bfloat16", "tf32x3", "1.0e-16"):
+        assert name in words
+    for function in {case.function for case in cases}:
+        assert words.count(function) == sum(case.function == function for case in cases)
 
 
 def test_check_goes_on_after_an_error(monkeypatch):

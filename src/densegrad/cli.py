@@ -419,7 +419,11 @@ def check(
 
 
 def _check_table(outcomes: list[Any]) -> Table:
-    table = _table(None, ("function", "S, D, M", "dtype", "axis", "weights"), ("worst error", "bound"), ("",))
+    table = _table(None, ("function", "S, D, M", "dtype", "axis", "weights"), ("error", "bound"), ("",))
+    # So that 80 columns are enough for every name; a line is broken at spaces only.
+    table.padding = 0, 1, 0, 0
+    for column, width in zip(table.columns, (18, 8, 8, 4, 7, 7, 7, 6), strict=True):
+        column.min_width = width
     for outcome in outcomes:
         case = outcome.case
         restless = outcome.share <= 1 and not outcome.repeats

@@ -63,11 +63,12 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
     alpha : float
         What the sum is multiplied by, before it is added into `out` or rounded: 1/S of a mean loss, for example.
     out : array, optional
-        Where to write db; its dtype may be another one, and is rounded to once.
+        Where to write db; its dtype may be another one, and is rounded to once. Any strides that keep its elements
+        apart, of whole elements and with leading axes that flatten to one; NumPy's arrays beside a GPU may have others.
     accumulate : bool
         Whether to add into `out` instead of overwriting it.
     plan : BatchSumPlan, optional
-        How to compute it, compensated or not, instead of what `plans.plan_batch_sum` says.
+        How to compute it, compensated or not, instead of what `plans.plan_batch_sum` says, which tells the layouts.
     stream : CuPy stream, Numba stream, int or object with `__cuda_stream__`, optional
         Where to queue the work instead of CuPy's current stream. Nothing is synchronised.
 

@@ -148,7 +148,7 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
         dtype with alpha in it, so that a small alpha loses what float16 has no room for: scale the loss up against
         that, and the sums down. `dense_grads` scales its sums only.
     out : OutputGrads of arrays or None, optional
-        Where to write dz and db. `out.dz` has the dtype of da, and may be da or z itself.
+        Where to write dz and db, each as in `bias_grad`. `out.dz` has the dtype of da, and may be da or z itself.
     accumulate : bool
         Whether db is added into `out.db`; dz is overwritten always.
     plan : UpstreamPlan, optional
