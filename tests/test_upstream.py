@@ -385,7 +385,7 @@ def test_dense_grads_goes_below_the_activation(batch_axis, xp):
 
 
 @pytest.mark.parametrize(("dtype", "option", "batch_axis", "parts"), [
-    ("float16", "relu", 0, 1), ("bfloat16", "gelu", 1, 1), ("float16", "mask", 1, 2), ("float16", "weights", 0, 2)])
+    ("float16", "relu", 0, 1), ("bfloat16", "gelu", 1, 1), ("float16", "mask", 1, 1), ("float16", "weights", 0, 2)])
 def test_alpha_scales_sums_and_not_what_is_rounded_to_half(dtype, option, batch_axis, parts, xp):
     """An alpha that float16 has no room for, with results in float32: those without alpha, scaled."""
     shape = (4, 23) if batch_axis else (23, 4)
@@ -396,6 +396,7 @@ def test_alpha_scales_sums_and_not_what_is_rounded_to_half(dtype, option, batch_
                }.get(option, {"activation": option, "z": z})
     # Cut into parts, it is the second launch that scales db.
     plan = small_plan(option if "z" in options else "identity", 23, 4, dtype, batch_axis, parts)
+    assert plan.sum.parts == parts
 
     def grads(alpha, accumulate):
         outs = dg.DenseGrads(*(xp.full(size, 1 if accumulate else np.nan, "float32") for size in ((23, 5), (5, 4), 4)))
