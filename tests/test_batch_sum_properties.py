@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import densegrad as dg
 from densegrad.device import dtype_of
-from densegrad.testing import LAYOUTS, SENTINEL, Placed, bits, normal
+from densegrad.testing import LAYOUTS, SENTINEL, Placed, Strided, bits, normal
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ KERNELS = (
 
 @st.composite
 def problems(draw, kernels):
-    """(values, where they lie, plan): of a shape and in memory that call for these kernels."""
+    """(values, where they lie, the caller's batch axis, plan): of a shape and in memory that call for these kernels."""
     samples, outputs = draw(st.integers(2, 90)), draw(st.integers(*kernels.outputs))
     plan = small_plan(samples, outputs, kernels.dtype, kernels.layout, draw(st.integers(1, 2)), kernels.compensated)
     values = normal((samples, outputs), kernels.dtype, seed=draw(st.integers(0, 9)))
@@ -57,32 +57,10 @@ def problems(draw, kernels):
         values[half:2 * half] = -np.random.default_rng(half).permutation(values[:half])
     gap = 0 if kernels.layout == "flat" else draw(st.integers(0, 9))
     backwards = kernels.layout != "flat" and draw(st.booleans())
-    return values, Memory(draw(st.integers(0, 33)), gap, backwards, draw(st.booleans())), plan
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Elements before the first and between lines, whether the last line comes first, and the caller's batch axis."""
-
-    offset: int
-    gap: int
-    backwards: bool
-    batch_axis: int
-
-    def place(self, values, layout, xp):
-        """values as bias_grad takes them, among NaN that spoil every sum they are read into."""
-        lines = values.T if layout == "features_first" else values
-        pitch = lines.shape[1] + self.gap
-
-        def view(cells):
-            inside = cells[self.offset:self.offset + lines.shape[0] * pitch].reshape(-1, pitch)[:, :lines.shape[1]]
-            return inside[::-1] if self.backwards else inside
-
-        cells = np.full(self.offset + lines.shape[0] * pitch + 33, np.nan, values.dtype)
-        view(cells)[...] = lines
-        placed = view(xp.asarray(cells))
-        samples_first = placed.T if layout == "features_first" else placed
-        return samples_first.T if self.batch_axis else samples_first
+    order = (1, 0) if kernels.layout == "features_first" else (0, 1)
+    layout = Strided.of(values.shape, order, [gap * (axis == order[0]) for axis in (0, 1)], order[:1] * backwards,
+                        offset=draw(st.integers(0, 33)))
+    return values, layout, draw(st.booleans()), plan
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=str)
@@ -90,11 +68,12 @@ def test_every_sum_has_the_bits_of_its_plans_order_and_touches_nothing_else(kern
     @settings(deadline=None, derandomize=True, max_examples=10)
     @given(problems(kernels), st.sampled_from(sorted(LAYOUTS)), st.sampled_from([1.0, 0.5, -1.75, 1 / 3]))
     def holds(problem, out_memory, alpha):
-        values, memory, plan = problem
+        values, layout, batch_axis, plan = problem
         before = normal((plan.outputs,), kernels.out_dtype, seed=3) if kernels.accumulate else None
         out = Placed(np.full(plan.outputs, np.nan, dtype_of(kernels.out_dtype)) if before is None else before,
                      out_memory, xp, SENTINEL)
-        dg.bias_grad(memory.place(values, kernels.layout, xp), batch_axis=memory.batch_axis, alpha=alpha, out=out.array,
+        dz = Placed(values, layout, xp).array
+        dg.bias_grad(dz.T if batch_axis else dz, batch_axis=int(batch_axis), alpha=alpha, out=out.array,
                      accumulate=kernels.accumulate, compensated=kernels.compensated, plan=plan)
         expected = model(plan, values, kernels.out_dtype, alpha, before)
         np.testing.assert_array_equal(bits(out.read()), bits(expected))

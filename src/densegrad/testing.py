@@ -1,7 +1,9 @@
 """What tests, `densegrad check` and benchmarks share: data, memory layouts with guards, derived bounds, the verdict."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import frexp
 from types import ModuleType
 from typing import Any
 
@@ -53,32 +55,102 @@ LAYOUTS: dict[str, Callable[[Any, int, int], Any]] = {
 }
 
 
-class Placed:
-    """Values in memory of their own, in one of LAYOUTS, with cells around and between them that nothing may touch.
+@dataclass(frozen=True)
+class Strided:
+    """Where the elements of an array lie in one-dimensional memory; all of it counts elements.
 
     Parameters
     ----------
-    values : ndarray of one or two dimensions
+    shape, strides : tuple of int
+        Of the array. Strides may be negative, or 0, where elements share memory.
+    first : int
+        Where the element (0, ..., 0) lies.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    first: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int], order: Sequence[int] | None = None, gaps: Sequence[int] = (),
+           backwards: Sequence[int] = (), repeated: Sequence[int] = (), offset: int = 0) -> Strided:
+        """Axes in this order in memory, from the outermost to the innermost: in their own, if none is given.
+
+        gaps[axis] elements lie between what belongs to neighbours along the axis; the axes `backwards` have negative
+        strides, those `repeated` stride 0; offset elements lie before all of them.
+        """
+        strides, first, span = [0] * len(shape), offset, 1
+        for axis in reversed(range(len(shape)) if order is None else order):
+            if axis not in repeated:
+                strides[axis] = span + (gaps[axis] if gaps else 0)
+                reach = max(shape[axis] - 1, 0) * strides[axis]
+                span += reach
+                if axis in backwards:
+                    strides[axis], first = -strides[axis], first + reach
+        return cls(tuple(shape), tuple(strides), first)
+
+    @classmethod
+    def drawn(cls, draw: np.random.Generator, shape: Sequence[int], order: Sequence[int] | None = None, *,
+              repeated: bool = False) -> Strided:
+        """One of all orders of the axes, if none is given, as likely with gaps as without, forwards or backwards.
+
+        repeated lets axes have stride 0.
+        """
+        axes = range(len(shape))
+        gaps = draw.integers(0, 4, len(shape)) * (draw.random(len(shape)) < draw.choice([0, 0.5]))
+        order = [int(axis) for axis in draw.permutation(len(shape))] if order is None else order
+        return cls.of(shape, order, [int(gap) for gap in gaps],
+                      [axis for axis in axes if draw.random() < 0.15],
+                      [axis for axis in axes if repeated and draw.random() < 0.08], int(draw.choice([0, 0, 1, 8, 13])))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes from the outermost in memory to the innermost."""
+        return tuple(sorted(range(len(self.shape)), key=lambda axis: -abs(self.strides[axis])))
+
+    @property
+    def cells(self) -> int:
+        """The elements of memory from its start to behind the last of the array's."""
+        return self.first + 1 + sum(max(size - 1, 0) * max(stride, 0)
+                                    for size, stride in zip(self.shape, self.strides, strict=True))
+
+    def view(self, memory: Any, module: ModuleType = np) -> Any:
+        """The array, in memory of one dimension."""
+        return module.lib.stride_tricks.as_strided(memory[self.first:], self.shape,
+                                                   [stride * memory.itemsize for stride in self.strides])
+
+
+class Placed:
+    """Values in memory of their own, with cells around and between them that nothing may touch.
+
+    Parameters
+    ----------
+    values : ndarray of one or two dimensions, or of any number if Strided says where they lie
         What `array` holds.
-    layout : str
-        One of LAYOUTS.
+    layout : str or Strided
+        One of LAYOUTS, or where each element lies.
     module : numpy or cupy
         Whose array.
     surround : float
         What the other cells hold: NaN, which spoils every result it is read into, or a number to be found again.
     """
 
-    def __init__(self, values: np.ndarray, layout: str = "C", module: ModuleType = np, surround: float = np.nan):
+    def __init__(self, values: np.ndarray, layout: str | Strided = "C", module: ModuleType = np,
+                 surround: float = np.nan):
         self._shape, self._layout = values.shape, layout
-        rows, cols = (1, *values.shape)[-2:]
-        self._host = np.full(2 * _MARGIN + 6 * (rows + 16) * (cols + 16), surround, values.dtype)
+        rows, cols = (1, 1, *values.shape)[-2:]
+        cells = layout.cells if isinstance(layout, Strided) else 6 * (rows + 16) * (cols + 16)
+        self._host = np.full(2 * _MARGIN + cells, surround, values.dtype)
         self._view(self._host)[...] = values
         self._memory = module.asarray(self._host.copy())
-        self.array = self._view(self._memory)
+        self.array = self._view(self._memory, module)
 
-    def _view(self, memory: Any) -> Any:
+    def _view(self, memory: Any, module: ModuleType = np) -> Any:
+        inside = memory[_MARGIN:-_MARGIN]
+        if isinstance(self._layout, Strided):
+            return self._layout.view(inside, module)
         rows, cols = (1, *self._shape)[-2:]
-        return LAYOUTS[self._layout](memory[_MARGIN:-_MARGIN], rows, cols).reshape(self._shape)
+        return LAYOUTS[self._layout](inside, rows, cols).reshape(self._shape)
 
     def read(self) -> np.ndarray:
         """The values that `array` holds now.
@@ -116,13 +188,13 @@ def bits(array: Any) -> np.ndarray:
 
 def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int, dtype: str,
                 result_dtype: str | None = None, compensated: bool = False, product_error: float = 0.0,
-                lost: np.ndarray | float = 0.0) -> np.ndarray:
+                alpha: float = 1.0, lost: np.ndarray | float = 0.0) -> np.ndarray:
     """What the error of a sum of products may be, entry by entry.
 
     Parameters
     ----------
     magnitude : ndarray
-        The sum of the products' magnitudes, |x|ᵀ|dz|.
+        The sum of the products' magnitudes, |x|ᵀ|dz|, times |alpha|.
     exact : ndarray
         The result in float64.
     chain, terms : int
@@ -133,8 +205,11 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
         Whether what the additions rounded away was added up beside the sums.
     product_error : float
         What each product may be off by before it is added, of its magnitude.
+    alpha : float
+        What the sum is multiplied by. One that is no power of two is rounded to the type of the sums, and so is what is
+        multiplied by it.
     lost : ndarray or float
-        What the products may be off by besides, all together.
+        What the result may be off by besides, since the numbers that it is the sum of are.
 
     Returns
     -------
@@ -144,8 +219,9 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
         both together is one rounding more where the result has another type.
     """
     accumulator, result_dtype = accumulator_of(dtype), result_dtype or dtype
-    relative = ((chain + 1) * ROUNDOFF[accumulator]) ** (1 + compensated) + product_error
-    sums = relative * magnitude + lost + (chain + 1) * UNDERFLOW[accumulator]
+    roundings = chain + 1 + 2 * (frexp(abs(alpha))[0] != 0.5)
+    relative = (roundings * ROUNDOFF[accumulator]) ** (1 + compensated) + product_error
+    sums = relative * magnitude + lost + (chain + 1) * max(1.0, abs(alpha)) * UNDERFLOW[accumulator]
     if compensated and result_dtype != accumulator:
         sums = sums + ROUNDOFF[accumulator] * np.abs(exact)
     return (sums + ROUNDOFF[result_dtype] * (np.abs(exact) + sums) + UNDERFLOW[result_dtype]
