@@ -75,6 +75,8 @@ class Argument:
         *batch, cols = memory.shape
         rows, itemsize = math.prod(batch), memory.dtype.itemsize
         down, across = _flat_stride(batch, memory.strides[:-1]), memory.strides[-1] if cols > 1 else itemsize
+        if not rows or not cols:
+            down, across = cols * itemsize, itemsize  # of no elements, strides say nothing
         row_stride, col_stride, compact = cols, 1, True
         if down is not None and not (down % itemsize or across % itemsize or memory.byte % itemsize
                                      or memory.place == device.HOST):
