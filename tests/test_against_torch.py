@@ -1,0 +1,126 @@
+"""PyTorch's autograd in float64 against these functions: losses with every option, activations, layers of any batch.
+
+Left out without PyTorch, which is no dependency and large: the one accepted skip. What is drawn, and the bounds, are
+those of random calls.
+"""
+import itertools
+
+import numpy as np
+import pytest
+
+from densegrad.plans import ACTIVATIONS
+from densegrad.testing import Strided, check_within
+from tests.random_calls import DTYPES, Call
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
+
+FUNCTIONS = {
+    "identity": lambda z: z, "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+    "silu": functional.silu, "gelu": functional.gelu,
+    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
+}
+
+
+def leaf(array):
+    """The numbers in float64, to be differentiated by."""
+    return torch.from_numpy(np.array(array, np.float64, order="C")).requires_grad_()
+
+
+def samples_first(call, name):
+    """An array of a call with the outputs last, and zeros for what a mask leaves out."""
+    array = np.moveaxis(call.values[name], 0, -1) if call.batch_axis else call.values[name]
+    return np.nan_to_num(array.astype(np.float64))
+
+
+def check(call, xp, alpha, z, bias):
+    """Hold a call's dz and db to what z and bias, which was added to it, have as gradients."""
+    found, launches = call.run(xp, alpha)
+    expected = call.expected(launches, alpha)
+    dz = z.grad.numpy()
+    exact = {"dz": np.moveaxis(dz, -1, 0) if call.batch_axis else dz,
+             "db": bias.grad.numpy().reshape(found["db"].shape)}
+    for name, (_, bound) in expected.items():
+        check_within(found[name], exact[name], bound)
+
+
+#: A loss for each sample; class weights are sample weights where targets are not smoothed, else have no counterpart.
+LOSSES = [losses for losses in itertools.product(("sum", "mean", "weighted", "chosen", "class weights"),
+                                                 (0.0, 0.1, 1.0), (-100, 1), (1, 2, 3, 4))
+          if not (losses[0] == "class weights" and losses[1])]
+
+
+@pytest.mark.parametrize(("reduction", "label_smoothing", "ignore_index", "axes"), LOSSES)
+def test_cross_entropy_with_every_option(reduction, label_smoothing, ignore_index, axes, xp):
+    number = LOSSES.index((reduction, label_smoothing, ignore_index, axes))
+    kind = {"weighted": "float32", "chosen": "bool", "class weights": "float32"}.get(reduction)
+    call = classifier(number, axes=axes, ignore_index=ignore_index, label_smoothing=label_smoothing, sample_weight=kind,
+                      dtype=DTYPES[number // 4 % 4], batch_axis=number // 4 % 2 if axes == 1 else 0)
+    if number % 2 and axes > 1 and not call.in_place:
+        # The classes on axis 1 in memory, where PyTorch has them.
+        call.layouts["dz"] = Strided.of(call.values["dz"].shape, (0, axes, *range(1, axes)))
+    weights, labels = call.values.get("sample_weight"), call.values["labels"].astype("int64")
+    if reduction == "chosen":
+        labels = np.where(weights, labels, 0)
+    kept, of_classes, alpha = labels != ignore_index, None, 1.0
+    if reduction == "mean":
+        alpha = 1 / kept.sum()
+    elif reduction == "class weights":
+        of_classes = np.arange(1, call.out_features + 1, dtype="float32")
+        weights = np.where(kept, of_classes[np.where(kept, labels, 0)], 0)
+        call.layouts["sample_weight"], call.values["sample_weight"] = Strided.of(weights.shape), weights
+        alpha = 1 / weights.sum(dtype=np.float64)
+    z, bias = leaf(samples_first(call, "dz")), leaf(np.zeros(call.out_features))
+    loss = functional.cross_entropy(
+        (z + bias).movedim(-1, 1), torch.from_numpy(labels), None if of_classes is None else leaf(of_classes).detach(),
+        ignore_index=ignore_index, label_smoothing=label_smoothing,
+        reduction={"sum": "sum", "mean": "mean", "class weights": "mean"}.get(reduction, "none"))
+    if reduction in ("weighted", "chosen"):
+        loss = (loss * leaf(weights).detach()).sum()
+    loss.backward()
+    check(call, xp, float(alpha), z, bias)
+
+
+def classifier(seed, **fixed):
+    """A call of which not all samples are ignored."""
+    for drawn in itertools.count(seed, 1000):
+        call = Call("cross_entropy_grad", drawn, accumulate=False, refusals=False, empty="", **fixed)
+        if (call.values["labels"] != call.options["ignore_index"]).any():
+            return call
+    raise AssertionError("itertools.count came to an end")
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3, 4])
+@pytest.mark.parametrize("weights", [None, "bool", "float32"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, weights, axes, xp):
+    seed = ACTIVATIONS.index(activation) + axes
+    call = Call("activation_grad", seed, dtype=DTYPES[seed % 4], axes=axes, activation=activation,
+                sample_weight=weights, accumulate=False, refusals=False, empty="",
+                batch_axis=seed % 2 if axes == 1 else 0)
+    da, bias = torch.from_numpy(samples_first(call, "dz")), leaf(np.zeros(call.out_features))
+    z = leaf(samples_first(call, "z") if "z" in call.values else np.zeros(da.shape))
+    if activation == "leaky_relu":
+        a = functional.leaky_relu(z + bias, call.options["negative_slope"])
+    else:
+        a = FUNCTIONS[activation](z + bias)
+    weight = call.values.get("sample_weight", np.ones(call.batch)).astype(np.float64)
+    a.backward(call.alpha * torch.from_numpy(weight)[..., None] * da)
+    check(call, xp, call.alpha, z, bias)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3, 4])
+def test_linear_layers_in_every_memory_order(axes, xp):
+    for seed, order in enumerate(itertools.permutations(range(axes + 1))):
+        call = Call("dense_grads", seed, order, dtype=DTYPES[seed % 4], need=("dx", "dw", "db"), activation=None,
+                    sample_weight=None, weight_layout="out_in", precision=None, accumulate=False,
+                    refusals=False, empty="")
+        x, w, dz = (call.values[name].astype(np.float64) for name in ("x", "w", "dz"))
+        layer = torch.nn.Linear(call.in_features, call.out_features, dtype=torch.float64)
+        layer.weight.data[...] = torch.from_numpy(w)
+        x = leaf(x)
+        layer(x).backward(torch.from_numpy(call.alpha * dz))
+        found, launches = call.run(xp)
+        for name, gradient in (("dx", x.grad), ("dw", layer.weight.grad), ("db", layer.bias.grad)):
+            _, bound = call.expected(launches)[name]
+            check_within(found[name], gradient.numpy().reshape(found[name].shape), bound)
