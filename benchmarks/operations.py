@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from densegrad import checks, reference, testing
+from densegrad import reference, testing
+from densegrad.commands import checks
 from densegrad.device import dtype_of
 from densegrad.layers import LAYERS
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import densegrad
-from densegrad import checks, cli, demo, device, explain, picture, reference
+from densegrad import device, reference
+from densegrad.commands import checks, cli, demo, explain, picture
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("demo", "grads", "explain", "info", "check", "ptx")

@@ -1,4 +1,4 @@
 """``python -m densegrad``."""
-from .cli import main
+from .commands.cli import main
 
 main()

@@ -60,7 +60,7 @@ class Example:
 
 def work_out(samples: int = 2, features: int = 4, outputs: int = 3) -> Example:
     """An example of this size, with its gradients computed by densegrad's kernels."""
-    from . import bias_grad, weight_grad
+    from .. import bias_grad, weight_grad
 
     draw = np.random.default_rng(_SEED)
     x = draw.integers(-2, 4, (samples, features)).astype(np.float32)

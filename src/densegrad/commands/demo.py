@@ -11,10 +11,10 @@ from importlib.resources import files
 
 import numpy as np
 
-from . import reference
+from .. import reference
+from ..launch import recorded
+from ..testing import ROUNDOFF, error_bound
 from .checks import compare
-from .launch import recorded
-from .testing import ROUNDOFF, error_bound
 
 CLASSES = 10
 BATCH = 128
@@ -89,7 +89,7 @@ def compare_gradients(digits: Digits) -> list[Comparison]:
     dZ to float32, the third derivative that central differences leave out (for a softmax at most r³ / (6 sqrt 3),
     where r is the spread that a unit step gives the logits) and the rounding of the two losses in float64.
     """
-    from . import bias_grad, input_grad, weight_grad
+    from .. import bias_grad, input_grad, weight_grad
 
     draw = np.random.default_rng(_SEED + 1)
     x, labels = digits.train_x[:BATCH], digits.train_y[:BATCH]
@@ -180,7 +180,7 @@ class Step:
 
 def train(digits: Digits, steps: int) -> Iterator[Step]:
     """Gradient descent with momentum on mini-batches, from zero; dW and db come from `dense_grads`."""
-    from . import dense_grads
+    from .. import dense_grads
 
     draw = np.random.default_rng(_SEED + 2)
     w = np.zeros((digits.train_x.shape[1], CLASSES), np.float32)

@@ -18,13 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from . import device
+from .. import device
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .catalogue import Variant
-    from .launch import Launch
+    from ..catalogue import Variant
+    from ..launch import Launch
 
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"
 _INSTALL = 'pip install "numba-cuda[cu13]" cupy-cuda13x  (cu12 and cupy-cuda12x for drivers of CUDA 12)'
@@ -140,8 +140,8 @@ def demo(steps: Annotated[int, typer.Option(min=1, help="Steps of training, of 1
         densegrad demo --steps 100
     """
     _use_device()
+    from ..launch import recorded
     from . import demo as digits_demo
-    from .launch import recorded
 
     started, out = time.perf_counter(), _results()
     digits = digits_demo.load_digits()
@@ -244,7 +244,7 @@ def grads(
         raise ValueError(f"--out {out} exists (--force overwrites it)")
     arrays = [None if path is None else _load(name, path) for name, path in (("x", x), ("w", w), ("dz", dz))]
     _use_device()
-    from . import bias_grad, dense_grads
+    from .. import bias_grad, dense_grads
 
     names = ("dw", "db") if w is None else ("dx", "dw", "db")
     # A compensated db does not ride along with dw.
@@ -398,8 +398,8 @@ def check(
         densegrad check
     """
     _use_device()
+    from ..plans import TENSOR_CORE_CAPABILITY
     from . import checks
-    from .plans import TENSOR_CORE_CAPABILITY
 
     outcomes, where = [], device.current()
     cases = checks.cases(where.kind, quick, where.capability(device.HOST) >= TENSOR_CORE_CAPABILITY)
@@ -460,7 +460,7 @@ def ptx(
     missing = _missing_libraries()
     if missing:
         raise RuntimeError(f"{' and '.join(missing)} not found, which kernels are compiled with: {_INSTALL}")
-    from .catalogue import kernel_variants
+    from ..catalogue import kernel_variants
 
     variants = kernel_variants()
     if kernel is None:
@@ -511,7 +511,3 @@ def _compiled(variant: Variant, capability: tuple[int, int]) -> str:
         # Numba takes the next older capability that its compiler knows.
         raise ValueError(f"the compiler that is installed makes no code for {target}")
     return text
-
-
-if __name__ == "__main__":
-    main()

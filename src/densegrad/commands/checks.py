@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
-from .device import dtype_of
-from .launch import recorded
-from .plans import TF32, TensorCorePlan
-from .testing import ROUNDINGS, ROUNDOFF, cross_entropy_roundings, dz_bound, error_bound
+from .. import reference
+from ..device import dtype_of
+from ..launch import recorded
+from ..plans import TF32, TensorCorePlan
+from ..testing import ROUNDINGS, ROUNDOFF, cross_entropy_roundings, dz_bound, error_bound
 
 #: (samples, in_features, out_features): less than a tile, in every dtype
 SMALL = (19, 5, 10)

@@ -1,0 +1,1 @@
+"""The command line, its pictures and its checks."""
