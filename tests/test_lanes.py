@@ -10,10 +10,12 @@ TESTS = Path(__file__).parent
 
 
 def run(program, **environment):
-    """Run Python in the tests' folder, with no GPU to be seen."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("NUMBA_ENABLE_CUDASIM", "PYTHONPATH")}
+    """Run Python in the tests' folder, with no GPU to be seen and none of pytest's plugins and options from outside."""
+    kept = {name: value for name, value in os.environ.items()
+            if name not in ("NUMBA_ENABLE_CUDASIM", "PYTHONPATH") and not name.startswith("PYTEST_")}
+    alone = {"CUDA_VISIBLE_DEVICES": "-1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     found = subprocess.run([sys.executable, "-c", program], cwd=TESTS, capture_output=True, text=True, timeout=120,
-                           env={**kept, "CUDA_VISIBLE_DEVICES": "-1", **environment})
+                           env={**kept, **alone, **environment})
     return found.returncode, found.stdout + found.stderr
 
 
@@ -37,6 +39,16 @@ def test_without_a_gpu_the_simulator_is_the_default_and_announced():
     status, output = run(pytest_with("--collect-only", "test_layering.py"))
     assert status == pytest.ExitCode.OK
     assert "lane: simulator (Numba CUDA simulator)" in output
+
+
+def test_what_else_the_machine_has_for_pytest_plays_no_part(tmp_path):
+    about = tmp_path / "bystander.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: bystander\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[pytest11]\nbystander = bystander\n")
+    (tmp_path / "bystander.py").write_text("raise RuntimeError('loaded')\n")
+    status, output = run(pytest_with("--collect-only", "test_layering.py"), PYTHONPATH=str(tmp_path))
+    assert status == pytest.ExitCode.OK, output
 
 
 def test_a_test_that_skips_itself_fails(tmp_path):
