@@ -1,7 +1,7 @@
 """Rows of results as CSV files in benchmarks/results, and what they say of where they were made."""
 import contextlib
 import csv
-import os
+import io
 import platform
 import subprocess
 import time
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from densegrad.commands.files import written
 
 Row = Mapping[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -26,12 +28,12 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     """Write all rows, each with the columns it has; the file is whole at every moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = dict.fromkeys(column for row in rows for column in row)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
+    with written(path, force=True) as file:
+        lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.DictWriter(lines, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(unfinished, path)
+        lines.detach()
 
 
 def replaced(old: Iterable[Row], new: Iterable[Row], key: Sequence[str]) -> list[Row]:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from densegrad.commands.files import written
+
 from . import plots, records, run, tables
 from .counting import Shown
 
@@ -299,7 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{path.relative_to(ROOT)} is not what the rows say: python -m benchmarks.report writes it")
         return 1 if different or stale else 0
     for path in different:
-        path.write_text(wanted[path], encoding="utf-8")
+        with written(path, force=True) as file:
+            file.write(wanted[path].encode())
     for path in stale:
         path.unlink()
     print(f"README.md and {len(made)} plots say what the rows say; {len(different) + len(stale)} files have changed")

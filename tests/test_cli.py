@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,11 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
 
 
-def run_alone(*arguments):
+def run_alone(*arguments, **more):
     """A process that has not been told about the simulator."""
-    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"} | more
     return subprocess.run([sys.executable, "-m", "densegrad", *map(str, arguments)], env=environment, check=False,
-                          capture_output=True, text=True, encoding="utf-8", timeout=120)
+                          capture_output=True, text=True, encoding=more.get("PYTHONIOENCODING", "utf-8"), timeout=120)
 
 
 def assert_one_line_error(result, *words):
@@ -133,7 +134,7 @@ def test_grads_that_fails_half_way_leaves_nothing(layer, tmp_path, monkeypatch):
 def test_grads_says_what_is_wrong_with_the_arrays(layer, tmp_path):
     np.save(tmp_path / "dz_t.npy", layer["dz"].T)
     result = run("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz_t.npy", "--out", tmp_path / "out.npz")
-    assert_one_line_error(result, "did you mean batch_axis=1?")
+    assert_one_line_error(result, "did you mean --batch-axis 1?")
     assert not (tmp_path / "out.npz").exists()
 
 
@@ -164,9 +165,16 @@ def test_grads_refuses_bad_files(layer, tmp_path, content, words):
     assert not (tmp_path / "out.npz").exists()
 
 
-def test_grads_needs_the_folder_to_exist(layer, tmp_path):
-    result = run("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz.npy", "--out", tmp_path / "no" / "out.npz")
-    assert_one_line_error(result, "no folder")
+def test_grads_speaks_of_options(layer, tmp_path):
+    def of(w):
+        return run("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz.npy", "--w", tmp_path / w,
+                   "--out", tmp_path / "out.npz")
+
+    np.save(tmp_path / "w_t.npy", layer["w"].T)
+    assert_one_line_error(of("w_t.npy"), 'did you mean --weight-layout "out_in"?')
+    result = of("x.npy")
+    assert_one_line_error(result, "is --batch-axis right?")
+    assert "batch_axis" not in result.stderr
 
 
 # explain
@@ -207,7 +215,29 @@ def test_explain_answers_the_question(example):
         assert words in result.output
     numbers = " ".join(f"{int(value):2d}" for value in example.db)
     assert result.output.count(numbers) >= 8
-    assert max(len(line) for _, body in explain.pages(example) for line in body.splitlines()) <= 81
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 3), (1, 1, 1), (8, 8, 8), (2, 1, 8), (4, 1, 7), (8, 1, 1)])
+def test_no_line_of_the_explanation_is_longer_than_80_signs(sizes):
+    for title, body in explain.pages(explain.work_out(*sizes)):
+        assert max(map(len, body.splitlines())) <= 80, title
+
+
+def test_explain_says_nothing_untrue_where_sizes_are_equal():
+    alone = " ".join(run("explain", "--samples", 1, "--outputs", 1).stdout.split())
+    assert "which here is the same number" in alone
+    for output in (alone, " ".join(run("explain", "--samples", 3, "--outputs", 3).stdout.split())):
+        assert "cannot be the gradient of b" not in output
+        assert "never the one whose length" not in output
+    assert "never the one whose length is the number of outputs, 3." in " ".join(run("explain").stdout.split())
+
+
+def test_the_picture_says_nothing_untrue_where_sizes_are_equal(example):
+    def foot(of):
+        return [text for text in ElementTree.fromstring(picture.draw(of)).itertext() if text.startswith("Sum the axis")]
+
+    assert foot(example) == ["Sum the axis whose length is "]
+    assert foot(explain.work_out(3, 2, 3)) == ["Sum the axis that counts the "]
 
 
 def test_explain_shows_what_compensation_keeps(example):
@@ -257,8 +287,22 @@ def test_demo():
     result = run("demo", "--steps", 2)
     assert result.exit_code == 0, result.output
     assert result.output.count("pass") == 3
-    for words in ("dW", "db", "dX", "After 2 steps", "held-out digits", "What ran", device.current().name, "CC BY 4.0"):
+    for words in ("dW", "db", "dX", "After 2 steps:", "held-out digits", "What ran", device.current().name,
+                  "CC BY 4.0"):
         assert words in result.output
+
+
+def test_demo_keeps_the_steps_before_an_interruption(monkeypatch):
+    right = demo.train
+
+    def stopped(digits, steps):
+        yield next(right(digits, steps))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", stopped)
+    result = run("demo")
+    assert result.exit_code == cli.INTERRUPTED
+    assert "Interrupted. After 1 step: loss" in result.output
 
 
 def test_demo_fails_if_a_gradient_is_wrong(monkeypatch):
@@ -328,7 +372,7 @@ def test_check_notices_a_sum_that_is_not_compensated(monkeypatch):
     case = dataclasses.replace(CASE, samples=300, compensated=True)
     monkeypatch.setattr(checks, "cases", lambda *_: [case])
     assert checks.run(case).share > 1
-    assert "bias_grad compensated" in run("check").output
+    assert "bias_grad of S, D, M = 300, 1, 3, float32, axis 0, compensated: the error exceeds" in run("check").output
 
 
 @pytest.mark.parametrize("asked", [None, "tf32x3"])
@@ -366,6 +410,40 @@ def test_check_notices_bits_that_differ(monkeypatch):
     assert outcome.share <= 1
     assert not outcome.repeats
     assert not outcome.passed
+    monkeypatch.setattr(checks, "cases", lambda *_: [CASE])
+    assert "two runs gave different bits" in run("check").output
+
+
+def test_check_keeps_the_rows_before_an_interruption(monkeypatch):
+    right, started = checks.run, []
+
+    def stopped(case):
+        started.append(case)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return right(case)
+
+    monkeypatch.setattr(checks, "cases", lambda *_: [CASE] * 3)
+    monkeypatch.setattr(checks, "run", stopped)
+    result = run("check")
+    assert result.exit_code == cli.INTERRUPTED
+    assert result.output.count("5, 1, 3") == 1
+    assert "Interrupted after 1 of 3 cases. 1 of 1 pass" in result.output
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_the_widest_rows_of_check_fit(monkeypatch, columns):
+    widest = [dataclasses.replace(CASE, function=case.function, samples=case.samples, in_features=case.in_features,
+                                  out_features=case.out_features, dtype="bfloat16", compensated=case.compensated,
+                                  weight_layout=case.weight_layout, precision=case.precision)
+              for case in checks.cases("gpu")]
+    monkeypatch.setattr(checks, "cases", lambda *_: widest)
+    monkeypatch.setattr(checks, "run", lambda case: checks.Outcome(case, 1e-10, 1e-10, 2.0, True))
+    result = CliRunner().invoke(cli.app, ["check"], env={"COLUMNS": columns})
+    lines = [line.rstrip() for line in result.stdout.split("S, D, M", 1)[1].split("\n\n")[0].splitlines()[1:]]
+    assert len(lines) == len(widest) + len({case.function for case in widest})
+    assert all(line in {case.function for case in widest} or line.endswith("FAIL") for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize("repeats", [True, False])
@@ -440,6 +518,33 @@ def test_ptx_refuses(arguments, words):
     refused = run_alone("ptx", *arguments)
     assert refused.returncode == 1
     assert words in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.only("simulator")
+@pytest.mark.parametrize(("encoding", "arguments", "words"), [
+    ("ascii", ("explain",), "features v |  2  2 |  *  samples v |"),
+    ("latin-1", ("explain",), "dL/dW = X^T dZ"),
+    ("ascii", ("demo", "--steps", "1"), " .#'"),
+    ("ascii", ("--help",), "| explain "),
+])
+def test_a_terminal_without_unicode_gets_what_it_can_show(encoding, arguments, words):
+    result = run_alone(*arguments, PYTHONIOENCODING=encoding, NUMBA_ENABLE_CUDASIM="1", COLUMNS="80")
+    assert result.returncode == 0, result.stderr
+    assert words in result.stdout
+    assert "\\" not in result.stdout + result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_signs_without_a_stand_in_become_escapes(tmp_path):
+    result = run_alone("grads", "--x", "\N{SNOWMAN}.npy", "--dz", "dz.npy", "--out", tmp_path / "out.npz",
+                       PYTHONIOENCODING="ascii")
+    assert result.returncode == 1
+    assert result.stderr == "error: \\u2603.npy: No such file or directory\n"
+
+
+def test_the_module_and_the_command_are_the_same():
+    (entry,) = metadata.entry_points(group="console_scripts", name="densegrad")
+    assert entry.load() is cli.main
 
 
 def test_version():

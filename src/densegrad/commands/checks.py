@@ -54,6 +54,17 @@ class Case:
     compensated: bool = False
     precision: str | None = None
 
+    @property
+    def options(self) -> str:
+        """What differs from the defaults, but for the axis."""
+        layout = "" if self.weight_layout == "in_out" else self.weight_layout
+        return ", ".join(filter(None, (layout, "compensated" * self.compensated, self.precision)))
+
+    def __str__(self) -> str:
+        options = f", {self.options}" if self.options else ""
+        return (f"{self.function} of S, D, M = {self.samples}, {self.in_features}, {self.out_features}, {self.dtype}, "
+                f"axis {self.batch_axis}{options}")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -70,6 +81,11 @@ class Outcome:
     def passed(self) -> bool:
         """Whether the result is right and repeatable."""
         return not self.fault and self.share <= 1 and self.repeats
+
+    @property
+    def why(self) -> str:
+        """Why it did not pass."""
+        return self.fault or ("two runs gave different bits" if self.share <= 1 else "the error exceeds its bound")
 
 
 def cases(kind: str, quick: bool = False, tensor_cores: bool = True) -> list[Case]:

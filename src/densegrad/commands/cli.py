@@ -6,41 +6,57 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from difflib import get_close_matches
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from .. import device
+from .. import device, errors
+from .files import is_standard_output, written
+from .terminal import notes, progress, remark, results, suit_encoding, table, verdict, waiting
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..catalogue import Variant
     from ..launch import Launch
+    from .checks import Outcome
 
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"
-_INSTALL = 'pip install "numba-cuda[cu13]" cupy-cuda13x  (cu12 and cupy-cuda12x for drivers of CUDA 12)'
+#: the exit status of what Ctrl-C has stopped
+INTERRUPTED = 130
+_INSTALL = ('pip install "numba-cuda[cu13]" cupy-cuda13x   (with a driver of CUDA 13)',
+            'pip install "numba-cuda[cu12]" cupy-cuda12x   (with a driver of CUDA 12)')
+
+
+class WeightLayout(str, Enum):
+    """The orders of the axes of weights."""
+
+    in_out = "in_out"
+    out_in = "out_in"
 
 
 class _OneLineErrors(typer.core.TyperGroup):
-    """Commands whose errors are one line on stderr and exit status 1; `--traceback` shows where they came from."""
+    """Commands whose errors are one sentence on stderr and exit status 1; `--traceback` shows where they came from."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            remark("Interrupted.")
+            raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             handled_by_typer = isinstance(error, (typer.Abort, BrokenPipeError)) or hasattr(error, "exit_code")
             if handled_by_typer or ctx.params.get("traceback"):
                 raise
-            _notes().print(Text.assemble(("error: ", "bold red"), _sentence(error)), soft_wrap=True)
+            remark(Text.assemble(("error: ", "bold red"), _sentence(error)))
             raise typer.Exit(1) from None
 
 
@@ -50,6 +66,7 @@ app = typer.Typer(cls=_OneLineErrors, rich_markup_mode="markdown", no_args_is_he
 
 def main() -> None:
     """The entry point."""
+    suit_encoding()
     app()
 
 
@@ -62,21 +79,6 @@ def _sentence(error: Exception) -> str:
     return words if meant else f"{type(error).__name__}: {words} (densegrad --traceback ... shows where)"
 
 
-def _results() -> Console:
-    """Where results go."""
-    return Console(highlight=False)
-
-
-def _notes() -> Console:
-    """Where progress and remarks go."""
-    return Console(stderr=True, highlight=False)
-
-
-def _progress(*columns: Any) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns, TimeElapsedColumn(),
-                    console=_notes())
-
-
 def _use_device() -> None:
     """Use the GPU if there is one, else turn the simulator on for this process; say which."""
     if _simulator_is_on():
@@ -85,32 +87,18 @@ def _use_device() -> None:
         os.environ[SIMULATOR] = "1"
         why = "No GPU (densegrad info says why)"
     else:
-        _notes().print(f"Running on {device.current().name}.", style="dim")
+        remark(f"Running on {device.current().name}.", style="dim")
         return
-    _notes().print(f"{why}: running in Numba's CUDA simulator, on the CPU.", style="dim", soft_wrap=True)
+    remark(f"{why}: running in Numba's CUDA simulator, on the CPU.", style="dim")
 
 
 def _simulator_is_on() -> bool:
     return os.environ.get(SIMULATOR, "0") not in ("", "0")
 
 
-@contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is complete."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{path}: " + ("is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("xb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
-        _results().print(f"densegrad {metadata.version('densegrad')}")
+        results().print(f"densegrad {metadata.version('densegrad')}")
         raise typer.Exit
 
 
@@ -142,21 +130,28 @@ def demo(steps: Annotated[int, typer.Option(min=1, help="Steps of training, of 1
     _use_device()
     from ..launch import recorded
     from . import demo as digits_demo
+    from .explain import count
 
-    started, out = time.perf_counter(), _results()
+    started, out = time.perf_counter(), results()
     digits = digits_demo.load_digits()
-    with _notes().status("Comparing the gradients of 128 images with float64 and finite differences"):
+    with waiting("Comparing the gradients of 128 images with float64 and finite differences"):
         comparisons = digits_demo.compare_gradients(digits)
     out.print(_comparison_table(comparisons))
     out.print("Worst errors, and their bounds there, which are derived and not tuned. The\n"
               "differences are central, in float64; their own error is part of the bound.\n", style="dim")
-    figures = (TextColumn("loss {task.fields[loss]:.3f}"), TextColumn("test accuracy {task.fields[accuracy]:.1%}"))
-    with recorded() as launches, _progress(*figures) as progress:
-        task = progress.add_task("Training", total=steps, loss=float("nan"), accuracy=float("nan"))
-        for step in digits_demo.train(digits, steps):
-            progress.update(task, completed=step.number, loss=step.loss, accuracy=step.accuracy)
-    out.print(f"After {steps} steps: loss [bold]{step.loss:.3f}[/bold], [bold]{step.accuracy:.1%}[/bold] of the "
-              f"{len(digits.test_y)} held-out digits read right.\n")
+    step, interrupted = None, False
+    with recorded() as launches, progress(TextColumn("{task.fields[figures]}")) as bar:
+        task = bar.add_task("Training", total=steps, figures="")
+        try:
+            for step in digits_demo.train(digits, steps):
+                bar.update(task, completed=step.number,
+                           figures=f"loss {step.loss:.3f} test accuracy {step.accuracy:.1%}")
+        except KeyboardInterrupt:
+            interrupted = True
+    if step is None:
+        raise KeyboardInterrupt
+    out.print(f"{'Interrupted. ' * interrupted}After {count(step.number, 'step')}: loss [bold]{step.loss:.3f}[/bold], "
+              f"[bold]{step.accuracy:.1%}[/bold] of the {len(digits.test_y)} held-out digits read right.\n")
     _show_digits(out, digits, digits_demo.predict(digits.test_x, step.w, step.b))
     _show_launches(out, launches)
     out.print(f"{len(launches)} launches on {device.current().name}; the demonstration took "
@@ -164,31 +159,17 @@ def demo(steps: Annotated[int, typer.Option(min=1, help="Steps of training, of 1
               "Digits: E. Alpaydin, C. Kaynak, UCI Machine Learning Repository, CC BY 4.0.", style="dim")
     if not all(comparison.passed for comparison in comparisons):
         raise typer.Exit(1)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _comparison_table(comparisons: list[Any]) -> Table:
-    table = _table("Gradients of one batch of 128 digits, float32", ("", "shape"),
-                   ("error to float64", "bound", "error to differences", "bound"), ("",))
+    made = table("Gradients of one batch of 128 digits, float32", ("", "shape"),
+                 ("error to float64", "bound", "error to differences", "bound"), ("",))
     for c in comparisons:
-        table.add_row(c.name, str(c.shape), f"{c.error:.1e}", f"{c.bound:.1e}", f"{c.difference_error:.1e}",
-                      f"{c.difference_bound:.1e}", _verdict(c.passed))
-    return table
-
-
-def _table(title: str | None, left: tuple[str, ...], right: tuple[str, ...], last: tuple[str, ...] = ()) -> Table:
-    """A table whose columns are words, then numbers, then words."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in left:
-        table.add_column(heading, overflow="fold")
-    for heading in right:
-        table.add_column(heading, justify="right")
-    for heading in last:
-        table.add_column(heading)
-    return table
-
-
-def _verdict(passed: bool) -> str:
-    return "[green]pass[/green]" if passed else "[bold red]FAIL[/bold red]"
+        made.add_row(c.name, str(c.shape), f"{c.error:.1e}", f"{c.bound:.1e}", f"{c.difference_error:.1e}",
+                     f"{c.difference_bound:.1e}", verdict(c.passed))
+    return made
 
 
 def _show_digits(out: Console, digits: Any, predictions: np.ndarray) -> None:
@@ -219,8 +200,10 @@ def grads(
     dz: Annotated[Path, typer.Option("--dz", metavar="DZ.npy", help="dL/dZ, (samples, outputs), or transposed.")],
     out: Annotated[Path, typer.Option("--out", metavar="GRADS.npz", help="Where to write dw, db (and dx).")],
     w: Annotated[Path | None, typer.Option("--w", metavar="W.npy", help="The weights, for dx too.")] = None,
-    batch_axis: Annotated[int, typer.Option(min=0, max=1, help="Which axis of dz counts samples.")] = 0,
-    weight_layout: Annotated[str, typer.Option(help='"in_out" or "out_in" (PyTorch), for w and dw.')] = "in_out",
+    batch_axis: Annotated[
+        int, typer.Option(min=0, max=1, metavar="AXIS", help="Which axis of dz counts samples.")] = 0,
+    weight_layout: Annotated[
+        WeightLayout, typer.Option(help="Of w and dw; out_in is PyTorch's.")] = WeightLayout.in_out,
     compensated: Annotated[
         bool, typer.Option("--compensated", help="Make up in db for what its additions round away.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
@@ -233,33 +216,51 @@ def grads(
     Examples:
 
         densegrad grads --x x.npy --dz dz.npy --out grads.npz
-        densegrad grads --x x.npy --w w.npy --dz dz_t.npy --batch-axis 1 --out grads.npz --force
+        densegrad grads --x x.npy --w w.npy --dz dz.npy --out grads.npz --force
+        densegrad grads --x x.npy --dz dz_t.npy --batch-axis 1 --out grads.npz
         densegrad grads --x x.npy --dz dz.npy --compensated --out grads.npz
     """
     import numpy as np
 
     if any(path is not None and out.resolve() == path.resolve() for path in (x, w, dz)):
         raise ValueError(f"--out {out} is one of the inputs (choose another name)")
-    if out.exists() and not force:
-        raise ValueError(f"--out {out} exists (--force overwrites it)")
-    arrays = [None if path is None else _load(name, path) for name, path in (("x", x), ("w", w), ("dz", dz))]
-    _use_device()
+    with written(out, force) as file:
+        arrays = [None if path is None else _load(name, path) for name, path in (("x", x), ("w", w), ("dz", dz))]
+        _use_device()
+        with waiting("Computing the gradients"):
+            computed = _gradients(arrays, batch_axis, weight_layout.value, compensated)
+        np.savez(file, **computed)
+    made = table(None, ("", "shape", "dtype"), ("largest magnitude",))
+    for name, array in computed.items():
+        made.add_row(name, str(array.shape), str(array.dtype), f"{np.abs(array).max(initial=0):.6g}")
+    console = notes() if is_standard_output(out) else results()
+    console.print(str(out), style="bold", markup=False, soft_wrap=True)
+    console.print(made)
+
+
+def _gradients(arrays: list[np.ndarray | None], batch_axis: int, weight_layout: str,
+               compensated: bool) -> dict[str, Any]:
+    """dw, db and, if there are weights, dx, of x, w and dz; errors speak of options."""
     from .. import bias_grad, dense_grads
 
-    names = ("dw", "db") if w is None else ("dx", "dw", "db")
+    names = ("dw", "db") if arrays[1] is None else ("dx", "dw", "db")
     # A compensated db does not ride along with dw.
     need = names[:-1] if compensated else names
-    with _notes().status("Computing the gradients"):
+    try:
         result = dense_grads(*arrays, need=need, batch_axis=batch_axis, weight_layout=weight_layout)
         if compensated:
             result = result._replace(db=bias_grad(arrays[-1], batch_axis=batch_axis, compensated=True))
-    computed = {name: getattr(result, name) for name in names}
-    with _whole_file(out) as file:
-        np.savez(file, **computed)
-    table = _table(str(out), ("", "shape", "dtype"), ("largest magnitude",))
-    for name, array in computed.items():
-        table.add_row(name, str(array.shape), str(array.dtype), f"{np.abs(array).max(initial=0):.6g}")
-    _results().print(table)
+    except (errors.ShapeError, errors.DTypeError) as error:
+        raise type(error)(_of_options(str(error))) from error
+    return {name: getattr(result, name) for name in names}
+
+
+def _of_options(words: str) -> str:
+    """What an error says of arguments, said of the options that they come from."""
+    for argument in ("batch_axis", "weight_layout"):
+        option = f"--{argument.replace('_', '-')}"
+        words = words.replace(f"{argument}=", f"{option} ").replace(argument, option)
+    return words
 
 
 def _load(name: str, path: Path) -> np.ndarray:
@@ -284,6 +285,7 @@ def explain(
     features: Annotated[int, typer.Option(min=1, max=8, help="D, the inputs of the layer.")] = 4,
     outputs: Annotated[int, typer.Option(min=1, max=8, help="M, the outputs of the layer.")] = 3,
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the picture instead of printing text.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Show which axis is summed for dL/db, and why.
 
@@ -300,19 +302,22 @@ def explain(
     _use_device()
     from . import explain as worked
 
-    with _notes().status("Computing the gradients"):
-        example = worked.work_out(samples, features, outputs)
-    out = _results()
-    if svg is None:
+    def work_out() -> worked.Example:
+        with waiting("Computing the gradients"):
+            return worked.work_out(samples, features, outputs)
+
+    if svg is not None:
+        from .picture import draw
+
+        with written(svg, force) as file:
+            example = work_out()
+            file.write(draw(example).encode())
+        remark(f"Wrote {svg}")
+    else:
+        out, example = results(), work_out()
         for title, body in worked.pages(example):
             out.rule(Text(title, "bold"), align="left", style="dim")
             out.print(_axes_coloured(f"\n{body}\n"), soft_wrap=True)
-    else:
-        from .picture import draw
-
-        with _whole_file(svg) as file:
-            file.write(draw(example).encode())
-        out.print(f"Wrote {svg}", soft_wrap=True)
     if not example.agrees:
         raise typer.Exit(1)
 
@@ -336,21 +341,22 @@ def info() -> None:
 
         densegrad info
     """
-    reason, out = device.gpu_missing(), _results()
-    table = Table.grid(padding=(0, 2))
+    reason, out = device.gpu_missing(), results()
+    made = Table.grid(padding=(0, 2))
     for package in ("densegrad", "numpy", "numba", "numba-cuda", "ml_dtypes"):
-        table.add_row(package, _installed(package) or "[red]missing[/red]")
+        made.add_row(package, _installed(package) or "[red]missing[/red]")
     cupy = next((name for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if _installed(name)), "")
-    table.add_row("CuPy", f"{_installed(cupy)} ({cupy})" if cupy else "not installed")
-    table.add_row("Python", sys.version.split()[0])
+    made.add_row("CuPy", f"{_installed(cupy)} ({cupy})" if cupy else "not installed")
+    made.add_row("Python", sys.version.split()[0])
     compiler = _missing_libraries()
-    table.add_row("compiler", "NVVM and nvJitLink found" if not compiler else f"not found: {', '.join(compiler)}")
+    made.add_row("compiler", "NVVM and nvJitLink found" if not compiler else f"not found: {', '.join(compiler)}")
     runs = "simulator" if reason or _simulator_is_on() else device.current().name
-    table.add_row("runs on", "Numba's CUDA simulator, on the CPU" if runs == "simulator" else runs)
-    out.print(table)
-    for what, cure in _cures(reason, cupy, compiler):
-        out.print(f"\n{what}", style="yellow", markup=False, soft_wrap=True)
-        out.print(f"  {cure}", markup=False, soft_wrap=True)
+    made.add_row("runs on", "Numba's CUDA simulator, on the CPU" if runs == "simulator" else runs)
+    out.print(made)
+    for what, cures in _cures(reason, cupy, compiler):
+        out.print(f"\n{what}", style="yellow", markup=False)
+        for cure in cures:
+            out.print(f"  {cure}", markup=False, soft_wrap=True)
 
 
 def _installed(package: str) -> str:
@@ -373,11 +379,11 @@ def _missing_libraries() -> list[str]:
     return missing
 
 
-def _cures(reason: str, cupy: str, compiler: list[str]) -> Iterator[tuple[str, str]]:
+def _cures(reason: str, cupy: str, compiler: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     if not cupy:
         yield "CuPy is missing, which kernels need to run on a GPU:", _INSTALL
     elif reason:
-        yield f"No GPU: {reason}", "nvidia-smi shows whether the NVIDIA driver is there; without, the simulator is used"
+        yield f"No GPU: {reason}", ("nvidia-smi shows whether there is a driver; without one the simulator is used",)
     if compiler and cupy:
         yield "The compiler's libraries are missing, which kernels need to be compiled:", _INSTALL
 
@@ -401,39 +407,41 @@ def check(
     from ..plans import TENSOR_CORE_CAPABILITY
     from . import checks
 
-    outcomes, where = [], device.current()
+    where = device.current()
     cases = checks.cases(where.kind, quick, where.capability(device.HOST) >= TENSOR_CORE_CAPABILITY)
-    with _progress() as progress:
-        for case in progress.track(cases, description="Checking"):
-            outcomes.append(checks.run(case))
-    out = _results()
+    outcomes: list[Outcome] = []
+    with progress() as bar:
+        task = bar.add_task("Checking", total=len(cases))
+        try:
+            for case in cases:
+                outcomes.append(checks.run(case))
+                bar.advance(task)
+        except KeyboardInterrupt:
+            bar.stop()
+    out, failures = results(), [outcome for outcome in outcomes if not outcome.passed]
     out.print(_check_table(outcomes))
-    for outcome in outcomes:
-        if outcome.fault:
-            out.print(f"{outcome.case}: {outcome.fault}", style="red", markup=False)
-    failed = sum(not outcome.passed for outcome in outcomes)
-    out.print(f"{len(outcomes) - failed} of {len(outcomes)} pass on {device.current().name}",
-              style="bold red" if failed else "green")
-    if failed:
-        raise typer.Exit(1)
+    for failure in failures:
+        out.print(f"\n{failure.case}: {failure.why}", style="red", markup=False)
+    stopped = f"Interrupted after {len(outcomes)} of {len(cases)} cases. " * (len(outcomes) < len(cases))
+    out.print(f"{stopped}{len(outcomes) - len(failures)} of {len(outcomes)} pass on {where.name}",
+              style="bold red" if failures else "yellow" if stopped else "green")
+    if failures or stopped:
+        raise typer.Exit(1 if failures else INTERRUPTED)
 
 
-def _check_table(outcomes: list[Any]) -> Table:
-    table = _table(None, ("function", "S, D, M", "dtype", "axis", "weights"), ("error", "bound"), ("",))
-    # So that 80 columns are enough for every name; a line is broken at spaces only.
-    table.padding = 0, 1, 0, 0
-    for column, width in zip(table.columns, (18, 8, 8, 4, 7, 7, 7, 6), strict=True):
-        column.min_width = width
+def _check_table(outcomes: list[Outcome]) -> Table:
+    """A row for each outcome, below the name of its function."""
+    groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        case = outcome.case
-        restless = outcome.share <= 1 and not outcome.repeats
-        table.add_row(case.function + " compensated" * case.compensated,
-                      f"{case.samples}, {case.in_features}, {case.out_features}", case.precision or case.dtype,
-                      str(case.batch_axis),
-                      case.weight_layout if case.function.startswith(("weight", "input", "dense")) else "",
-                      f"{outcome.error:.1e}", f"{outcome.bound:.1e}",
-                      "[bold red]bits differ[/bold red]" if restless else _verdict(outcome.passed))
-    return table
+        groups.setdefault(outcome.case.function, []).append(outcome)
+    made = table(None, ("S, D, M", "dtype", "axis", "options"), ("worst error", "bound"), ("",))
+    for function, group in groups.items():
+        made.add_row(f"[bold]{function}[/bold]")
+        for outcome in group:
+            case = outcome.case
+            made.add_row(f"  {case.samples}, {case.in_features}, {case.out_features}", case.dtype, str(case.batch_axis),
+                         case.options, f"{outcome.error:.1e}", f"{outcome.bound:.1e}", verdict(outcome.passed))
+    return made
 
 
 @app.command()
@@ -442,6 +450,7 @@ def ptx(
     cc: Annotated[str, typer.Option(help="Compute capability, such as 8.0, 9.0 or 12.0.")] = "9.0",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write instead of stdout.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """List the kernels, or compile one to PTX. Needs no GPU.
 
@@ -455,11 +464,11 @@ def ptx(
     """
     capability = _capability(cc)
     if _simulator_is_on():
-        _notes().print(f"{SIMULATOR} is left aside: the simulator compiles nothing.", style="dim")
+        remark(f"{SIMULATOR} is left aside: the simulator compiles nothing.", style="dim")
         del os.environ[SIMULATOR]
     missing = _missing_libraries()
     if missing:
-        raise RuntimeError(f"{' and '.join(missing)} not found, which kernels are compiled with: {_INSTALL}")
+        raise RuntimeError(f"{' and '.join(missing)} not found, which kernels are compiled with: {_INSTALL[0]}")
     from ..catalogue import kernel_variants
 
     variants = kernel_variants()
@@ -470,14 +479,12 @@ def ptx(
         close = [name for name in variants if kernel in name] or get_close_matches(kernel, variants)
         cure = f"did you mean {close[0]}?" if close else "densegrad ptx lists them"
         raise ValueError(f"no kernel {kernel}: {cure}")
-    with _notes().status(f"Compiling {kernel}"):
-        text = _compiled(variants[kernel], capability)
     if output is None:
-        sys.stdout.write(text)
+        sys.stdout.write(_compiled(variants[kernel], capability))
         return
-    with _whole_file(output) as file:
-        file.write(text.encode())
-    _notes().print(f"Wrote {output}", soft_wrap=True)
+    with written(output, force) as file:
+        file.write(_compiled(variants[kernel], capability).encode())
+    remark(f"Wrote {output}")
 
 
 def _capability(cc: str) -> tuple[int, int]:
@@ -493,7 +500,7 @@ def _show_variants(variants: dict[str, Variant]) -> None:
     for name, variant in variants.items():
         about = (sys.modules[variant.kernel.py_func.__module__].__doc__ or "").partition("\n")[0]
         groups.setdefault(about, []).append(Text.assemble((f"  {name}", "cyan"), f"  {variant.description}"))
-    out = _results()
+    out = results()
     for about, lines in groups.items():
         out.print(f"{about}\n", style="bold", soft_wrap=True)
         out.print(*lines, "", sep="\n", soft_wrap=True)
@@ -504,8 +511,9 @@ def _compiled(variant: Variant, capability: tuple[int, int]) -> str:
 
     if capability < variant.min_cc:
         raise ValueError("this kernel needs compute capability {}.{}".format(*variant.min_cc))
-    text, _ = cuda.compile_ptx(variant.kernel.py_func, variant.signature, cc=capability,
-                               launch_bounds=variant.kernel.targetoptions.get("launch_bounds"))
+    with waiting("Compiling"):
+        text, _ = cuda.compile_ptx(variant.kernel.py_func, variant.signature, cc=capability,
+                                   launch_bounds=variant.kernel.targetoptions.get("launch_bounds"))
     target = "sm_{}{}".format(*capability)
     if f".target {target}" not in text:
         # Numba takes the next older capability that its compiler knows.

@@ -11,6 +11,7 @@ MOST = 8
 
 _SEED = 10
 _WIDTH = 76
+_PAGE = 80
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,12 @@ shape ({e.outputs}, {e.samples}), the samples lie along axis 1, and that is the 
 
 def _words_page(e: Example) -> str:
     rows = "\n".join(f"  {' ' if s == 0 else '+'} row {s}   {_row(e.dz[s])}" for s in range(e.samples))
+    entries = count(e.outputs, "entry", "entries")
+    other = f"and cannot be the gradient of b, which has {entries}, one per output."
+    if e.samples == e.outputs:
+        other = f"as many as b has entries here, and yet not its gradient: b has {entries}, one\nper output."
+    if e.samples == e.outputs == 1:
+        other = "which here is the same number: a batch of one sample and a layer of one output\nare too small to tell."
     return f""""Sum the rows" means: add the rows to one another, entry by entry, until one
 row is left.
 
@@ -154,29 +161,33 @@ addition, said once of the rows and once of their index.
 
 It does not mean one total within each row. That is the sum over axis 1, gives
 one number per sample, {_row(e.dz.sum(axis=1))},
-and cannot be the gradient of b, which has {count(e.outputs, "entry", "entries")}, one per output."""
+{other}"""
 
 
 def _axis_page(e: Example) -> str:
-    same = f"Here both are {e.samples}, and the shape cannot tell. Look at the forward pass:"
-    other = "Where batch size and number of outputs are equal, look at the forward pass:"
-    return f"""Sum the axis whose length is the batch size, {e.samples}; never the one whose length is
-the number of outputs, {e.outputs}. What is left must have as many entries as b.
+    rule = (f"Sum the axis whose length is the batch size, {e.samples}; never the one whose length is\n"
+            f"the number of outputs, {e.outputs}. What is left must have as many entries as b.")
+    hint = "Where batch size and number of outputs are equal, look at the forward pass:"
+    if e.samples == e.outputs:
+        rule = ("Sum the axis that counts the samples; never the one that counts the outputs.\n"
+                "Where their lengths differ, the batch size tells which it is.")
+        hint = f"Here both are {e.samples}, and the shape cannot tell. Look at the forward pass:"
+    return f"""{rule}
 
-  upstream gradient     shape    sum      call
-  samples first, dz     ({e.samples}, {e.outputs})   axis 0   densegrad.bias_grad(dz)
-  features first, dz_t  ({e.outputs}, {e.samples})   axis 1   densegrad.bias_grad(dz_t, batch_axis=1)
+  upstream gradient     shape   sum     call
+  samples first, dz     ({e.samples}, {e.outputs})  axis 0  densegrad.bias_grad(dz)
+  features first, dz_t  ({e.outputs}, {e.samples})  axis 1  densegrad.bias_grad(dz_t, batch_axis=1)
 
-{same if e.samples == e.outputs else other}
+{hint}
 
   z = x @ w + b               samples first
   z_t = w_t @ x_t + b_t       features first: the column vectors of textbooks"""
 
 
 def _weight_page(e: Example) -> str:
-    picture = _beside(("", _matrix("Xᵀ", e.x.T, "features", "samples")),
-                      ("·", _matrix("dZ", e.dz, "samples", "outputs")),
-                      ("=", _matrix("dW", e.dw, "features", "outputs")))
+    picture = _beside(("", _matrix("x.T", e.x.T, "features", "samples")),
+                      ("·", _matrix("dz", e.dz, "samples", "outputs")),
+                      ("=", _matrix("dw", e.dw, "features", "outputs")))
     return f"""W[d, m] meets X[s, d] on its way to Z[s, m], so X[s, d] stands where b had a 1:
 
   dL/dW[d, m] = sum over s of X[s, d] · dZ[s, m]        dL/dW = Xᵀ dZ
@@ -208,8 +219,9 @@ def _ways(ways: Mapping[str, tuple[Way, ...]], e: Example) -> str:
     for who, group in ways.items():
         lines.append(f"  {who}")
         for way in group:
-            values = _row(way.value.ravel()) if way.value.size == e.outputs else ""
-            lines.append(f"    {way.text:<{width}}  {way.value.shape!s:<7} {values}".rstrip())
+            line = f"    {way.text:<{width}}  {way.value.shape!s:<7}"
+            values = f" {_row(way.value.ravel())}" if way.value.size == e.outputs else ""
+            lines += [(line + values).rstrip()] if len(line + values) <= _PAGE else [line.rstrip(), f"      {values}"]
     verdict = "All equal, entry for entry." if e.agrees else "NOT ALL EQUAL. This is a fault: see densegrad check."
     return "\n".join([*lines, "", f"  {verdict}"])
 

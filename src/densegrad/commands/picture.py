@@ -65,8 +65,11 @@ class _Picture:
         self.features_first(second, top)
         self.equal_sign(second - _EQUAL_GAP / 2, top + self.panel_height / 2)
         self.weights(_MARGIN, top + self.panel_height + _GAP)
+        rule = f"whose length is {_coloured('the batch size', 'samples')}"
+        if e.samples == e.outputs:
+            rule = f"that counts the {_coloured('samples', 'samples')}"
         self.text(self.width / 2, self.height - 34,
-                  f"Sum the axis whose length is {_coloured('the batch size', 'samples')}. "
+                  f"Sum the axis {rule}. "
                   f"What is left has one entry per {_coloured('output', 'outputs')}, as b has.", 21, "middle", 600)
         return self._wrapped()
 
