@@ -336,6 +336,16 @@ def test_rows_replace_those_of_equal_keys_in_their_places(tmp_path):
 
 
 @pytest.mark.only("simulator")
+def test_rows_are_written_through_links(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "rows.csv").symlink_to("kept/rows.csv")
+    for value in "12":
+        records.write(tmp_path / "rows.csv", [{"name": "a", "value": value}])
+    assert (tmp_path / "rows.csv").is_symlink()
+    assert (tmp_path / "kept" / "rows.csv").read_text() == "name,value\na,2\n"
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["rows.csv"]
+
+
 def test_python_is_timed_where_there_is_no_gpu(capsys):
     assert host.main(["--rounds", "3", "--repeats", "2", "--dry"]) == 0
     said = capsys.readouterr().out

@@ -211,7 +211,7 @@ def grads(
     """Compute the gradients of your own arrays.
 
     The arrays are NumPy files of one floating dtype; the result is a NumPy archive with dw, db and, if the weights are
-    given, dx. It is written whole or not at all.
+    given, dx. A file is written whole or not at all; into pipes and devices it is written directly.
 
     Examples:
 
