@@ -116,6 +116,16 @@ def test_grads_overwrites_only_by_force(layer, tmp_path):
         assert sorted(written) == ["db", "dw"]
 
 
+@pytest.mark.only("simulator")
+def test_grads_into_standard_output_are_nothing_but_the_archive(layer, tmp_path):
+    command = [sys.executable, "-m", "densegrad", "grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz.npy",
+               "--out", "/dev/stdout"]
+    result = subprocess.run(command, capture_output=True, check=True, timeout=120)
+    with np.load(io.BytesIO(result.stdout)) as out:
+        np.testing.assert_array_equal(out["db"], reference.bias_grad(layer["dz"]))
+    assert b"largest magnitude" in result.stderr
+
+
 def test_grads_that_fails_half_way_leaves_nothing(layer, tmp_path, monkeypatch):
     def full_disk(file, **arrays):
         file.write(b"half")

@@ -224,8 +224,8 @@ def grads(
 
     if any(path is not None and out.resolve() == path.resolve() for path in (x, w, dz)):
         raise ValueError(f"--out {out} is one of the inputs (choose another name)")
+    arrays = [None if path is None else _load(name, path) for name, path in (("x", x), ("w", w), ("dz", dz))]
     with written(out, force) as file:
-        arrays = [None if path is None else _load(name, path) for name, path in (("x", x), ("w", w), ("dz", dz))]
         _use_device()
         with waiting("Computing the gradients"):
             computed = _gradients(arrays, batch_axis, weight_layout.value, compensated)
