@@ -1,10 +1,8 @@
 """What the kernels read, write and execute, counted: every load, store and instruction of the linked PTX, executed.
 
-Nothing here is a time. On a GPU Nsight Compute counts the same, into the same columns. Where neither is at hand the
-script says what it needs.
+Nothing here is a time. PTX is executed by tools that are not part of this repository, and whose driver imports this
+module. On a GPU Nsight Compute counts the same, into the same columns:
 
-    export PYTHONPATH=../shared/ptxsim:../shared/rehearsal:../shared/sasscheck
-    python -m rehearsal -m benchmarks.counted [--table NAME] [--only SUBSTRING]
     python -m benchmarks.counted --ncu [--table NAME] [--only SUBSTRING]
 
 Each module in benchmarks/tables is a table, whose rows say what must hold; benchmarks/results/counted has a file for
@@ -20,8 +18,8 @@ from densegrad import device
 from . import records, tables
 from .counting import Profiled, Skipped, broken, machine, profile
 
-NEEDS = ("benchmarks.counted executes PTX with the rehearsal tool, which is not running (python -m rehearsal -m "
-         "benchmarks.counted); on a GPU, Nsight Compute counts the same (python -m benchmarks.counted --ncu).")
+NEEDS = ("benchmarks.counted counts on a GPU, with Nsight Compute: python -m benchmarks.counted --ncu. (It also counts "
+         "where PTX is executed, by a tool that is not part of this repository and is not running.)")
 RESULTS = records.RESULTS / "counted"
 KEY = ("name", "source")
 

@@ -274,7 +274,7 @@ class Profiled:
 
     def code(self, counts: Counts, capability: str) -> Code:
         """Not here."""
-        raise Skipped("machine code is judged where PTX is executed: python -m rehearsal -m benchmarks.counted")
+        raise Skipped("machine code is judged where PTX is executed, not by Nsight Compute")
 
 
 def profile(command: Sequence[str], gpu: str) -> Profiled:

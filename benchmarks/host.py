@@ -3,7 +3,7 @@
 On a GPU a call is timed whole, launches included, at a size that the GPU is done with sooner than Python asks again.
 Without one it is timed up to its launches, which do nothing: arguments are checked, plans looked up, kernels found and
 their arguments made, in NumPy's memory instead of CuPy's. What Numba does for a launch is missing then. The table says
-which of the two it shows; rows go to benchmarks/results/host.csv.
+which of the two it shows; with --save rows go to benchmarks/results/host.csv.
 """
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ def microseconds(call: Callable[[], Any], rounds: int, repeats: int) -> list[flo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time every call, show and keep the rows."""
+    """Time every call and show the rows; keep them if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21, help="samples of each call (default: 21)")
     parser.add_argument("--repeats", type=int, default=200, help="calls of a sample (default: 200)")
-    parser.add_argument("--dry", action="store_true", help="show the table and write nothing")
+    parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/results/host.csv")
     options = parser.parse_args(arguments)
     new = []
     with somewhere() as (module, name):
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in new:
         table.add_row(row["call"], row["median_us"], row["p20_us"], row["p80_us"])
     Console().print(table)
-    if not options.dry:
+    if options.save:
         records.write(RESULTS, records.replaced(records.read(RESULTS), new, KEY))
     return 0
 

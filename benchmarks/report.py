@@ -1,15 +1,18 @@
-"""Writes the README's benchmark section, between its markers, and the plots in it, from the rows in benchmarks/results.
+"""Writes the tables in README.md and benchmarks/README.md, between their markers, and the plots that they show.
 
-Nothing is in it that is in no row: counted and modelled figures from benchmarks/results/counted, Python's and the
-simulator's time from host.csv and simulator.csv, and what was measured on GPUs from their files, one each. `--check`
-writes nothing and fails where the README or a plot differs from the rows.
+Nothing is in them that is in no row of benchmarks/results: what was measured on a GPU (GPU.csv, written by
+benchmarks.run, and beside it GPU-products.csv and GPU-cublas.csv), Python's and the simulator's time (host.csv and
+simulator.csv), and counted and modelled figures (counted/). The README shows a few cases of the GPU that was measured
+last; one that has no row is open. `--check` writes nothing and fails where a page or a plot differs from the rows.
 """
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 
 from densegrad.commands.files import written
 
@@ -21,8 +24,53 @@ ROOT = Path(__file__).parents[1]
 BEGIN = "<!-- Written by `python -m benchmarks.report` from the rows in benchmarks/results. -->"
 END = "<!-- The end of what is written. -->"
 OURS = "densegrad"
+RESULTS = records.RESULTS.relative_to(ROOT).as_posix()
+PICTURES = "https://raw.githubusercontent.com/densegrad/densegrad/main"  # the README is shown away from its files, too
 SKIPPED = ("2", "5", "17")  # outputs that the plot of counted sectors leaves out, so that it is no longer than a page
 NARROW = (1, 3, 10, 33)  # outputs of the narrow layers whose speed is drawn over S
+#: operation -> what the file of products calls it
+PRODUCTS = {"weight_grad": "dw", "input_grad": "dx"}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A case that the README shows: a row of benchmarks.run if there is one, else of the products."""
+
+    words: str
+    operation: str
+    dtype: str
+    sizes: tuple[int, int, int]  # S, D, M
+    precision: str = ""
+    orientation: str = "samples first"
+
+    @property
+    def label(self) -> str:
+        """What it is, in one line."""
+        shape = "x".join(str(size) for size in self.sizes if size > 1)
+        return f"{self.words}, {shape}, {self.precision or self.dtype}"
+
+
+_UP, _SQUARE = (8192, 768, 3072), (4096, 4096, 4096)
+HEADLINES = {
+    "bound by memory": (
+        Headline("dL/db", "bias_grad", "float32", (8192, 1, 3072)),
+        Headline("dL/db, features first", "bias_grad", "float32", (8192, 1, 3072), orientation="features first"),
+        Headline("dL/dZ, dL/db below ReLU", "activation_grad", "float32", (8192, 1, 3072)),
+        Headline("dL/dZ, dL/db below cross-entropy", "cross_entropy_grad", "float32", (8192, 1, 3072)),
+    ),
+    "multiplies on FMA units": (
+        Headline("dL/dW", "weight_grad", "float32", _SQUARE),
+        Headline("dL/dX", "input_grad", "float32", _SQUARE),
+        Headline("dL/dW, dL/db", "weight_bias_grad", "float32", _UP),
+        Headline("all three", "dense_grads", "float32", _UP),
+    ),
+    "multiplies on tensor cores": (
+        Headline("dL/dW", "weight_grad", "bfloat16", _SQUARE),
+        Headline("dL/dW", "weight_grad", "bfloat16", _UP),
+        Headline("dL/dX", "input_grad", "bfloat16", _UP),
+        Headline("dL/dW, dL/db", "weight_bias_grad", "float32", _UP, "tf32"),
+    ),
+}
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -93,14 +141,162 @@ def ideas_plot(rows: Mapping[str, Row]) -> str:
 # Measured
 
 
-def gpu_files(folder: Path) -> dict[str, list[dict[str, str]]]:
-    """The rows of each GPU that was measured, by its name."""
-    found = {}
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on a GPU: the name of its files, the rows of benchmarks.run, products and cuBLAS's times."""
+
+    name: str
+    rows: Sequence[Row]
+    products: Sequence[Row]
+    cublas: Mapping[tuple[str, ...], float]
+
+    @property
+    def gpu(self) -> str:
+        """The GPU's name."""
+        return self.rows[0]["gpu"]
+
+    @property
+    def when(self) -> str:
+        """When, of which commit, and with what."""
+        first = self.rows[0]
+        return f"{first['date']}, commit {first['commit']}, CUDA {first['cuda']}, numba-cuda {first['numba_cuda']}"
+
+    @property
+    def command(self) -> str:
+        """The command that made the rows."""
+        quick = any(row.get("effort") == "quick" for row in self.rows)
+        return f"`python -m benchmarks.run{' --quick' if quick else ''}`"
+
+    def product(self, operation: str, kind: str, sizes: tuple[int, int, int]) -> tuple[Row, float] | None:
+        """The row of a product that nothing disturbed, and cuBLAS's time."""
+        for row in self.products:
+            same = tuple(int(row[name]) for name in "SDM") == sizes
+            what = row["operation"], row["kind"]
+            if what == (PRODUCTS.get(operation), kind) and same and not int(row["disturbed"]):
+                peer = self.cublas.get((row["operation"], kind, row["layer"]))
+                return None if peer is None else (row, peer)
+        return None
+
+
+def measured_files(folder: Path) -> list[Measured]:
+    """What was measured, oldest first."""
+    found = []
     for path in sorted(folder.glob("*.csv")):
         rows = records.read(path)
         if rows and "gpu" in rows[0]:
-            found[rows[0]["gpu"]] = rows
-    return found
+            cublas: dict[tuple[str, ...], float]
+            cublas = {(row["operation"], row["kind"], row["layer"]): float(row["us"])
+                      for row in records.read(folder / f"{path.stem}-cublas.csv")}
+            found.append(Measured(path.stem, rows, records.read(folder / f"{path.stem}-products.csv"), cublas))
+    return sorted(found, key=lambda one: one.rows[0]["date"])
+
+
+def timings(rows: Iterable[Row]) -> dict[str, Row]:
+    """Peer -> row, of those that were timed, fastest first."""
+    timed = sorted((row for row in rows if row["median_us"]), key=lambda row: float(row["median_us"]))
+    return {row["implementation"]: row for row in timed}
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Our time of a headline and that of the fastest peer, in microseconds, and Python's time of both."""
+
+    ours: float
+    peer: str
+    theirs: float
+    python: str = "-"
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the peer we are."""
+        return self.theirs / self.ours
+
+
+def duel(headline: Headline, measured: Measured) -> Duel | None:
+    """What the rows say of a headline; None if they are silent."""
+    wanted = (headline.operation, headline.dtype, *map(str, headline.sizes), headline.orientation)
+    found = timings(row for row in measured.rows
+                    if tuple(row[name] for name in ("operation", "dtype", *"SDM", "orientation")) == wanted)
+    ours = found.get(f"{OURS} {headline.precision}".rstrip())
+    others = [name for name in found if name.partition(" ")[0] != OURS and _precision(name) == headline.precision]
+    if ours and others:
+        theirs = found[others[0]]
+        python = f"{float(ours['host_us']):.0f}/{float(theirs['host_us']):.0f}"
+        return Duel(float(ours["median_us"]), others[0], float(theirs["median_us"]), python)
+    product = measured.product(headline.operation, headline.precision or headline.dtype, headline.sizes)
+    return Duel(float(product[0]["us"]), "torch.mm", product[1]) if product else None
+
+
+def _precision(implementation: str) -> str:
+    return "tf32" if implementation.endswith(" tf32") else ""
+
+
+def first_look(folder: Path, pictures: str) -> tuple[str, dict[str, str]]:
+    """The README's table of a few cases, and its plot by file name; `pictures` is where the README finds it."""
+    every = measured_files(folder)
+    if not every:
+        return "Nothing has been measured on a GPU.\n", {}
+    last = every[-1]
+    found = {headline: duel(headline, last) for group in HEADLINES.values() for headline in group}
+    body = []
+    for headline, result in found.items():
+        if result:
+            body.append([headline.label, f"{result.ours:.1f}", f"{result.theirs:.1f} ({result.peer})",
+                         f"{result.ratio:.2f}", result.python])
+        else:
+            body.append([headline.label, "open", *"---"])
+    bars = [plots.Bar(headline.label, group, result.ratio,
+                      f"{result.ratio:.2f} x ({result.ours:.1f} us, {result.peer} {result.theirs:.1f} us)", 1.0)
+            for group, headlines in HEADLINES.items() for headline in headlines if (result := found[headline])]
+    file = f"{last.name}-first-look.svg"
+    end = 1.9 * max(1.0, *(bar.value for bar in bars))  # room for the words beside the bars
+    note = (f"Beyond the mark it is ahead. Medians of GPU time, cold L2; {last.rows[0]['date']}, commit "
+            f"{last.rows[0]['commit']}.")
+    plot = plots.bars(f"densegrad's speed over the fastest peer's on {last.gpu}", note, bars, end, " x")
+    lines = [
+        "", f"![densegrad's speed over the fastest peer's on {last.gpu}]({pictures}/{file})", "",
+        *table(["what", "us", "fastest peer, us", "speed over it", "Python, us: ours/its"], body), "",
+        f"**Measured** on one {last.gpu} ({last.when}) by {last.command}: medians of GPU time, cold L2; Python's time "
+        "until the work is queued; open: not measured.",
+    ]
+    if last.products:
+        lines += ["Beside torch.mm: the plans that densegrad chooses, from a sweep of all plans on the same day. Over "
+                  f"the layers in `densegrad.layers` the speed over cuBLAS is, in geometric means, {means(last)}."]
+    return "\n".join([*lines, ""]), {file: plot}
+
+
+def means(measured: Measured) -> str:
+    """The geometric means of cuBLAS's time over ours, of rows that nothing disturbed."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for row in measured.products:
+        key = (row["operation"], row["kind"])
+        if not int(row["disturbed"]) and (*key, row["layer"]) in measured.cublas:
+            ratios.setdefault(key, []).append(measured.cublas[(*key, row["layer"])] / float(row["us"]))
+    kinds = sorted(dict.fromkeys(kind for _, kind in ratios), key=lambda kind: kind != "float32")
+    names = {"dw": "dL/dW", "dx": "dL/dX"}
+    return "; ".join(f"{kind} " + ", ".join(f"{geometric_mean(ratios[operation, kind]):.2f} {names[operation]}"
+                                            for operation in names if (operation, kind) in ratios) for kind in kinds)
+
+
+def products_part(measured: Measured) -> list[str]:
+    """The plans that were chosen for products, beside cuBLAS."""
+    if not measured.products:
+        return []
+    body = []
+    for row in measured.products:
+        us, peer = float(row["us"]), measured.cublas.get((row["operation"], row["kind"], row["layer"]))
+        unit = "x".join(row[name] for name in ("tile_rows", "tile_cols", "tile_depth"))
+        flops = 2 * int(row["S"]) * int(row["D"]) * int(row["M"])
+        body.append([f"dL/d{row['operation'][1:].upper()}", row["kind"], row["layer"],
+                     " x ".join(row[name] for name in "SDM"), f"{unit}, {row['parts']}",
+                     f"{us:.1f}{' (disturbed)' if int(row['disturbed']) else ''}", f"{flops / us / 1e6:.1f}",
+                     *((f"{peer:.1f}", f"{peer / us:.2f} x") if peer else ("-", "-"))])
+    return ["", f"**Products on {measured.gpu}, the plan that densegrad chooses** ({measured.when}). Plans were timed "
+            "by CUDA events behind queued work, with cold L2; the sweep is not a command of this repository. cuBLAS is "
+            "torch.mm on the same layers, for tf32 with TF32 on. Disturbed: another process used the GPU meanwhile; "
+            f"these rows are left out of means. Geometric means of the speed over cuBLAS: {means(measured)}.", "",
+            *table(["gradient", "kind", "layer", "S x D x M", "tile, parts", "us", "TFLOP/s", "cuBLAS, us",
+                    "speed over it"], body)]
 
 
 def shape(row: Row) -> str:
@@ -120,16 +316,15 @@ def cases(rows: Sequence[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
     return found
 
 
-def measured_part(gpu: str, rows: Sequence[Row]) -> list[str]:
+def measured_part(measured: Measured) -> list[str]:
     """The tables of one GPU: what its roofs are, and each case against its best peer."""
-    first = rows[0]
+    rows = measured.rows
     roofs = [row for row in rows if row["operation"] == run.ROOF and row["median_us"]]
     said = [f"{float(row['gb_per_s']):.0f} GB/s copied" if row["implementation"] == "device copy"
             else f"{float(row['tflop_per_s']):.1f} TFLOP/s by {row['implementation']} in {row['dtype']}"
             for row in roofs]
-    quick = "; some rows are from --quick runs" if any(row["effort"] == "quick" for row in rows) else ""
-    lines = ["", f"**Measured on {gpu}** ({first['date']}, CUDA {first['cuda']}, numba-cuda {first['numba_cuda']}, "
-             f"commit {first['commit']}{quick}). Roofs, measured in the same run: {'; '.join(said)}. L2 is cold.", ""]
+    lines = ["", f"**Measured on {measured.gpu}** ({measured.when}, by {measured.command}). Roofs, measured in the "
+             f"same run: {'; '.join(said)}. L2 is cold.", ""]
     body, failed = [], []
     for found in cases(rows).values():
         failed += [f"- {shape(row)} {row['operation']} {row['dtype']}, {name}: {row['remark']}"
@@ -224,34 +419,34 @@ def simulator_part(rows: Sequence[Row]) -> list[str]:
 
 
 def section(folder: Path, pictures: str) -> tuple[str, dict[str, str]]:
-    """The README's section and its plots by file name; `pictures` is where the README finds them."""
-    gpus = gpu_files(folder)
+    """The tables of benchmarks/README.md and its plots by file name; `pictures` is where it finds them."""
+    gpus = measured_files(folder)
     by_table = {name: counted_rows(folder, name) for name in tables.names()}
     sources = sorted({row["source"] for rows in by_table.values() for row in rows.values()})
-    timed_on = ", ".join(gpus) or "nothing yet: no GPU was at hand"
+    timed_on = ", ".join(dict.fromkeys(one.gpu for one in gpus)) or "nothing yet: no GPU was at hand"
     python_rows, simulator_rows = (records.read(folder / name) for name in ("host.csv", "simulator.csv"))
     processors = ["; ".join(dict.fromkeys(row["processor"] for row in rows)) or "-"
                   for rows in (python_rows, simulator_rows)]
     overview = [
         ["times against peers and roofs", "measured", timed_on, "`python -m benchmarks.run`, on a GPU"],
-        ["sectors, lanes, conflicts, instructions", "counted", "; ".join(sources),
-         "`python -m rehearsal -m benchmarks.counted`; on a GPU `python -m benchmarks.counted --ncu`"],
-        ["registers, spills, shares of the main loop", "read from the linked machine code", "the same kernels",
-         "`python -m rehearsal -m benchmarks.counted`"],
-        ["shares of a peak or of DRAM's rate", "modelled from the machine code", "the same kernels", "the same"],
         ["Python's time a call", "measured", processors[0], "`python -m benchmarks.host`"],
         ["the simulator's time", "measured", processors[1], "`python -m benchmarks.simulator`"],
+        ["sectors, lanes, conflicts, instructions", "counted", "; ".join(sources),
+         "`python -m benchmarks.counted --ncu`, on a GPU"],
+        ["registers, spills, shares of the main loop", "read from the linked machine code", "the same kernels", "-"],
+        ["shares of a peak or of DRAM's rate", "modelled from the machine code", "the same kernels", "-"],
     ]
-    lines = ["", *table(["figures", "are", "on", "again with"], overview), "",
-             "One command measures the rest and writes it here, on a machine with a GPU: `python -m benchmarks.run && "
-             "python -m benchmarks.report`."]
+    lines = ["", *table(["figures", "are", "on", "again with"], overview), "", "## Measured"]
     made: dict[str, str] = {}
-    for gpu, rows in gpus.items():
-        lines += measured_part(gpu, rows)
-        for name, plot in measured_plots(rows).items():
-            file = f"{run.file_of(gpu, folder).stem}-{name}.svg"
+    for one in gpus:
+        lines += measured_part(one)
+        for name, plot in measured_plots(one.rows).items():
+            file = f"{one.name}-{name}.svg"
             made[file] = plot
-            lines += ["", f"![{gpu}: {name}]({pictures}/{file})"]
+            lines += ["", f"![{one.gpu}: {name}]({pictures}/{file})"]
+        lines += products_part(one)
+    lines += host_part(python_rows) + simulator_part(simulator_rows)
+    lines += ["", "## Counted and modelled: no times"]
     if by_table.get("batch_sum"):
         made["sectors.svg"] = sectors_plot(by_table["batch_sum"])
         lines += ["", f"![What dL/db reads beyond dZ, counted]({pictures}/sectors.svg)"]
@@ -263,12 +458,11 @@ def section(folder: Path, pictures: str) -> tuple[str, dict[str, str]]:
             lines += counted_part(shown, by_table[name])
     lines += ["", "Every counted row states what must hold of it:", "", *table(["table", "rows that hold", "missed"],
                                                                              holding(folder))]
-    lines += host_part(python_rows) + simulator_part(simulator_rows)
     return "\n".join([*lines, ""]), made
 
 
 def placed(readme: str, text: str) -> str:
-    """The README with this text between its markers.
+    """A page with this text between its markers.
 
     Raises
     ------
@@ -278,7 +472,7 @@ def placed(readme: str, text: str) -> str:
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md lacks the markers {BEGIN!r} and {END!r}")
+        raise ValueError(f"a page lacks the markers {BEGIN!r} and {END!r}")
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
@@ -288,10 +482,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something differs")
     options = parser.parse_args(arguments)
-    pictures = records.RESULTS.relative_to(ROOT).as_posix()
-    text, made = section(records.RESULTS, pictures)
-    readme = ROOT / "README.md"
-    wanted = {readme: placed(readme.read_text(encoding="utf-8"), text)}
+    wanted: dict[Path, str] = {}
+    made: dict[str, str] = {}
+    for page, written, pictures in ((ROOT / "README.md", first_look, f"{PICTURES}/{RESULTS}"),
+                                    (ROOT / "benchmarks" / "README.md", section, "results")):
+        text, drawn = written(records.RESULTS, pictures)
+        wanted[page] = placed(page.read_text(encoding="utf-8"), text)
+        made |= drawn
     wanted |= {records.RESULTS / name: plot for name, plot in made.items()}
     stale = [path for path in records.RESULTS.glob("*.svg") if path not in wanted]
     different = [path for path, content in wanted.items()
@@ -305,7 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file.write(wanted[path].encode())
     for path in stale:
         path.unlink()
-    print(f"README.md and {len(made)} plots say what the rows say; {len(different) + len(stale)} files have changed")
+    print(f"Both pages and {len(made)} plots say what the rows say; {len(different) + len(stale)} files have changed")
     return 0
 
 

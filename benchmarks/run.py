@@ -9,7 +9,7 @@ Peers take part where they are installed; for CUDA 13: pip install "cupy-cuda13x
 "cuda-cccl[cu13]". [ctk] brings cuBLAS, which CuPy's products and the roof of products need.
 
 Rows go to benchmarks/results/GPU.csv, where those of an equal case and implementation are replaced; `python -m
-benchmarks.report` puts them into the README. Ctrl-C keeps the rows so far.
+benchmarks.report` puts them into README.md and benchmarks/README.md. Ctrl-C keeps the rows so far.
 """
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ from .operations import OPERATIONS, RESULTS, SHAPES, Case, Truth, cases, shapes
 from .peers import IMPLEMENTATIONS, OURS, Call, Implementation, NotApplicable
 
 NO_GPU = ("benchmarks.run times kernels on a GPU, and there is none here: {reason}. What runs without one: python -m "
-          "benchmarks.counted (counts and modelled machine code), python -m benchmarks.host (Python's time) and python "
-          "-m benchmarks.simulator (the simulator's time).")
+          "benchmarks.host (Python's time) and python -m benchmarks.simulator (the simulator's time).")
 TF32 = "{name}={value} lets cuBLAS round float32 to TF32, which is no fair peer of float32 arithmetic (unset it)"
 KEY = ("operation", "implementation", "dtype", "S", "D", "M", "orientation")
 #: rows of this operation are roofs

@@ -2,7 +2,8 @@
 
 The simulator runs a thread of Python for each CUDA thread. Kernels on fragments have fewer threads and do the work of
 many elements in one NumPy operation, so that layers can be tested where there is no GPU. These are seconds of the CPU
-that they are measured on, and say nothing about a GPU. Rows go to benchmarks/results/simulator.csv.
+that they are measured on, and say nothing about a GPU. With --save
+rows go to benchmarks/results/simulator.csv.
 """
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="calls, of which the fastest counts (default: 3)")
     parser.add_argument("--size", type=int, nargs=3, action="append", metavar=("S", "D", "M"),
                         help=f"samples, inputs and outputs; may be repeated (default: {SIZES})")
-    parser.add_argument("--dry", action="store_true", help="show the table and write nothing")
+    parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/results/simulator.csv")
     options = parser.parse_args(arguments)
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # before Numba is first imported
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         new.append({"S": samples, "D": inputs, "M": outputs, "processor": records.processor(), "date": records.today(),
                     "commit": records.commit(), "plain_s": f"{plain:.3f}", "densegrad_s": f"{ours:.3f}"})
     Console().print(table)
-    if not options.dry:
+    if options.save:
         records.write(RESULTS, records.replaced(records.read(RESULTS), new, KEY))
     return 0
 

@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 
 import densegrad
-from benchmarks import counted, counting, host, operations, peers, plots, records, report, run, tables, timing
+from benchmarks import (
+    counted,
+    counting,
+    host,
+    operations,
+    peers,
+    plots,
+    records,
+    report,
+    run,
+    simulator,
+    tables,
+    timing,
+)
 from benchmarks.operations import Case, Truth
 
 ROOT = Path(__file__).parents[1]
@@ -177,7 +190,7 @@ def test_without_a_gpu_run_names_what_runs_instead(capsys):
     assert run.main([]) == 2
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    for module in ("counted", "host", "simulator"):
+    for module in ("host", "simulator"):
         assert f"python -m benchmarks.{module}" in said
 
 
@@ -336,20 +349,25 @@ def test_rows_replace_those_of_equal_keys_in_their_places(tmp_path):
 
 
 @pytest.mark.only("simulator")
-def test_rows_are_written_through_links(tmp_path):
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "rows.csv").symlink_to("kept/rows.csv")
-    for value in "12":
-        records.write(tmp_path / "rows.csv", [{"name": "a", "value": value}])
-    assert (tmp_path / "rows.csv").is_symlink()
-    assert (tmp_path / "kept" / "rows.csv").read_text() == "name,value\na,2\n"
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["rows.csv"]
+def test_python_is_timed_where_there_is_no_gpu_and_kept_only_if_asked(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "RESULTS", tmp_path / "host.csv")
+    assert host.main(["--rounds", "3", "--repeats", "2"]) == 0
+    assert "bias_grad(dz)" in capsys.readouterr().out
+    assert not host.RESULTS.exists()
+    assert host.main(["--rounds", "3", "--repeats", "2", "--save"]) == 0
+    assert "bias_grad(dz)" in {row["call"] for row in records.read(host.RESULTS)}
 
 
-def test_python_is_timed_where_there_is_no_gpu(capsys):
-    assert host.main(["--rounds", "3", "--repeats", "2", "--dry"]) == 0
-    said = capsys.readouterr().out
-    assert "bias_grad(dz)" in said
+@pytest.mark.only("simulator")
+def test_the_simulator_is_timed_and_kept_only_if_asked(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(simulator, "RESULTS", tmp_path / "simulator.csv")
+    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
+    sizes = ("--repeats", "1", "--size", "8", "8", "8")
+    assert simulator.main([*sizes]) == 0
+    assert "8 x 8 x 8" in capsys.readouterr().out
+    assert not simulator.RESULTS.exists()
+    assert simulator.main([*sizes, "--save"]) == 0
+    assert [row["S"] for row in records.read(simulator.RESULTS)] == ["8"]
 
 
 # Counting
@@ -445,7 +463,7 @@ def measured(tmp_path):
             "gpu": "Sum Machine 3000", "date": "2030-01-02", "cuda": "13.1", "numba_cuda": "0.30", "commit": "abc",
             "dtype": "float32", "orientation": "samples first", "operation": operation,
             "implementation": implementation, "median_us": us, "p20_us": us, "p80_us": us, "gb_per_s": gb_per_s,
-            "tflop_per_s": tflop_per_s, "roof": 0.5, "host_us": 9.5}
+            "tflop_per_s": tflop_per_s, "roof": 0.5, "host_us": 9.5, "effort": "full"}
         rows.append(row | more)
 
     add("roof", "device copy", (10 ** 9, "", ""), 700.0, 3000.0, 0)
@@ -475,6 +493,61 @@ def test_measured_rows_make_tables_and_plots(measured):
         assert "Sum Machine 3000" in words
         assert f"(results/{name})" in text
         assert "prefers-color-scheme: dark" in plot
+
+
+def headline(operation, sizes, dtype="float32", precision=""):
+    return report.Headline("dL/d?", operation, dtype, sizes, precision)
+
+
+@pytest.fixture
+def with_products(measured):
+    """Beside them chosen plans, of which one was disturbed, and cuBLAS's times."""
+    (path,) = measured.glob("*.csv")
+    columns = ("operation", "kind", "layer", "S", "D", "M", "tile_rows", "tile_cols", "tile_depth", "parts", "us",
+               "disturbed")
+    rows = [("dw", "bfloat16", "square", 64, 64, 64, 8, 8, 8, 1, 20.0, 0),
+            ("dw", "bfloat16", "down", 64, 128, 32, 8, 8, 8, 1, 900.0, 1),
+            ("dw", "bfloat16", "up", 64, 32, 128, 8, 8, 8, 1, 40.0, 0),
+            ("dx", "tf32x3", "up", 64, 32, 128, 8, 8, 8, 1, 30.0, 0)]
+    records.write(measured / f"{path.stem}-products.csv", [dict(zip(columns, row, strict=True)) for row in rows])
+    records.write(measured / f"{path.stem}-cublas.csv", [
+        {"operation": "dw", "kind": "bfloat16", "layer": layer, "us": us}
+        for layer, us in (("square", 10.0), ("down", 9.0), ("up", 80.0))])
+    return measured
+
+
+def test_the_first_look_has_the_fastest_peer_of_the_same_precision(with_products):
+    (one,) = report.measured_files(with_products)
+    result = report.duel(headline("bias_grad", (1000, 1, 10)), one)
+    assert (result.ours, result.peer, result.theirs, result.ratio, result.python) == (4, "CuPy", 8, 2, "10/10")
+    product = report.duel(headline("weight_grad", (64, 64, 64), "bfloat16"), one)
+    assert (product.peer, product.ratio, product.python) == ("torch.mm", 0.5, "-")
+    assert report.duel(headline("weight_grad", (64, 64, 64), precision="tf32"), one) is None
+
+
+def test_what_was_disturbed_or_has_no_peer_is_shown_but_compares_with_nothing(with_products):
+    (one,) = report.measured_files(with_products)
+    assert report.duel(headline("weight_grad", (64, 128, 32), "bfloat16"), one) is None
+    assert report.means(one) == "bfloat16 1.00 dL/dW"
+    text, _ = report.section(with_products, "results")
+    assert "| dL/dW | bfloat16 | down | 64 x 128 x 32 | 8x8x8, 1 | 900.0 (disturbed) | 0.0 | 9.0 | 0.01 x |" in text
+    assert "| dL/dX | tf32x3 | up | 64 x 32 x 128 | 8x8x8, 1 | 30.0 | 0.0 | - | - |" in text
+
+
+def test_the_first_look_leaves_open_what_has_no_row_and_draws_the_rest(with_products, monkeypatch):
+    monkeypatch.setattr(report, "HEADLINES", {"sums": (headline("bias_grad", (1000, 1, 10)),),
+                                              "products": (headline("dense_grads", (8, 8, 8)),)})
+    text, made = report.first_look(with_products, "https://pictures")
+    assert "| dL/d?, 1000x10, float32 | 4.0 | 8.0 (CuPy) | 2.00 | 10/10 |" in text
+    assert "| dL/d?, 8x8x8, float32 | open | - | - | - |" in text
+    assert "one Sum Machine 3000 (2030-01-02, commit abc, CUDA 13.1, numba-cuda 0.30)" in text
+    assert "by `python -m benchmarks.run`:" in text
+    ((name, plot),) = made.items()
+    assert f"(https://pictures/{name})" in text
+    words = "".join(ElementTree.fromstring(plot).itertext())
+    assert "2.00 x (4.0 us, CuPy 8.0 us)" in words
+    assert "8x8x8" not in words
+    assert report.first_look(with_products / "counted", "") == ("Nothing has been measured on a GPU.\n", {})
 
 
 def test_a_changed_row_or_a_lost_marker_is_noticed(measured):

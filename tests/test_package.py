@@ -39,3 +39,8 @@ def test_every_address_of_the_project_is_in_its_metadata():
     for name in ("README.md", "CITATION.cff", "CHANGELOG.md"):
         for host, place in re.findall(r"https://(github\.com|raw\.githubusercontent\.com)/([\w-]+/[\w-]+)", read(name)):
             assert place == owner, (name, host)
+
+
+def test_the_readme_is_read_in_ten_minutes():
+    assert len(read("README.md").splitlines()) <= 150
+    assert len(read("README.md").split()) <= 1200
