@@ -324,7 +324,7 @@ def measured_part(measured: Measured) -> list[str]:
             else f"{float(row['tflop_per_s']):.1f} TFLOP/s by {row['implementation']} in {row['dtype']}"
             for row in roofs]
     lines = ["", f"**Measured on {measured.gpu}** ({measured.when}, by {measured.command}). Roofs, measured in the "
-             f"same run: {'; '.join(said)}. L2 is cold.", ""]
+             f"same run: {'; '.join(said)}. Medians of GPU time, cold L2.", ""]
     body, failed = [], []
     for found in cases(rows).values():
         failed += [f"- {shape(row)} {row['operation']} {row['dtype']}, {name}: {row['remark']}"

@@ -263,7 +263,7 @@ def test_explain_warns_where_the_shape_cannot_tell():
 def test_the_picture_in_the_readme_is_the_one_drawn(tmp_path):
     result = run("explain", "--svg", tmp_path / "explain.svg")
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "explain.svg").read_bytes() == (ROOT / ".github" / "explain.svg").read_bytes()
+    assert (tmp_path / "explain.svg").read_bytes() == (ROOT / "docs" / "explain.svg").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["explain.svg"]
 
 

@@ -1,0 +1,137 @@
+"""What a reader is told: commands and code that run, links that lead somewhere, every public name in the reference.
+
+Commands stand in blocks marked bash, one a line, and in the text between backticks. Each has a row here that says how
+it is run. Code in blocks marked python runs from the top of its page to the bottom.
+"""
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import densegrad
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md",
+                      *sorted((ROOT / "docs").glob("*.md")))}
+
+#: command -> what .ci/run does for it
+IN_CI = {
+    "pip install -e .": "pip install -q -e .",
+    "pip install -e . && densegrad demo": "pip install -q -e . && densegrad demo",
+    'pip install -e ".[test]" && pytest': 'pip install -q -e ".[test]" && pytest',
+    'pip install -e ".[dev]"': 'pip install -q -e ".[dev]"',
+}
+#: commands that install an extra -> the extra
+EXTRAS = {'pip install -e ".[cuda12]"': "cuda12", 'pip install -e ".[cuda13]"': "cuda13"}
+#: command -> the command that is run here, shorter or dry
+HERE = {
+    "bash .ci/run": "bash -n .ci/run",
+    ".ci/compile_check.py --all": "python .ci/compile_check.py --help",
+    "densegrad check": "densegrad check --help",
+    "densegrad demo": "densegrad demo --steps 1",
+    "densegrad explain": "densegrad explain",
+    "densegrad explain --samples 3 --outputs 3": "densegrad explain --samples 3 --outputs 3",
+    "densegrad grads": "densegrad grads --help",
+    "densegrad info": "densegrad info",
+    "densegrad ptx": "densegrad ptx --help",
+    "pytest --lane simulator": "pytest --lane simulator --collect-only -q tests/test_layering.py",
+    "python -m benchmarks.host": "python -m benchmarks.host --rounds 2 --repeats 2",
+    "python -m benchmarks.report": "python -m benchmarks.report --check",
+    "python -m benchmarks.report --check": "python -m benchmarks.report --check",
+    "python -m benchmarks.simulator": "python -m benchmarks.simulator --repeats 1 --size 8 8 8",
+}
+#: commands that need a GPU -> how far they go without one
+ON_A_GPU = {
+    "pytest --lane gpu": "pytest --help",
+    "python -m benchmarks.counted --ncu": "python -m benchmarks.counted --help",
+    "python -m benchmarks.run": "python -m benchmarks.run --help",
+    "python -m benchmarks.run --quick": "python -m benchmarks.run --help",
+}
+PROGRAMS = {"python": [sys.executable], "densegrad": [sys.executable, "-m", "densegrad"],
+            "pytest": [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"], "bash": ["bash"]}
+
+
+def blocks(text, language):
+    """(the paragraph before it, its text) of every block in this language."""
+    for found in re.finditer(rf"(?ms)^```{language}\n(.*?)^```$", text):
+        yield text[:found.start()].rstrip().rpartition("\n\n")[2], found[1]
+
+
+def commands(text):
+    """(command, what is said before it) of a page."""
+    for before, block in blocks(text, "bash"):
+        yield from ((line, before) for line in block.splitlines())
+    prose = re.sub(r"(?ms)^```.*?^```$", "", text)
+    for line in prose.splitlines():
+        yield from ((found, line) for found in re.findall(
+            r"`((?:densegrad|pip|pytest|python|bash) [^`]+|\.ci/[\w.]+ [^`]+)`", line))
+
+
+def test_every_command_has_its_row_and_every_row_its_command():
+    told = {command for text in PAGES.values() for command, _ in commands(text)}
+    assert told == set(IN_CI) | set(EXTRAS) | set(HERE) | set(ON_A_GPU)
+
+
+def test_commands_stand_in_marked_blocks_and_use_nothing_from_elsewhere():
+    for name, text in PAGES.items():
+        assert not re.search(r"(?m)^    (densegrad|pip|pytest|python|bash) ", text), name
+        assert not set(re.findall(r"(?m)^```(\w*)$", text)) - {"", "bash", "python"}, name
+        assert "rehears" not in text, name
+
+
+def test_what_needs_a_gpu_says_so():
+    for name, text in PAGES.items():
+        for command, before in commands(text):
+            assert command not in ON_A_GPU or re.search(r"GPU|gpu", before), (name, command)
+
+
+@pytest.mark.parametrize("command", IN_CI)
+def test_the_checks_run(command):
+    assert IN_CI[command] in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", EXTRAS)
+def test_there_is_such_an_extra(command):
+    assert EXTRAS[command] in metadata.metadata("densegrad").get_all("Provides-Extra")
+
+
+@pytest.mark.only("simulator")
+@pytest.mark.parametrize("command", sorted({*HERE.values(), *ON_A_GPU.values()}))
+def test_commands_run(command):
+    program, *arguments = shlex.split(command)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    found = subprocess.run([*PROGRAMS[program], *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                           env=kept | {"NUMBA_ENABLE_CUDASIM": "1"})
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.only("simulator")
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if "```python" in text])
+def test_code_runs(page):
+    names = {}
+    for _, block in blocks(PAGES[page], "python"):
+        exec(compile(block, page, "exec"), names)
+
+
+def test_the_reference_has_every_public_name_once():
+    named = re.findall(r"(?m)^::: densegrad\.(\w+)$", PAGES["docs/reference.md"])
+    assert sorted(named) == sorted(densegrad.__all__)
+
+
+def test_links_to_the_repository_lead_to_files():
+    """Links between the pages of the site are held by its build, which fails on a warning."""
+    home = r"https://(?:github\.com/densegrad/densegrad/(?:blob|tree)|raw\.githubusercontent\.com/densegrad/densegrad)"
+    for name, text in PAGES.items():
+        for path in re.findall(rf"{home}/main/([^)#\s]+)", text):
+            assert (ROOT / path).exists(), (name, path)
+
+
+def test_the_readme_has_no_relative_links():
+    """It is shown by package indexes too, where there are no files beside it."""
+    assert not re.findall(r"\]\((?!https://)[^)]*\)", PAGES["README.md"])
