@@ -11,6 +11,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import densegrad
@@ -117,6 +118,13 @@ def test_code_runs(page):
     names = {}
     for _, block in blocks(PAGES[page], "python"):
         exec(compile(block, page, "exec"), names)
+
+
+def test_the_readme_shows_an_error_as_it_is():
+    x, dz = np.ones((32, 64), "float32"), np.ones((10, 32), "float32")
+    with pytest.raises(densegrad.ShapeError) as error:
+        densegrad.weight_grad(x, dz)
+    assert f"    ShapeError: {error.value}\n" in PAGES["README.md"]
 
 
 def test_the_reference_has_every_public_name_once():
