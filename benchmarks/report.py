@@ -484,9 +484,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     wanted: dict[Path, str] = {}
     made: dict[str, str] = {}
-    for page, written, pictures in ((ROOT / "README.md", first_look, f"{PICTURES}/{RESULTS}"),
-                                    (ROOT / "benchmarks" / "README.md", section, "results")):
-        text, drawn = written(records.RESULTS, pictures)
+    for page, said, pictures in ((ROOT / "README.md", first_look, f"{PICTURES}/{RESULTS}"),
+                                 (ROOT / "benchmarks" / "README.md", section, "results")):
+        text, drawn = said(records.RESULTS, pictures)
         wanted[page] = placed(page.read_text(encoding="utf-8"), text)
         made |= drawn
     wanted |= {records.RESULTS / name: plot for name, plot in made.items()}

@@ -559,6 +559,27 @@ def test_a_changed_row_or_a_lost_marker_is_noticed(measured):
         report.placed("# densegrad", before)
 
 
+def test_the_report_writes_both_pages_and_their_plots_and_deletes_those_that_no_page_shows(with_products, monkeypatch):
+    pages = [with_products / "README.md", with_products / "benchmarks" / "README.md"]
+    pages[1].parent.mkdir()
+    for page in pages:
+        page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (with_products / "stale.svg").write_text("<svg/>")
+    monkeypatch.setattr(report, "ROOT", with_products)
+    monkeypatch.setattr(records, "RESULTS", with_products)
+    assert report.main(["--check"]) == 1
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    for page in pages:
+        text = page.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+        assert "\nold\n" not in text
+        assert "Sum Machine 3000" in text
+    plots_shown = {path.name for path in with_products.glob("*.svg")}
+    assert plots_shown == {f"sum-machine-3000-{name}.svg" for name in ("first-look", "narrow", "peers", "roofline")}
+
+
 def test_rows_that_were_not_counted_are_said_to_be_missing(tmp_path):
     names = [row.name for row in tables.rows("batch_sum")]
     records.write(tmp_path / "counted" / "batch_sum.csv", [
