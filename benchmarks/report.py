@@ -18,6 +18,7 @@ from densegrad.commands.files import written
 
 from . import plots, records, run, tables
 from .counting import Shown
+from .operations import OPERATIONS
 
 Row = Mapping[str, str]
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,8 @@ RESULTS = records.RESULTS.relative_to(ROOT).as_posix()
 PICTURES = "https://raw.githubusercontent.com/densegrad/densegrad/main"  # the README is shown away from its files, too
 SKIPPED = ("2", "5", "17")  # outputs that the plot of counted sectors leaves out, so that it is no longer than a page
 NARROW = (1, 3, 10, 33)  # outputs of the narrow layers whose speed is drawn over S
+#: operations in which D, the number of inputs, plays a part
+WITH_FEATURES = {name for name, does in OPERATIONS.items() if {"x", "w"} & set(does.inputs)}
 #: operation -> what the file of products calls it
 PRODUCTS = {"weight_grad": "dw", "input_grad": "dx"}
 
@@ -228,6 +231,7 @@ def duel(headline: Headline, measured: Measured) -> Duel | None:
 
 
 def _precision(implementation: str) -> str:
+    """What its products are rounded to, beyond their type: "tf32x3" has float32's accuracy."""
     return "tf32" if implementation.endswith(" tf32") else ""
 
 
@@ -301,7 +305,7 @@ def products_part(measured: Measured) -> list[str]:
 
 def shape(row: Row) -> str:
     """S x D x M of a row, or S x M where D plays no part."""
-    sizes = [row["S"], row["M"]] if row["operation"] == "bias_grad" else [row["S"], row["D"], row["M"]]
+    sizes = [row["S"], row["D"], row["M"]] if row["operation"] in WITH_FEATURES else [row["S"], row["M"]]
     sides = ", features first" if row["orientation"] == "features first" else ""
     return " x ".join(sizes) + sides
 
@@ -330,9 +334,10 @@ def measured_part(measured: Measured) -> list[str]:
         failed += [f"- {shape(row)} {row['operation']} {row['dtype']}, {name}: {row['remark']}"
                    for name, row in found.items() if not row["median_us"]]
         own = {name: row for name, row in found.items() if name.partition(" ")[0] == OURS and row["median_us"]}
-        others = {name: float(row["median_us"]) for name, row in found.items() if name not in own and row["median_us"]}
-        best = min(others, key=others.__getitem__, default=None)
         for name, ours in own.items():
+            others = {other: float(row["median_us"]) for other, row in found.items()
+                      if other not in own and row["median_us"] and _precision(other) == _precision(name)}
+            best = min(others, key=others.__getitem__, default=None)
             peer = f"{best} {others[best]:.1f} ({others[best] / float(ours['median_us']):.2f} x)" if best else "none"
             body.append([ours["operation"], shape(ours), f"{ours['dtype']}{name.removeprefix(OURS)}",
                          f"{float(ours['median_us']):.1f} ({float(ours['p20_us']):.1f} to {float(ours['p80_us']):.1f})",
@@ -378,7 +383,7 @@ def _roofline(rows: Sequence[Row], timed: Sequence[tuple[Mapping[str, Row], Row]
                  if (row["implementation"], row["dtype"]) == ("cuBLAS", "float32") and row["median_us"]), None)
     points: dict[str, list[tuple[float, float]]] = {}
     for _, row in timed:
-        if row["dtype"] == "float32":
+        if row["dtype"] == "float32" and "tf32" not in row["implementation"]:
             intensity = 1000 * float(row["tflop_per_s"]) / float(row["gb_per_s"])
             points.setdefault(row["implementation"], []).append((intensity, float(row["tflop_per_s"])))
     if copy is None or peak is None or not points:

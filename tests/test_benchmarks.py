@@ -525,6 +525,21 @@ def test_the_first_look_has_the_fastest_peer_of_the_same_precision(with_products
     assert report.duel(headline("weight_grad", (64, 64, 64), precision="tf32"), one) is None
 
 
+def test_peers_are_those_of_the_same_precision(measured):
+    (path,) = measured.glob("*.csv")
+    rows = records.read(path)
+    mine, other = (dict(row) for row in rows if row["operation"] == "weight_grad" and row["median_us"])
+    records.write(path, [*rows, mine | {"implementation": "densegrad tf32", "median_us": "700.0"},
+                         mine | {"implementation": "densegrad tf32x3", "median_us": "2000.0"},
+                         other | {"implementation": "CuPy tf32", "median_us": "600.0", "tflop_per_s": "229"}])
+    text, made = report.section(measured, "results")
+    assert "| 9.5 | CuPy 2700.0 (0.96 x) |" in text
+    assert "| 9.5 | CuPy tf32 600.0 (0.86 x) |" in text
+    assert "| 9.5 | CuPy 2700.0 (1.35 x) |" in text
+    (roofline,) = (plot for name, plot in made.items() if name.endswith("roofline.svg"))
+    assert "tf32" not in "".join(ElementTree.fromstring(roofline).itertext())
+
+
 def test_what_was_disturbed_or_has_no_peer_is_shown_but_compares_with_nothing(with_products):
     (one,) = report.measured_files(with_products)
     assert report.duel(headline("weight_grad", (64, 128, 32), "bfloat16"), one) is None
