@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from densegrad import device
 from densegrad.kernels import primitives
+from densegrad.testing import launch_kernel
 
 TILE = 16
 
@@ -91,7 +91,7 @@ def weight_grad(baseline: str, x: Any, dz: Any, dw: Any) -> None:
     x, dz, dw : arrays, (S, D), (S, M) and (D, M), float32 | float64
         In C order, on the device; dw is overwritten.
     """
-    place, (samples, in_features), out_features = device.current(), x.shape, dz.shape[1]
+    (samples, in_features), out_features = x.shape, dz.shape[1]
     grid = -(-out_features // TILE), -(-in_features // TILE)
-    place.launch(BASELINES[baseline](np.dtype(dw.dtype).name), grid, TILE * TILE,
-                 (place.address(x), place.address(dz), place.address(dw), samples, in_features, out_features), 0)
+    launch_kernel(BASELINES[baseline](np.dtype(dw.dtype).name), grid, TILE * TILE,
+                  (x, dz, dw, samples, in_features, out_features))

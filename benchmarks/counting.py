@@ -25,7 +25,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from densegrad.launch import Launch, recorded
+from densegrad.calls import recorded
+from densegrad.launches import Launch
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 import densegrad
 from densegrad import device
-from densegrad.device import Memory, Simulator
+from densegrad.device import Memory, PackedLaunch, Seen, Simulator, alignment_of
 
 from . import records
 
@@ -38,15 +38,32 @@ class Unlaunched(Simulator):
 
     def memory(self, array: Any) -> Memory | None:
         """Where the array lies."""
-        return Memory(array.shape, array.strides, array.dtype, array.ctypes.data, False, "NumPy's memory")
+        return Memory(array.shape, array.strides, array.dtype, self.address(array), False, "NumPy's memory")
+
+    def seen(self, array: Any) -> Seen:
+        """What a call sees of the array."""
+        address = self.address(array)
+        return Seen((array.shape, array.strides, array.dtype, alignment_of(address)), address)
 
     def address(self, array: np.ndarray) -> Any:
         """A number, as kernels take it."""
-        return array.ctypes.data
+        return array.__array_interface__["data"][0]
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, stream: int,
-               shared_bytes: int = 0) -> None:
-        """Nothing."""
+    def argument(self, array: np.ndarray, seen: Seen) -> Any:
+        """A number, as kernels take it."""
+        return seen.address
+
+    def workspace_address(self, workspace: np.ndarray) -> Any:
+        """A number, as kernels take it."""
+        return self.address(workspace)
+
+    def load(self, launch: Any, place: str) -> PackedLaunch:
+        """The launch with its arguments packed, which are filled in at each call and queued nowhere."""
+        return PackedLaunch(launch, None, lambda *arguments: (0,), None)
+
+    def launch(self, loaded: PackedLaunch, values: Any, stream: int) -> None:
+        """Fill the arguments in."""
+        loaded(values, stream)
 
 
 @contextlib.contextmanager
@@ -58,7 +75,7 @@ def somewhere() -> Iterator[tuple[Any, str]]:
         yield cupy, device.current().name
         return
     found, stand_in = device.current, Unlaunched()
-    device.current = lambda: stand_in
+    device.current = lambda: stand_in  # type: ignore[assignment]
     try:
         yield np, stand_in.name
     finally:

@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from densegrad import device
+from densegrad.calls import recorded
 from densegrad.device import dtype_of
 from densegrad.errors import DeviceError
-from densegrad.launch import recorded
 from densegrad.plans import ITEM_BYTES
 from densegrad.testing import host
 

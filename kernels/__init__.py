@@ -1,4 +1,4 @@
 """Device code: the CUDA kernels of densegrad and the primitives they are written in.
 
-Nothing here launches, allocates or decides; see ``densegrad.launch`` and ``densegrad.plans`` for that.
+Nothing here launches, allocates or decides; see ``densegrad.families`` and ``densegrad.calls`` for that.
 """

@@ -1,9 +1,9 @@
-"""Sums over the batch axis: dL/db, and the parts that split sums were left in.
+"""Sums over the batch axis: dL/db, and the sums of its parts.
 
     result[m] = sum over s of source[s, m]      source (samples, outputs); for dL/db it is dZ
 
-Three kernels. `sum_strided` adds rows whose elements lie side by side, `sum_contiguous` adds runs along which the batch
-lies side by side, `add_parts` adds whole matrices that a split product left in a workspace.
+Two kernels. `sum_strided` adds rows whose elements lie side by side, `sum_contiguous` adds runs along which the batch
+lies side by side.
 
 How the work is cut
     Every element is read once, in vectors of 16 bytes. Threads that sit side by side read memory that lies side by
@@ -29,53 +29,15 @@ from functools import cache
 from numba import cuda, int32
 
 from . import primitives
+from .columns import finish_column
 from .primitives.layout import ITEM_BYTES, SECTOR, WIDEST
 
 #: Elements under way where they are picked singly: few, since that takes registers.
 EDGE_ELEMENTS = 8
 
 
-def _epilogue(accumulator, result):
-    """The type that sums are brought to and added to results in: one rounding follows."""
-    return "float64" if result == "float64" else accumulator
-
-
 @cache
-def finish_column(accumulator, result, accumulate, compensated, partial):
-    """(sums of one column, target, index, lost step, alpha): writes alpha times the result, or what a part sums to."""
-    values = 1 + compensated
-    wide = accumulator if partial else _epilogue(accumulator, result)
-    tidy = primitives.tidy(wide, 1, compensated)
-    if partial:
-        keep = primitives.store_each(accumulator, values, accumulator)
-
-        @cuda.jit(device=True, inline="always")
-        def finish(sums, target, index, lost_step, alpha):
-            keep(target, index, lost_step, values, tidy(sums))
-
-        return finish
-
-    widen = primitives.convert(accumulator, wide, values)
-    settle = primitives.settle(wide, 1, compensated)
-    scale = primitives.scale(wide, values)
-    load = primitives.load_vector(result, 1, wide)
-    plus = primitives.plus(wide, 1, compensated)
-    store = primitives.store_vector(result, 1, wide)
-    if accumulate:
-        @cuda.jit(device=True, inline="always")
-        def finish(sums, target, index, lost_step, alpha):
-            store(target, index, settle(tidy(plus(scale(widen(sums), alpha), load(target, index)))))
-    else:
-        @cuda.jit(device=True, inline="always")
-        def finish(sums, target, index, lost_step, alpha):
-            store(target, index, settle(tidy(scale(widen(sums), alpha))))
-
-    return finish
-
-
-@cache
-def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_flight, blocks_per_multiprocessor,
-                     accumulate, compensated, partial):
+def make_sum_strided(constants):
     """The kernel that adds rows: source[s, m] lies at s * row_stride + m.
 
     Threads
@@ -89,6 +51,8 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
     Shared memory
         lanes * threads_x * vectors accumulators of 16 / itemsize each; twice that for compensated sums.
     """
+    (dtype, accumulator, result, threads_x, lanes, vectors, in_flight, blocks_per_multiprocessor, accumulate,
+     compensated, partial) = constants
     item = ITEM_BYTES[dtype]
     vector, sector = WIDEST // item, SECTOR // item
     threads, spacing = threads_x * lanes, threads_x * vector
@@ -106,10 +70,11 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
     plus = primitives.plus(accumulator, 1, compensated)
     tidy = primitives.tidy(accumulator, vector * vectors, compensated)
     finish = finish_column(accumulator, result, accumulate, compensated, partial)
+    alpha_at = primitives.scale_at(constants.number, accumulator)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def sum_strided(source, row_stride, samples, outputs, samples_per_part, tile_cols, target, part_stride, col_stride,
-                    lost_step, alpha):
+                    lost_step, alpha, alpha_address):
         thread = cuda.threadIdx.x
         lane, across = thread // threads_x, thread % threads_x * vector
 
@@ -142,6 +107,7 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
         cuda.syncthreads()
 
         # 3. Column tile + c is the sum of all lanes at c + their shift.
+        alpha = alpha_at(alpha, alpha_address)
         for c in range(thread, min(tile_cols, outputs - tile), threads):
             total = zero()
             for y in range(lanes):
@@ -154,8 +120,7 @@ def make_sum_strided(dtype, accumulator, result, threads_x, lanes, vectors, in_f
 
 
 @cache
-def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in_flight, folders, line_pitch,
-                        fold_pitch, blocks_per_multiprocessor, accumulate, compensated, partial):
+def make_sum_contiguous(constants):
     """The kernel that adds along runs: element i of run r belongs to column r * period + i % period.
 
     It lies at r * run_stride + i. With period 1 a run is one output's batch; with one run and period = outputs it is a
@@ -174,6 +139,8 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
         lanes * line_pitch and folders * period * fold_pitch accumulators; twice that for compensated sums. The pitches
         are such that accesses which are served together meet different banks.
     """
+    (dtype, accumulator, result, period, threads_x, lanes, in_flight, folders, line_pitch, fold_pitch,
+     blocks_per_multiprocessor, accumulate, compensated, partial) = constants
     item = ITEM_BYTES[dtype]
     vector, sector = WIDEST // item, SECTOR // item
     threads, line = threads_x * lanes, threads_x * vector
@@ -197,10 +164,11 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
     tidy, tidy_one = (primitives.tidy(accumulator, count, compensated) for count in (vector, 1))
     first, turn = primitives.head(accumulator, halves, 1), primitives.rotate(accumulator, halves, 1)
     finish = finish_column(accumulator, result, accumulate, compensated, partial)
+    alpha_at = primitives.scale_at(constants.number, accumulator)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def sum_contiguous(source, run_stride, run_length, runs, runs_per_block, length_per_part, target, part_stride,
-                       col_stride, lost_step, alpha):
+                       col_stride, lost_step, alpha, alpha_address):
         thread = cuda.threadIdx.x
         lane, across = (thread // threads_x, thread % threads_x * vector) if lanes > 1 else (0, thread * vector)
         ahead = int32(across % warp_width)
@@ -211,6 +179,7 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
         length = int32(min(run_length - start, length_per_part))
         origin = int(source) // item + start
         first_run = cuda.blockIdx.x * runs_per_block
+        alpha = alpha_at(alpha, alpha_address)
         lines, folds = line_array(), fold_array()
         for base in range(first_run, min(first_run + runs_per_block, runs), lanes):
             run = base + lane
@@ -257,59 +226,3 @@ def make_sum_contiguous(dtype, accumulator, result, period, threads_x, lanes, in
                 finish(total, target, part * part_stride + (base * period + column) * col_stride, lost_step, alpha)
 
     return sum_contiguous
-
-
-@cache
-def make_add_parts(accumulator, result, access, threads, accumulate):
-    """The kernel that adds `parts` matrices of (rows, cols) accumulators in ascending order, `in_flight` at a time.
-
-    Part p of element (r, c) lies at p * part_stride + r * row_pitch + c of the workspace, row_pitch a multiple of 16
-    bytes; the result, alpha * sum (+ result, if accumulate), at r * row_stride + c * col_stride. It is stored `access`
-    columns at a time: more than one only where col_stride is 1 and all of the result is aligned to that.
-
-    Threads
-        One for each vector of 16 bytes of a row.
-    Grid
-        As many blocks as that takes.
-    """
-    vector = WIDEST // ITEM_BYTES[accumulator]
-    in_flight = 4
-    wide = _epilogue(accumulator, result)
-    zeros = primitives.zeros(accumulator, vector)
-    add_all = primitives.add_vectors(accumulator, vector, accumulator, in_flight)
-    add_edge = primitives.add_inside(accumulator, vector, accumulator, in_flight)
-    convert = primitives.convert(accumulator, wide, vector)
-    plus, scale = primitives.plus(wide, access, False), primitives.scale(wide, access)
-    first, turn = primitives.head(wide, vector, access), primitives.rotate(wide, vector, access)
-    load, store = primitives.load_vector(result, access, wide), primitives.store_vector(result, access, wide)
-
-    @primitives.jit(threads)
-    def add_parts(workspace, parts, part_stride, row_pitch, target, rows, cols, row_stride, col_stride, alpha):
-        # 1. This thread's row and first column.
-        item = cuda.blockIdx.x * threads + cuda.threadIdx.x
-        vectors = row_pitch // vector
-        row = item // vectors
-        col = (item - row * vectors) * vector
-        if row < rows:
-            # 2. sums is the sum of the parts.
-            sums = zeros()
-            index, left = row * row_pitch + col, parts
-            while left > 0:
-                if left >= in_flight and col + vector <= cols:
-                    sums = add_all(sums, workspace, index, part_stride)
-                else:
-                    sums = add_edge(sums, workspace, index, part_stride, left, col, cols)
-                index += in_flight * part_stride
-                left -= in_flight
-
-            # 3. The results at the front of `values` are stored and turned to its end.
-            values = convert(sums)
-            for c in range(col, min(col + vector, cols), access):
-                place = row * row_stride + c * col_stride
-                value = scale(first(values), alpha)
-                if accumulate:
-                    value = plus(value, load(target, place))
-                store(target, place, value)
-                values = turn(values)
-
-    return add_parts

@@ -27,8 +27,9 @@ from . import primitives
 
 
 @cache
-def make_log_sum_exp(dtype, accumulator, adders, samples_of_block, features_first):
+def make_log_sum_exp(constants):
     """The kernel for these types and threads; features_first says that samples lie side by side."""
+    dtype, accumulator, adders, samples_of_block, features_first = constants
     threads = adders * samples_of_block
     load = primitives.load_pieces(dtype, 1, (0,), accumulator)
     nothing, exponential = primitives.no_exponentials(accumulator), primitives.exponential(accumulator)

@@ -9,7 +9,7 @@ How the work is cut
     in steps of tile_depth: the two input tiles come from global memory into registers while the tiles before them, in
     shared memory, are multiplied. A thread owns thread_rows x thread_cols results in registers: for each depth it reads
     thread_rows + thread_cols numbers from shared memory and does thread_rows * thread_cols multiply-adds, which is what
-    keeps the FMA units busy. Long depths (the batch of dL/dW) are cut into parts, which batch_sum.add_parts adds up.
+    keeps the FMA units busy. Long depths (the batch of dL/dW) are cut into parts, which add_parts adds up.
 Order of additions
     Each result is one chain of fused multiply-adds in ascending order of the depth, whatever the tiles are; parts are
     added in ascending order. A thread of dL/db adds every n-th depth of each tile, ascending; the n threads' sums are
@@ -42,36 +42,22 @@ Source: Boehm, "How to optimize a CUDA matmul kernel for cuBLAS-like performance
 "Efficient GEMM in CUDA".
 """
 from functools import cache
-from typing import NamedTuple
 
 from numba import cuda, int32
 
 from . import primitives
+from .columns import finish_column
 from .primitives.layout import ITEM_BYTES, WIDEST, Line, lanes_of, tile_copy, tile_share
 
 
-class Tiles(NamedTuple):
-    """What a block multiplies at a time and what a thread of it owns, of operands of dtype summed in accumulator."""
-
-    dtype: str
-    accumulator: str
-    rows: int
-    cols: int
-    depth: int
-    thread_rows: int
-    thread_cols: int
-    blocks_per_multiprocessor: int
-    offset_bits: int  # that count the bytes from a tile's first element to any other: 32, or 64 for huge strides
-
-
 @cache
-def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
+def make_matmul_simt(constants):
     """The kernel for these tiles, orientations and results.
 
     sums_of is "right" or "left" for the kernel that also adds that operand up along the depth.
     """
-    accumulator, tile_rows, tile_cols, tile_depth = tiles.accumulator, tiles.rows, tiles.cols, tiles.depth
-    thread_rows, thread_cols = tiles.thread_rows, tiles.thread_cols
+    (dtype, accumulator, tile_rows, tile_cols, tile_depth, thread_rows, thread_cols, blocks_per_multiprocessor,
+     offset_bits, left_side, right_side, epilogue, sums_of, sums_epilogue) = constants
     lanes_down, lanes_across = tile_rows // thread_rows, tile_cols // thread_cols
     threads = lanes_down * lanes_across
     vector = WIDEST // ITEM_BYTES[accumulator]
@@ -80,15 +66,15 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
 
     # Copies of tiles, and what multiplies them.
     left_along_depth, right_along_depth = left_side.along_depth, right_side.along_depth
-    left_copy = tile_copy(tiles.dtype, accumulator, tile_rows, tile_depth, left_side.access, left_along_depth,
-                          threads, thread_rows, tiles.offset_bits)
-    right_copy = tile_copy(tiles.dtype, accumulator, tile_cols, tile_depth, right_side.access, right_along_depth,
-                           threads, thread_cols, tiles.offset_bits, start=tile_depth * tile_rows)
+    left_copy = tile_copy(dtype, accumulator, tile_rows, tile_depth, left_side.access, left_along_depth,
+                          threads, thread_rows, offset_bits)
+    right_copy = tile_copy(dtype, accumulator, tile_cols, tile_depth, right_side.access, right_along_depth,
+                           threads, thread_cols, offset_bits, start=tile_depth * tile_rows)
     row_spacing, col_spacing = left_copy.layout.group_spacing, right_copy.layout.group_spacing
     lanes_of_thread = primitives.thread_lanes(lanes_of(lanes_down, lanes_across, right_copy.layout.spacing // vector))
     left_turn_of, right_turn_of = primitives.tile_turn(left_copy), primitives.tile_turn(right_copy)
     left_offset_of, right_offset_of = primitives.tile_offset(left_copy), primitives.tile_offset(right_copy)
-    place_of = primitives.place(tiles.dtype)
+    place_of = primitives.place(dtype)
     left_deeper, right_deeper = primitives.deeper(left_copy), primitives.deeper(right_copy)
     load_left, load_right = primitives.load_tile(left_copy), primitives.load_tile(right_copy)
     load_whole_left, load_whole_right = primitives.load_whole_tile(left_copy), primitives.load_whole_tile(right_copy)
@@ -112,6 +98,8 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
     first = primitives.head(accumulator, sums_count, access)
     turn = primitives.rotate(accumulator, sums_count, access)
     convert = primitives.convert(accumulator, epilogue.wide, access)
+    alpha_at = primitives.scale_at(constants.number, accumulator)
+    result_number = primitives.typed(epilogue.wide)
     scale, add = primitives.scale(epilogue.wide, access), primitives.add(epilogue.wide, access)
     load_result = primitives.load_vector(epilogue.dtype, access, epilogue.wide)
     store_result = primitives.store_vector(epilogue.dtype, access, epilogue.wide)
@@ -123,12 +111,15 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
     add_tile, no_sums = primitives.add_tile(share), primitives.zeros(accumulator, share.count)
     store_tile_sums = primitives.store_tile_sums(share)
     add_sum, no_sum = primitives.add(accumulator, 1), primitives.zeros(accumulator, 1)
-    store_sum = primitives.store_vector(accumulator, 1, accumulator)
+    finish_sum = (finish_column(accumulator, sums_epilogue.dtype, sums_epilogue.accumulate, False, False)
+                  if sums_epilogue else finish_column(accumulator, accumulator, False, False, True))
+    sum_number = primitives.typed(sums_epilogue.wide if sums_epilogue else accumulator)
     sums_outer = summed.outer_size
 
-    @primitives.jit(threads, tiles.blocks_per_multiprocessor)
-    def matmul_simt(left, left_stride, right, right_stride, result, row_stride, col_stride, part_stride,
-                    rows, cols, depth, depth_per_part, group_bits, alpha, depth_sums, sums_stride):
+    @primitives.jit(threads, blocks_per_multiprocessor)
+    def matmul_simt(left, left_stride, right, right_stride, result, result_down, result_across, part_stride, rows, cols,
+                    depth, depth_per_part, group_bits, alpha, alpha_address, depth_sums, depth_sums_step,
+                    depth_sums_part_stride):
         thread = cuda.threadIdx.x
 
         # 1. This block's tile of the result, and its part of the depth. Blocks below the result have nothing to do.
@@ -202,6 +193,8 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
             now = other
             cuda.syncthreads()
 
+        alpha = alpha_at(alpha, alpha_address)
+
         # 6. Shared memory is free again: threads that took the same columns at other depths meet there.
         if has_sums:
             store_tile_sums(stages, depth_total, thread)
@@ -212,7 +205,8 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
                     total = no_sum()
                     for place in range(outer, share.classes * sums_outer, sums_outer):
                         total = add_sum(total, load_one(stages, place))
-                    store_sum(depth_sums, part * sums_stride + begin + outer, total)
+                    finish_sum(total, depth_sums, part * depth_sums_part_stride + (begin + outer) * depth_sums_step, 0,
+                               sum_number(alpha))
             cuda.syncthreads()
 
         # 7. The results at the front of `sums` are stored and turned to its end, a row of each thread after the other.
@@ -229,16 +223,17 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
                 first_line, line_lane = line_of(thread)
                 for number in range(first_line, lanes_down, lines):
                     r = row + number * vector + below
-                    place = place_of_result(result, r * row_stride + col * col_stride)
-                    store_line(stages, number, place, col_stride, line_lane, cols_left if r < rows else 0, alpha)
+                    place = place_of_result(result, r * result_down + col * result_across)
+                    store_line(stages, number, place, result_across, line_lane, cols_left if r < rows else 0,
+                               result_number(alpha))
                 cuda.syncthreads()
             else:
                 r = row + int(first_row) + below
                 for j in range(col_groups * stores):
                     c = col + int(first_col) + j // stores * col_spacing + j % stores * access
                     if r < rows and c < cols:
-                        index = part * part_stride + r * row_stride + c * col_stride
-                        value = scale(convert(first(sums)), alpha)
+                        index = part * part_stride + r * result_down + c * result_across
+                        value = scale(convert(first(sums)), result_number(alpha))
                         if accumulate:
                             value = add(value, load_result(result, index))
                         store_result(result, index, value)

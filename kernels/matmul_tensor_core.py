@@ -10,7 +10,7 @@ How the work is cut
     mma instruction's depth: 16 half-precision numbers or 8 of TF32. Asynchronous copies bring tiles into `stages`
     slots of shared memory, so that stages - 1 of them are on their way while one is multiplied; a step's fragments
     come into registers while the step before it is multiplied. Long depths (the batch of dL/dW) are cut into parts,
-    which batch_sum.add_parts adds up.
+    which add_parts adds up.
 Fragments
     What a lane holds of the operands and of the result, lane = 4 g + q (PTX ISA, "Matrix fragments for mma.m16n8k16"
     and "mma.m16n8k8"). A register holds 4 bytes along the depth: two numbers of half precision (k and k + 1), or one
@@ -63,40 +63,27 @@ Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while
 performance", 2022.
 """
 from functools import cache
-from typing import NamedTuple
 
 from numba import cuda, int32
 
+from ..signatures import Epilogue
 from . import primitives
 from .primitives.layout import ITEM_BYTES, LANES, TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
 
+#: what becomes of a part's sums
+KEPT = Epilogue("float32", 1, "float32", False)
 #: outer indices of which a warp adds up the depths, at the least
 LEAST_SHARE = 32
 
 
-class Tiles(NamedTuple):
-    """What a block multiplies at a time and what a warp of it owns, and what operands of dtype are multiplied as.
-
-    kind is "float16", "bfloat16", "tf32", "tf32x3" or, with the instructions of compute capability 7.5, "float16k8".
-    """
-
-    dtype: str
-    kind: str
-    rows: int
-    cols: int
-    warp_rows: int
-    warp_cols: int
-    stages: int
-    offset_bits: int  # that count the bytes from one of a thread's copies to the next
-
-
 @cache
-def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
+def make_matmul_tensor_core(constants):
     """The kernel for these tiles, orientations and results.
 
     sums_of is "right" or "left" for the kernel that also adds that operand up along the depth.
     """
-    dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages, offset_bits = tiles
+    (dtype, kind, tile_rows, tile_cols, warp_rows, warp_cols, stages, offset_bits, left_side, right_side, epilogue,
+     sums_of, sums_epilogue) = constants
     left_along_depth, right_along_depth = left_side.along_depth, right_side.along_depth
     warps_across = tile_cols // warp_cols
     threads = LANES * (tile_rows // warp_rows) * warps_across
@@ -136,6 +123,8 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
 
     # dL/db rides along in the blocks of the first tile row (or column): their warps share dZ's tile among them, and
     # read it once more, as a left operand.
+    alpha_at = primitives.scale_at(constants.number, "float32")
+    result_number, sum_number = (primitives.typed(one.wide) for one in (epilogue, sums_epilogue or KEPT))
     has_sums, of_left = bool(sums_of), sums_of == "left"
     summed_size, summed_along_depth = (tile_rows, left_along_depth) if of_left else (tile_cols, right_along_depth)
     share_size = max(LEAST_SHARE, summed_size * LANES // threads)
@@ -144,7 +133,8 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
     share_places_of, summed_start = primitives.fragment_places(share), 0 if of_left else left_bytes
     load_share, load_share_second = (primitives.load_fragments(share, step) for step in (0, 1))
     no_totals = primitives.zeros("float32", share.blocks * 4 // item_bytes)
-    add_depths, store_totals = primitives.add_depths(kind, share), primitives.store_depth_sums(kind, share)
+    add_depths, store_totals = primitives.add_depths(kind, share), primitives.store_depth_sums(
+        kind, share, *(sums_epilogue or KEPT))
 
     @cuda.jit(device=True, inline="always")
     def add_share(shared, stage, places, totals):
@@ -211,8 +201,9 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
     walk, walk_and_add = walk_along_depth(False), walk_along_depth(True)
 
     @primitives.jit(threads)
-    def matmul_tensor_core(left, left_stride, right, right_stride, result, row_stride, col_stride, part_stride, rows,
-                           cols, depth, depth_per_part, group_bits, alpha, depth_sums, sums_stride):
+    def matmul_tensor_core(left, left_stride, right, right_stride, result, result_down, result_across, part_stride,
+                           rows, cols, depth, depth_per_part, group_bits, alpha, alpha_address, depth_sums,
+                           depth_sums_step, depth_sums_part_stride):
         thread = cuda.threadIdx.x
 
         # 1. This block's tile of the result, and its part of the depth. Blocks below the result have nothing to do.
@@ -262,15 +253,16 @@ def make_matmul(tiles, left_side, right_side, epilogue, sums_of=""):
             begin, summed_left = (row, rows_left) if of_left else (col, cols_left)
             begin += number * share_size
             summed_left -= number * share_size
-            store_totals(depth_sums, part * sums_stride + begin, summed_left if warp < shares else 0, lane, totals)
+            store_totals(depth_sums, part * depth_sums_part_stride + begin * depth_sums_step, depth_sums_step,
+                         summed_left if warp < shares else 0, sum_number(alpha_at(alpha, alpha_address)), lane, totals)
         else:
             sums, _ = walk(shared, tiles, left_at, left_stride, left_step, rows_left, left_places, right_at,
                            right_stride, right_step, cols_left, right_places, (), thread)
 
         # 8. Each warp stores its results from registers.
-        index = part * part_stride + (row + warp_row) * row_stride + (col + warp_col) * col_stride
-        store(result, index, row_stride, col_stride, rows_left - warp_row, cols_left - warp_col, alpha, lane,
-              settle(tidy(sums)))
+        index = part * part_stride + (row + warp_row) * result_down + (col + warp_col) * result_across
+        store(result, index, result_down, result_across, rows_left - warp_row, cols_left - warp_col,
+              result_number(alpha_at(alpha, alpha_address)), lane, settle(tidy(sums)))
 
     return matmul_tensor_core
 

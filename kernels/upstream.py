@@ -39,7 +39,7 @@ from functools import cache
 from numba import cuda
 
 from . import primitives
-from .batch_sum import finish_column
+from .columns import finish_column
 from .primitives.layout import ITEM_BYTES, WIDEST
 
 CROSS_ENTROPY = "cross_entropy"
@@ -93,14 +93,15 @@ def _form(above, accumulator, columns, samples):
 
 
 @cache
-def make_upstream_sum(above, dtype, accumulator, result, elements, width, threads_x, lanes, features_first,
-                      blocks_per_multiprocessor, weights, weights_width, labels, accumulate, partial):
+def make_upstream_sum(constants):
     """The kernel for what lies above the layer: the name of an activation, or CROSS_ENTROPY.
 
     A thread has `elements`, and an access takes `width` of them. weights and labels are dtypes, or empty where there
     are none; weights of dtype "bool" choose samples: the others' dZ is zero, whatever their gradients are.
     weights_width is how many weights an access takes, all of a piece or 1.
     """
+    (above, dtype, accumulator, result, elements, width, threads_x, lanes, features_first, blocks_per_multiprocessor,
+     weights, weights_width, labels, accumulate, partial) = constants
     threads, spacing, line = threads_x * lanes, threads_x * width, threads_x * elements
     tile, step = (lanes, line) if features_first else (line, lanes)
     pieces = tuple(piece * spacing for piece in range(elements // width))
@@ -133,11 +134,12 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
     add_places = primitives.add_shared(accumulator, elements, threads_x)
     add_folds = primitives.add_shared(accumulator, threads_x, 1)
     finish = finish_column(accumulator, result, accumulate, False, partial)
+    number, alpha_at = primitives.typed(accumulator), primitives.scale_at(constants.number, accumulator)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def upstream_sum(gradient, gradient_down, gradient_across, z, z_down, z_across, dz, dz_down, dz_across, weights,
-                     weight_stride, labels, label_stride, totals, ignored, parameter, alpha, samples, outputs,
-                     samples_per_part, target, part_stride, col_stride, sum_alpha):
+                     weights_step, labels, labels_step, totals, ignored, parameter, alpha, alpha_address, sum_alpha,
+                     sum_alpha_address, samples, outputs, samples_per_part, target, part_stride, col_stride):
         thread = cuda.threadIdx.x
         lane, place = thread // threads_x, thread % threads_x * width
 
@@ -157,6 +159,7 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
 
         # 2. dZ is written, and sums[j] is the sum of the thread's j-th elements; the next ones travel meanwhile.
         sums = zeros()
+        parameter, alpha = number(parameter), number(alpha_at(alpha, alpha_address))
         next_gradient = load_gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along, left)
         next_z = load_z(z, sample * z_down + output * z_across, z_along, left)
         while left > 0:
@@ -166,18 +169,19 @@ def make_upstream_sum(above, dtype, accumulator, result, elements, width, thread
             next_gradient = load_gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along,
                                           left)
             next_z = load_z(z, sample * z_down + output * z_across, z_along, left)
-            label = load_labels(labels, this_sample * label_stride, label_stride, this_left, ignored)
+            label = load_labels(labels, this_sample * labels_step, labels_step, this_left, ignored)
             values = form(this_gradient, this_z, load_total(totals, this_sample, 1, this_left),
                           load_total(totals, samples + this_sample, 1, this_left), label, output, outputs, parameter)
             if weighted:
-                values = weigh(values, load_weights(weights, this_sample * weight_stride, weight_stride, this_left))
+                values = weigh(values, load_weights(weights, this_sample * weights_step, weights_step, this_left))
             values = scale(values, alpha)
             if chosen:
-                wanted = load_chosen(weights, this_sample * weight_stride, weight_stride, this_left, 0)
+                wanted = load_chosen(weights, this_sample * weights_step, weights_step, this_left, 0)
                 values = leave_out(values, wanted, 0)
             values = rounded(leave_out_labels(values, label, ignored))
             store(dz, this_sample * dz_down + output * dz_across, dz_along, this_left, values)
             sums = add(sums, values)
+        sum_alpha = alpha_at(sum_alpha, sum_alpha_address)
         lines = line_array()
         for piece in range(elements // width):
             store_sums(lines, lane * line + piece * spacing + place, first(sums), thread)

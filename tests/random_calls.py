@@ -17,9 +17,9 @@ import numpy as np
 
 import densegrad
 from densegrad import device, reference
+from densegrad.calls import recorded
 from densegrad.device import dtype_of
 from densegrad.errors import OutError
-from densegrad.launch import recorded
 from densegrad.plans import ACTIVATIONS, TensorCorePlan, Tiling, UpstreamPlan, accumulator_of
 from densegrad.testing import (
     ROUNDINGS,

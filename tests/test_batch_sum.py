@@ -8,10 +8,12 @@ from batch_sum_model import model, small_plan
 
 import densegrad as dg
 from densegrad import reference
-from densegrad.device import current, dtype_of
+from densegrad.calls import recorded
+from densegrad.device import alignment_of, current, dtype_of
 from densegrad.errors import PlanError
-from densegrad.launch import recorded, run_add_parts
-from densegrad.operands import Operand
+from densegrad.families import add_parts
+from densegrad.families.add_parts import AddPartsPlan
+from densegrad.launches import Matrix, Result, Slot
 from densegrad.plans import ITEM_BYTES, BatchSumPlan, accumulator_of, plan_batch_sum
 from densegrad.testing import Placed, bits, check_within, error_bound, host, integers, normal, poisoned
 
@@ -218,19 +220,15 @@ def test_parts_of_a_product_are_added_in_order(dtype, out_dtype, memory, cols, a
     padded = np.full((parts, rows, pitch), np.nan, dtype)
     padded[:, :, :cols] = values
     array = xp.asarray(padded)
-    workspace = Operand("workspace", array, where.address(array), dtype, rows, cols, pitch, 1)
     out = Placed(before, memory, xp, -99.0)
     strides = (stride // ITEM_BYTES[out_dtype] for stride in out.array.strides)
-    result = Operand("out", out.array, where.address(out.array), out_dtype, rows, cols, *strides)
-
-    class Session:
-        device = where
-
-        @staticmethod
-        def launch(kernel, grid, block, arguments, plan):
-            where.launch(kernel, grid, block, arguments, 0)
-
-    run_add_parts(Session(), workspace, parts, result, accumulate, alpha, None)
+    result = Matrix(Slot("out"), out_dtype, rows, cols, *strides, alignment=alignment_of(int(where.address(out.array))))
+    plan = AddPartsPlan(parts, rows, cols, pitch, dtype)
+    assert plan.chain == parts - 1
+    launch, = add_parts.launches(plan, Matrix(Slot("parts"), dtype, rows, pitch, pitch, 1), Result(result, accumulate))
+    place = where.memory(array).place
+    where.launch(where.load(launch, place), {"parts": where.address(array), "out": where.address(out.array),
+                                             "alpha": float(alpha), "alpha_address": 0}, where.current_stream(place))
     total = np.zeros((rows, cols), dtype)
     for part in values:
         total += part

@@ -370,6 +370,16 @@ def test_the_simulator_is_timed_and_kept_only_if_asked(capsys, tmp_path, monkeyp
     assert [row["S"] for row in records.read(simulator.RESULTS)] == ["8"]
 
 
+def test_rows_are_written_through_links(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "rows.csv").symlink_to("kept/rows.csv")
+    for value in "12":
+        records.write(tmp_path / "rows.csv", [{"name": "a", "value": value}])
+    assert (tmp_path / "rows.csv").is_symlink()
+    assert (tmp_path / "kept" / "rows.csv").read_text() == "name,value\na,2\n"
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["rows.csv"]
+
+
 # Counting
 
 

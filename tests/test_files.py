@@ -8,6 +8,7 @@ import stat
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,7 +236,7 @@ def command(request, tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", os.environ.get("NUMBA_ENABLE_CUDASIM", "0"))
     monkeypatch.setattr(cli, "_missing_libraries", list)
     monkeypatch.setattr(cli, "_compiled", lambda *_: computed("a kernel"))
-    monkeypatch.setattr("densegrad.catalogue.kernel_variants", lambda: {"kernel": None})
+    monkeypatch.setattr("densegrad.catalogue.kernel_variants", lambda: {"kernel": SimpleNamespace(kernel="another")})
     work_out, gradients = explain.work_out, cli._gradients
     monkeypatch.setattr(explain, "work_out", lambda *sizes: computed(work_out(*sizes)))
     monkeypatch.setattr(cli, "_gradients", lambda *given: computed(gradients(*given)))

@@ -6,7 +6,7 @@ import pytest
 
 import densegrad
 from densegrad import reference, testing
-from densegrad.launch import recorded
+from densegrad.calls import recorded
 from densegrad.plans import MatmulPlan
 from densegrad.testing import LAYOUTS, Placed, bits, check_within, expected, host, integers, normal, poisoned
 

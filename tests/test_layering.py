@@ -11,36 +11,47 @@ import densegrad
 SOURCE = Path(densegrad.__file__).parent
 KERNELS = Path(__file__).parents[1] / "kernels"
 
+#: what every family may import of what lies outside: that which says what launches are
+OF_LAUNCHES = {".errors", ".facts", ".launches", ".signatures"}
 #: module -> those beside it that it may import, and with a dot those beside its folder; kernels are one more of them
 ARROWS = {
-    "__init__": {"errors", "gradients", "upstream"},
+    "__init__": {"errors", "gradients", "prepared", "upstream"},
     "__main__": {"commands"},
     "errors": set(),
     "reference": set(),
-    "plans/__init__": {"batch_sum", "common", "matmul_simt", "matmul_tensor_core", "product", "tiling", "upstream"},
-    "plans/common": {".errors"},
-    "plans/batch_sum": {".errors", "common"},
-    "plans/upstream": {".errors", "batch_sum", "common"},
-    "plans/tiling": {".errors", "common"},
-    "plans/matmul_simt": {".errors", "common", "tiling"},
-    "plans/matmul_tensor_core": {".errors", "common", "tiling"},
-    "plans/product": {".errors", "common", "matmul_simt", "matmul_tensor_core", "tiling"},
     "layers": set(),
-    "device": {"errors"},
-    "operands": {"device", "errors"},
-    "launch": {"kernels", "operands", "plans"},
-    "catalogue": {"launch", "operands", "plans"},
-    "gradients": {"errors", "launch", "operands", "plans", "upstream"},
-    "upstream": {"errors", "launch", "operands", "plans"},
+    "facts": set(),
+    "signatures": {"facts"},
+    "launches": {"facts", "signatures"},
+    "families/__init__": set(),
+    "families/common": OF_LAUNCHES,
+    "families/batch_sum": OF_LAUNCHES | {"common"},
+    "families/add_parts": OF_LAUNCHES | {"common"},
+    "families/upstream": OF_LAUNCHES | {"batch_sum", "common"},
+    "families/tiling": OF_LAUNCHES | {"add_parts", "common"},
+    "families/matmul_simt": OF_LAUNCHES | {"common", "tiling"},
+    "families/matmul_tensor_core": OF_LAUNCHES | {"common", "tiling"},
+    "families/product": {".errors", ".facts", "common", "matmul_simt", "matmul_tensor_core", "tiling"},
+    "plans": {"facts", "families"},
+    "compiler": {"launches"},
+    "cache": {"compiler", "launches"},
+    "catalogue": {"compiler", "families", "launches"},
+    "device": {"cache", "compiler", "errors", "launches"},
+    "operands": {"device", "errors", "launches"},
+    "calls": {"device", "errors", "facts", "launches", "operands"},
+    "prepared": {"calls", "device", "errors", "launches"},
+    "gradients": {"calls", "errors", "families", "launches", "operands", "upstream"},
+    "upstream": {"calls", "errors", "families", "launches", "operands"},
     "testing": {"device", "plans", "reference"},
 }
 #: what is not the standard library -> the modules that may import it
 OUTSIDE = {
-    "numpy": {"device", "launch", "operands", "reference", "testing"},
+    "numpy": {"device", "operands", "reference", "testing"},
     "ml_dtypes": {"device"},
     "cupy": {"device"},
     "cuda": {"device"},
-    "numba": {"catalogue", "device"},
+    "numba": {"compiler", "device"},
+    "platformdirs": {"cache"},
 }
 #: the command line may use the whole package, but only `python -m densegrad` uses the command line
 COMMANDS = SOURCE / "commands"
@@ -78,14 +89,15 @@ def test_arrows_go_one_way(module):
 
 
 def test_every_module_has_its_arrows():
-    paths = [*SOURCE.glob("*.py"), *(SOURCE / "plans").glob("*.py")]
+    paths = [*SOURCE.glob("*.py"), *(SOURCE / "families").glob("*.py")]
     assert {path.relative_to(SOURCE).with_suffix("").as_posix() for path in paths} == ARROWS.keys()
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.stem)
 def test_kernels_are_leaves(path):
     own, outside = imports(path, "densegrad")
-    assert own <= {other.stem for other in KERNELS.rglob("*.py")} | {"primitives"}
+    own = {name.removeprefix(".").removeprefix(".") for name in own}
+    assert own <= {other.stem for other in KERNELS.rglob("*.py")} | {"primitives", "facts", "signatures"}
     more = OF_PRIMITIVES.get(path.stem.rpartition("_")[2], set()) if path.parent.name == "primitives" else set()
     assert outside <= OF_KERNELS | more
 

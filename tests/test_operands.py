@@ -6,6 +6,7 @@ import pytest
 
 import densegrad
 from densegrad import DenseGrads, device, errors, operands, testing
+from densegrad.launches import Matrix, Slot
 from densegrad.plans import MatmulPlan, plan_batch_sum, plan_matmul
 from densegrad.testing import Placed, bits, check_within, host, integers
 
@@ -320,9 +321,9 @@ def launched_on(monkeypatch):
     streams = []
     launch = device.Gpu.launch
 
-    def watch(self, kernel, grid, block, arguments, stream, shared_bytes):
+    def watch(self, loaded, values, stream):
         streams.append((stream, self.cupy.cuda.get_current_stream().ptr))
-        launch(self, kernel, grid, block, arguments, stream, shared_bytes)
+        launch(self, loaded, values, stream)
 
     monkeypatch.setattr(device.Gpu, "launch", watch)
     return streams
@@ -391,8 +392,9 @@ def test_views_with_a_contiguous_axis_are_not_copied(xp):
 @pytest.mark.parametrize(("cols", "row_stride", "address", "access"), [
     (8, 8, 256, 4), (8, 9, 256, 1), (8, 10, 256, 2), (6, 8, 256, 2), (7, 8, 256, 1), (8, 8, 264, 2), (8, 8, 260, 1)])
 def test_the_widest_access_is_aligned_in_every_row(cols, row_stride, address, access):
-    assert operands.Operand("x", None, address, "float32", 3, cols, row_stride, 1).access(4) == access
-    assert operands.Operand("x", None, address, "float32", 3, cols, row_stride, 2).access(4) == 1
+    alignment = device.alignment_of(address)
+    assert Matrix(Slot("x"), "float32", 3, cols, row_stride, 1, alignment).access(4) == access
+    assert Matrix(Slot("x"), "float32", 3, cols, row_stride, 2, alignment).access(4) == 1
 
 
 def test_plans_know_their_sizes():

@@ -7,7 +7,7 @@ from densegrad import device
 from densegrad.device import dtype_of
 from densegrad.kernels import primitives
 from densegrad.kernels.primitives.layout import Line, lanes_of, tile_copy, tile_share
-from densegrad.testing import bits, host, integers, normal
+from densegrad.testing import bits, host, integers, launch_kernel, normal
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 WIDE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
@@ -15,9 +15,7 @@ WIDE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "floa
 
 def run(kernel, *arguments, threads=1):
     """Launch one block; arrays are passed as addresses."""
-    place = device.current()
-    place.launch(kernel, (1, 1), threads,
-                 tuple(place.address(value) if np.ndim(value) else value for value in arguments), 0)
+    launch_kernel(kernel, (1, 1), threads, arguments)
 
 
 def same(found, wanted):

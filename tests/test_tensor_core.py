@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import densegrad
 from densegrad import reference, testing
+from densegrad.calls import recorded
 from densegrad.errors import PlanError
-from densegrad.launch import recorded
 from densegrad.plans import MatmulPlan, TensorCorePlan, plan_product
 from densegrad.testing import Placed, bits, check_within, expected, host, integers, normal, poisoned
 

@@ -8,18 +8,19 @@ from numba import cuda
 from densegrad import device
 from densegrad.kernels import primitives
 from densegrad.kernels.primitives.layout import CHUNK_BYTES, ChunkCopy, chunk_tile, fragment_layout
-from densegrad.testing import bits, host, integers, normal
+from densegrad.signatures import Epilogue
+from densegrad.testing import bits, host, integers, launch_kernel, normal
 
 WARP = 32
+#: sums along the depth that are stored as they are
+KEPT = Epilogue("float32", 1, "float32", False)
 ITEM = {"float16": 2, "float16k8": 2, "bfloat16": 2, "tf32": 4, "tf32x3": 4}
 DTYPE = {"float16": "float16", "float16k8": "float16", "bfloat16": "bfloat16", "tf32": "float32", "tf32x3": "float32"}
 
 
 def run(kernel, *arguments, threads=WARP, shared_bytes=0):
     """Launch one block; arrays are passed as addresses."""
-    place = device.current()
-    place.launch(kernel, (1, 1), threads,
-                 tuple(place.address(value) if np.ndim(value) else value for value in arguments), 0, shared_bytes)
+    launch_kernel(kernel, (1, 1), threads, arguments, shared_bytes)
 
 
 def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=True):
@@ -55,7 +56,7 @@ def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=T
     share_first, share_second = (primitives.load_fragments(share, step) for step in (0, 1))
     left_totals, right_totals = (primitives.zeros("float32", outer // 8 * 4 // item) for outer in outers)
     add_left, add_right = (primitives.add_depths(kind, layout) for layout in (left_layout, share))
-    store_left, store_right = (primitives.store_depth_sums(kind, layout) for layout in (left_layout, share))
+    store_left, store_right = (primitives.store_depth_sums(kind, layout, *KEPT) for layout in (left_layout, share))
 
     one = np.float32(1)
 
@@ -81,8 +82,8 @@ def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=T
         if split:
             sums = tidy(sums)
         store(out, 0, WARP, 1, WARP, WARP, one, lane, settle(sums))
-        store_left(left_sums, 0, WARP, lane, of_left)
-        store_right(right_sums, 0, WARP, lane, of_right)
+        store_left(left_sums, 0, 1, WARP, one, lane, of_left)
+        store_right(right_sums, 0, 1, WARP, one, lane, of_right)
 
     return kernel, size
 

@@ -1,30 +1,12 @@
 """How tiles lie in shared memory, and which thread copies what. Pure values, shared by both kinds of primitives."""
 from typing import NamedTuple
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+from ...facts import ITEM_BYTES
+
 #: what global memory is moved in, what all banks of shared memory serve at once, and the widest access, in bytes
 SECTOR, LINE, WIDEST = 32, 128, 16
 #: threads of a warp
 LANES = 32
-
-
-class Side(NamedTuple):
-    """How an operand lies in memory: contiguous along the depth or not, and how many elements may be read at a time."""
-
-    along_depth: bool
-    access: int
-
-
-class Epilogue(NamedTuple):
-    """What becomes of alpha times a sum: computed in `wide`, plus the result if accumulate, then rounded once to dtype.
-
-    access elements of the result's columns may be written at a time.
-    """
-
-    dtype: str
-    access: int
-    wide: str
-    accumulate: bool
 
 
 class TileLayout(NamedTuple):

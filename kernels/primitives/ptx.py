@@ -354,6 +354,19 @@ def _times(builder, value, factor):
 
 
 @cache
+def scale_at(dtype, stored):
+    """(number, address) -> number, times the one of type stored that lies there, unless the address is 0."""
+
+    def body(builder, number, address):
+        given = builder.icmp_signed("!=", address, ir.Constant(_INT64, 0))
+        there, = _load_global(builder, address, ir.Constant(_INT64, 0), stored, 1, given)
+        factor = builder.select(given, _widen(builder, there, stored, dtype), ir.Constant(_FLOAT[dtype], 1.0))
+        return _times(builder, number, factor)
+
+    return _expand(_NUMBA[dtype], (_NUMBA[dtype], types.int64), body)
+
+
+@cache
 def convert(dtype, wide, count):
     """(fragment of dtype) -> the same values as wide."""
     return _expand(_fragment_type(wide, count), (_fragment_type(dtype, count),),

@@ -82,6 +82,13 @@ def scale(dtype, count):
 
 
 @cache
+def scale_at(dtype, stored):
+    """(number, address) -> number, times the one of type stored that lies there, unless the address is 0."""
+    return _quiet(lambda number, address: number if isinstance(address, int) else number * _TYPE[dtype](
+        address.read(0, 1)[0]))
+
+
+@cache
 def convert(dtype, wide, count):
     """(fragment of dtype) -> the same values as wide."""
     return lambda fragment: fragment.astype(_TYPE[wide])

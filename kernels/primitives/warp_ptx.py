@@ -12,6 +12,7 @@ from .ptx import (
     _INT16,
     _INT32,
     _INT64,
+    _NUMBA,
     _SHARED,
     _expand,
     _fragment_type,
@@ -319,11 +320,15 @@ def add_depths(kind, layout):
 
 
 @cache
-def store_depth_sums(kind, layout):
-    """(address, index, left, lane, totals): stores the sums of the first `left` outer indices from index on."""
+def store_depth_sums(kind, layout, dtype, access, wide, accumulate):
+    """(address, index, step, left, alpha, lane, totals): stores alpha times the sums of the first `left` outer indices.
+
+    They go to index, index + step, ... Each is computed in the type `wide`, if accumulate added to what is there, and
+    rounded once to dtype; one by one, so access is 1.
+    """
     half = kind in _ONES
 
-    def body(builder, address, index, left, lane, totals):
+    def body(builder, address, index, step, left, alpha, lane, totals):
         sums = _unpack(builder, totals)
         sums = sums[::2] if half else [_over_quarters(builder, total) for total in sums]
         group = builder.udiv(lane, _int32(4))
@@ -331,9 +336,14 @@ def store_depth_sums(kind, layout):
         for block, total in enumerate(sums):
             outer = builder.add(builder.mul(group, _int32(layout.outer(0, 1))), _int32(layout.outer(block, 0)))
             with builder.if_then(builder.and_(first, builder.icmp_signed("<", outer, left))):
-                _store_global(builder, address, builder.add(index, builder.sext(outer, _INT64)), "float32", [total])
+                place = builder.add(index, builder.mul(builder.sext(outer, _INT64), step))
+                value = _times(builder, _widen(builder, total, "float32", wide), alpha)
+                if accumulate:
+                    before, = _load_global(builder, address, place, dtype, 1)
+                    value = builder.fadd(value, _widen(builder, before, dtype, wide))
+                _store_global(builder, address, place, dtype, [_narrow(builder, value, wide, dtype)])
 
-    return _expand(types.none, (types.int64, types.int64, types.int32, types.int32,
+    return _expand(types.none, (types.int64, types.int64, types.int64, types.int32, _NUMBA[wide], types.int32,
                                 _fragment_type("float32", layout.blocks * (1 + half))), body)
 
 

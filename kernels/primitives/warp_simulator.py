@@ -316,8 +316,12 @@ def add_depths(kind, layout):
 
 
 @cache
-def store_depth_sums(kind, layout):
-    """(address, index, left, lane, totals): stores the sums of the first `left` outer indices from index on."""
+def store_depth_sums(kind, layout, dtype, access, wide, accumulate):
+    """(address, index, step, left, alpha, lane, totals): stores alpha times the sums of the first `left` outer indices.
+
+    They go to index, index + step, ... Each is computed in the type `wide`, if accumulate added to what is there, and
+    rounded once to dtype; one by one, so access is 1.
+    """
 
     def over_quarters(values):
         pairs = np.array(values).reshape(8, 2, 2, -1).sum(axis=2)
@@ -325,12 +329,16 @@ def store_depth_sums(kind, layout):
 
     over_quarters = _quiet(over_quarters)
 
-    def run(address, index, left, lane, totals):
+    def run(address, index, step, left, alpha, lane, totals):
         sums = totals[::2] if not kind.startswith("tf32") else exchange(over_quarters, totals)
         for block, total in enumerate(sums):
             outer = layout.outer(block, lane // 4)
             if lane % 4 == 0 and outer < left:
-                address.write(index + outer, np.array([total]))
+                place = index + outer * step
+                value = np.array([total]).astype(_TYPE[wide]) * alpha
+                if accumulate:
+                    value = value + address.read(place, 1).astype(_TYPE[wide])
+                address.write(place, value)
 
     return _quiet(run)
 

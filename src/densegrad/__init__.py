@@ -2,8 +2,18 @@
 
 dL/db is the sum of dL/dZ over the batch axis, dL/dW = Xᵀ dL/dZ and dL/dX = dL/dZ Wᵀ.
 """
-from .errors import DensegradError, DeviceError, DTypeError, OutDeviceError, OutError, PlanError, ShapeError
+from .errors import (
+    DensegradError,
+    DeviceError,
+    DTypeError,
+    OutDeviceError,
+    OutError,
+    PlanError,
+    PrepareError,
+    ShapeError,
+)
 from .gradients import DenseGrads, WeightBiasGrads, bias_grad, dense_grads, input_grad, weight_bias_grad, weight_grad
+from .prepared import Prepared, prepare
 from .upstream import OutputGrads, activation_grad, cross_entropy_grad
 
 __all__ = [
@@ -15,6 +25,8 @@ __all__ = [
     "OutError",
     "OutputGrads",
     "PlanError",
+    "PrepareError",
+    "Prepared",
     "ShapeError",
     "WeightBiasGrads",
     "activation_grad",
@@ -22,6 +34,7 @@ __all__ = [
     "cross_entropy_grad",
     "dense_grads",
     "input_grad",
+    "prepare",
     "weight_bias_grad",
     "weight_grad",
 ]

@@ -1,20 +1,28 @@
 """Where kernels run: a GPU, with CuPy's memory and streams, or the Numba CUDA simulator, with NumPy's memory.
 
 The only module that knows which. Both kinds of device have the same methods, and ``current`` finds the one to use.
+Loading makes a launch ready for many calls: its kernel is compiled or brought from the cache, and what no call changes
+is packed. A call fills in the rest, by the names of the slots, and launches.
 """
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import sys
-import warnings
-from collections.abc import Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import cache as kept
+from . import compiler
 from .errors import DeviceError
+from .launches import ALIGNMENT, OPERAND_ALIGNMENT, Clear, Launch, Room, Slot
 
 NO_DEVICE = ("densegrad found no GPU ({reason}): install CuPy on a machine with one (pip install 'numba-cuda[cu13]' "
              "cupy-cuda13x), or set NUMBA_ENABLE_CUDASIM=1 before Python starts to run on the CPU in Numba's CUDA "
@@ -22,6 +30,9 @@ NO_DEVICE = ("densegrad found no GPU ({reason}): install CuPy on a machine with 
 
 #: dynamic shared memory that every kernel may have
 SHARED_BYTES_UNASKED = 49152
+
+#: how many kernels are kept loaded, those used last
+MOST_FUNCTIONS = 1024
 
 #: how long a thread of the simulator runs before another does, where Python's own 5 ms make barriers slow
 TURN_SECONDS = 2e-4
@@ -34,6 +45,7 @@ def _place(device_id: int | str) -> str:
     return f"GPU {device_id}"
 
 
+@cache
 def current() -> Gpu | Simulator:
     """The device of this process.
 
@@ -42,17 +54,17 @@ def current() -> Gpu | Simulator:
     DeviceError
         If there is neither a GPU nor the simulator.
     """
-    from numba import config
-
-    return _simulator() if config.ENABLE_CUDASIM else _gpu()
+    return Simulator() if simulated() else _gpu()
 
 
-@cache
-def _simulator() -> Simulator:
-    return Simulator()
+def simulated() -> bool:
+    """Whether Numba's simulator was asked for. Never imports Numba, which reads the environment when it is imported."""
+    numba = sys.modules.get("numba")
+    if numba is not None:
+        return bool(numba.config.ENABLE_CUDASIM)
+    return os.environ.get("NUMBA_ENABLE_CUDASIM", "").strip() not in ("", "0")
 
 
-@cache
 def _gpu() -> Gpu:
     reason = gpu_missing()
     if reason:
@@ -96,6 +108,31 @@ class Memory:
     stream: int | None = None
 
 
+class Seen(NamedTuple):
+    """What a call sees of an array: what its launches follow from, the address of its first element, its stream."""
+
+    layout: tuple[Any, ...]
+    address: int
+    stream: int | None = None
+
+    def fits(self, other: Seen) -> bool:
+        """Whether what follows from the other's layout serves this array, too: the same, or aligned to more."""
+        (*mine, alignment), (*others, needed) = self.layout, other.layout
+        return mine == others and alignment >= needed
+
+
+def alignment_of(address: int) -> int:
+    """The largest power of two, up to OPERAND_ALIGNMENT, that divides the address."""
+    return (address | OPERAND_ALIGNMENT) & -(address | OPERAND_ALIGNMENT)
+
+
+def _seen(memory: Memory | None, kind: type) -> Seen | None:
+    if memory is None:
+        return None
+    return Seen((memory.shape, memory.strides, memory.dtype, memory.place, memory.readonly, kind,
+                 alignment_of(memory.byte)), memory.byte, memory.stream)
+
+
 def _host_memory(array: np.ndarray, place: str) -> Memory:
     return Memory(array.shape, array.strides, array.dtype, array.__array_interface__["data"][0],
                   not array.flags.writeable, place)
@@ -112,12 +149,25 @@ class Simulator:
         """Where the array lies, or None if it is no array that kernels can use."""
         return _host_memory(array, "the simulator") if isinstance(array, np.ndarray) else None
 
-    def placed(self, array: np.ndarray, compact: bool) -> np.ndarray:
-        """The array where kernels can read it: itself, or a copy in C order if compact."""
-        return array.copy(order="C") if compact else array
+    def seen(self, array: Any) -> Seen | None:
+        """What a call sees of the array, or None if it is none that kernels can use."""
+        return _seen(self.memory(array), type(array))
 
-    def wait_for(self, memory: Memory, stream: int) -> None:
+    def placed(self, array: np.ndarray, compact: bool) -> np.ndarray:
+        """The array where kernels can read it: itself, or an aligned copy in C order if compact."""
+        if not compact:
+            return array
+        copy = self.workspace(array.nbytes)[:array.nbytes].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
+
+    def wait_for(self, memory: Memory | Seen, stream: int) -> None:
         """Let the stream wait for the work that writes this memory."""
+
+    def workspace(self, size: int) -> np.ndarray:
+        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT."""
+        cells = np.empty(size + ALIGNMENT, np.uint8)
+        return cells[-cells.ctypes.data % ALIGNMENT:][:max(size, 1)]
 
     def empty(self, shape: tuple[int, ...] | int, dtype: str) -> np.ndarray:
         """An array with undefined elements."""
@@ -140,19 +190,84 @@ class Simulator:
             stream_pointer(stream)
         yield 0
 
+    def current_stream(self, place: str) -> int | None:
+        """The stream that is used where none is asked for."""
+        return 0
+
+    def argument(self, array: np.ndarray, seen: Seen) -> SimulatedAddress:
+        """Where an array lies that was seen, for a kernel."""
+        return SimulatedAddress(array)
+
+    def workspace_address(self, workspace: np.ndarray) -> np.ndarray:
+        """Where a workspace lies, for a launch."""
+        return workspace
+
+    def number_memory(self, value: Any, accumulator: str) -> Memory | None:
+        """Where a number lies that kernels can read as one of this type, or None if it is one of the host's."""
+        on_device = isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype == accumulator
+        return self.memory(value) if on_device else None
+
+    def capturing(self, stream: int) -> bool:
+        """Whether what is queued on the stream is recorded and not done."""
+        return False
+
     def capability(self, place: str) -> tuple[int, int]:
         """The compute capability whose instructions the simulator's kernels are made of."""
         return 8, 0
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, stream: int,
-               shared_bytes: int = 0) -> None:
-        """Run a kernel. Its threads take turns often, as most of them wait for others at barriers."""
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(TURN_SECONDS)
-        try:
-            kernel[grid, block, 0, shared_bytes](*arguments)
-        finally:
-            sys.setswitchinterval(interval)
+    def load(self, launch: Launch | Clear, place: str) -> Any:
+        """The launch, ready for many calls."""
+        return _SimulatedClear(launch) if isinstance(launch, Clear) else _SimulatedLaunch(launch)
+
+    def launch(self, loaded: Any, values: Mapping[str, Any], stream: int) -> None:
+        """Run a loaded launch with these values of its slots."""
+        loaded(values)
+
+
+class _SimulatedClear:
+    """A memset."""
+
+    def __init__(self, clear: Clear):
+        self.room = clear.room
+
+    def __call__(self, values: Mapping[str, Any]) -> None:
+        _room(values["workspace"], self.room)[...] = 0
+
+
+class _SimulatedLaunch:
+    """A launch in the simulator. Launches of several threads take turns: the simulator's state is the process's."""
+
+    _turn = threading.RLock()
+
+    def __init__(self, launch: Launch):
+        self.kernel = compiler.kernel_of(launch.module, launch.kernel, launch.constants)
+        self.shape = launch.grid, launch.block, 0, launch.shared_bytes
+        self.arguments = tuple(zip(launch.values, launch.types, strict=True))
+
+    def __call__(self, values: Mapping[str, Any]) -> None:
+        arguments = tuple(_simulated(values, value, kind) for value, kind in self.arguments)
+        with self._turn:
+            # Its threads take turns often, as most of them wait for others at barriers.
+            interval = sys.getswitchinterval()
+            sys.setswitchinterval(TURN_SECONDS)
+            try:
+                self.kernel[self.shape](*arguments)
+            finally:
+                sys.setswitchinterval(interval)
+
+
+def _simulated(values: Mapping[str, Any], value: Any, kind: str) -> Any:
+    """An argument as the simulator's kernels take it."""
+    if isinstance(value, Room):
+        return SimulatedAddress(_room(values["workspace"], value))
+    if isinstance(value, Slot):
+        value = values[value.name]
+    return value if kind == "int64" else np.dtype(kind).type(value)
+
+
+def _room(workspace: np.ndarray, room: Room) -> np.ndarray:
+    dtype = dtype_of(room.dtype)
+    return workspace[room.offset:room.offset + room.items * dtype.itemsize].view(dtype)
 
 
 class SimulatedAddress:
@@ -204,7 +319,9 @@ class Gpu:
         import cupy
 
         self.cupy = cupy
-        self._launchers: dict[tuple, Any] = {}
+        self._array = cupy.ndarray
+        self._functions: OrderedDict[tuple, Any] = OrderedDict()
+        self._loading = threading.RLock()
         self._capabilities: dict[int, tuple[int, int]] = {}
 
     @property
@@ -228,6 +345,14 @@ class Gpu:
         return Memory(shape, tuple(strides), dtype, byte, readonly, _place(self._device_of(byte)),
                       interface.get("stream"))
 
+    def seen(self, array: Any) -> Seen | None:
+        """What a call sees of the array, or None if it is none that kernels can use."""
+        if type(array) is not self._array:
+            return _seen(self.memory(array), type(array))
+        data = array.data
+        address = data.ptr
+        return Seen((array.shape, array.strides, array.dtype, data.device_id, alignment_of(address)), address)
+
     def _device_of(self, byte: int) -> int:
         runtime = self.cupy.cuda.runtime
         if runtime.getDeviceCount() == 1 or not byte:
@@ -240,7 +365,7 @@ class Gpu:
             return self.cupy.asarray(np.ascontiguousarray(array))
         return self.cupy.asarray(array).copy(order="C") if compact else array
 
-    def wait_for(self, memory: Memory, stream: int) -> None:
+    def wait_for(self, memory: Memory | Seen, stream: int) -> None:
         """Let the stream wait for the work that writes this memory."""
         if memory.stream is not None and memory.stream != stream:
             streams = self.cupy.cuda.Stream
@@ -250,6 +375,10 @@ class Gpu:
     def empty(self, shape: tuple[int, ...] | int, dtype: str) -> Any:
         """An array with undefined elements."""
         return self.cupy.empty(shape, dtype_of(dtype))
+
+    def workspace(self, size: int) -> Any:
+        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT."""
+        return self.cupy.empty(max(size, 1), np.uint8)
 
     def deliver(self, array: Any, like: Any) -> Any:
         """The array as the kind of container that like is: NumPy's, PyTorch's, Numba's, or CuPy's for all others."""
@@ -272,13 +401,10 @@ class Gpu:
     def using(self, stream: Any, place: str) -> Iterator[int]:
         """The stream and device that memory is allocated and kernels are launched on, as that stream's pointer."""
         cuda = self.cupy.cuda
-        device_id = cuda.runtime.getDevice() if place == HOST else int(place.removeprefix(_place("")))
+        device_id = self._device_id(place)
         with contextlib.ExitStack() as stack:
             if device_id != cuda.runtime.getDevice():
-                from numba import cuda as numba_cuda
-
                 stack.enter_context(cuda.Device(device_id))
-                stack.enter_context(numba_cuda.gpus[device_id])
             if stream is None:
                 yield cuda.get_current_stream().ptr
             else:
@@ -286,50 +412,147 @@ class Gpu:
                 stack.enter_context(cuda.Stream.from_external(_ForeignStream(pointer, stream)))
                 yield pointer
 
+    def argument(self, array: Any, seen: Seen) -> int:
+        """Where an array lies that was seen, for a kernel."""
+        return seen.address
+
+    def workspace_address(self, workspace: Any) -> int:
+        """Where a workspace lies, for a launch."""
+        return self.address(workspace)
+
+    def number_memory(self, value: Any, accumulator: str) -> Memory | None:
+        """Where a number lies that kernels can read, or None if it is one of the host's."""
+        return None if isinstance(value, (np.ndarray, np.generic, float, int)) else self.memory(value)
+
+    def current_stream(self, place: str) -> int | None:
+        """The stream that is used where none is asked for, or None if that is one of a device that is not in use."""
+        cuda = self.cupy.cuda
+        if place != HOST and place != _place(cuda.runtime.getDevice()):
+            return None
+        return cuda.get_current_stream().ptr
+
+    def capturing(self, stream: int) -> bool:
+        """Whether what is queued on the stream is recorded and not done."""
+        return bool(self.cupy.cuda.runtime.streamIsCapturing(stream))
+
+    def _device_id(self, place: str) -> int:
+        return self.cupy.cuda.runtime.getDevice() if place == HOST else int(place.removeprefix(_place("")))
+
     def capability(self, place: str) -> tuple[int, int]:
         """The compute capability of the device where arrays lie, or are brought to from the host."""
-        device_id = self.cupy.cuda.runtime.getDevice() if place == HOST else int(place.removeprefix(_place("")))
+        device_id = self._device_id(place)
         if device_id not in self._capabilities:
             properties = self.cupy.cuda.runtime.getDeviceProperties(device_id)
             self._capabilities[device_id] = properties["major"], properties["minor"]
         return self._capabilities[device_id]
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, stream: int,
-               shared_bytes: int = 0) -> None:
-        """Queue a kernel on the stream of this pointer, with this much dynamic shared memory."""
-        key = (kernel, grid, block, stream, shared_bytes, self.cupy.cuda.runtime.getDevice())
-        launcher = self._launchers.get(key)
-        if launcher is None:
-            if shared_bytes > SHARED_BYTES_UNASKED:
-                self._allow_shared(kernel, arguments, shared_bytes)
-            launcher = self._configure(kernel, grid, block, stream, shared_bytes)
-            if len(self._launchers) >= 1024:
-                self._launchers.clear()
-            self._launchers[key] = launcher
-        launcher(*arguments)
+    def load(self, launch: Launch | Clear, place: str) -> Any:
+        """The launch, ready for many calls: its kernel is compiled, or brought from the cache, once a device."""
+        device_id = self._device_id(place)
+        if isinstance(launch, Clear):
+            return _LoadedClear(launch, self.cupy.cuda.runtime.memsetAsync)
+        key = device_id, compiler.key_of(launch)
+        with self._loading:
+            function = self._functions.get(key)
+            if function is None:
+                capability = self.capability(place)
+                name = kept.name_of(launch, capability)
+                code = kept.load(name)
+                if code is None:
+                    code = compiler.compile_launch(launch, capability)
+                    kept.keep(name, code)
+                function = self._functions[key] = self._function_of(code, launch, device_id)
+                if len(self._functions) > MOST_FUNCTIONS:
+                    self._functions.popitem(last=False)  # its machine code stays where it is: it may be running
+            self._functions.move_to_end(key)
+        from cuda.bindings.driver import cuLaunchKernel
 
-    def _allow_shared(self, kernel: Any, arguments: tuple, shared_bytes: int) -> None:
-        """Raise the limit of dynamic shared memory for a kernel, which Numba leaves where it is."""
+        return PackedLaunch(launch, function, cuLaunchKernel, lambda: self.cupy.cuda.Device(device_id).use())
+
+    def _function_of(self, code: compiler.Code, launch: Launch, device_id: int) -> Any:
+        """The handle of a kernel of this machine code."""
         from cuda.bindings import driver
-        from numba import typeof
 
-        compiled = kernel.compile(tuple(typeof(argument) for argument in arguments))
-        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        status, = driver.cuKernelSetAttribute(limit, shared_bytes, compiled._codelibrary.get_cufunc().handle,
-                                              self.cupy.cuda.runtime.getDevice())
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise DeviceError(f"{self.name} refuses {shared_bytes} bytes of shared memory a block: {status} (pass a "
-                              "plan with fewer stages or smaller tiles)")
+        self.cupy.cuda.Device(device_id).use()
+        library = _done(driver.cuLibraryLoadData(code.cubin, [], [], 0, [], [], 0))
+        kernel = _done(driver.cuLibraryGetKernel(library, code.entry.encode()))
+        if launch.shared_bytes > SHARED_BYTES_UNASKED:
+            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            status, = driver.cuKernelSetAttribute(limit, launch.shared_bytes, kernel, device_id)
+            if status:
+                raise DeviceError(f"{self.name} refuses {launch.shared_bytes} bytes of shared memory a block: {status} "
+                                  "(pass a plan with fewer stages or smaller tiles)")
+        return driver.CUfunction(int(kernel))
 
-    @staticmethod
-    def _configure(kernel: Any, grid: tuple[int, ...], block: int, stream: int, shared_bytes: int) -> Any:
-        from numba import cuda
-        from numba.cuda.core.errors import NumbaPerformanceWarning
+    def launch(self, loaded: Any, values: Mapping[str, Any], stream: int) -> None:
+        """Queue a loaded launch on the stream of this pointer, with these values of its slots."""
+        loaded(values, stream)
 
-        with warnings.catch_warnings():
-            # Small grids are what small layers need.
-            warnings.simplefilter("ignore", NumbaPerformanceWarning)
-            return kernel[grid, block, cuda.external_stream(stream) if stream else 0, shared_bytes]
+
+def _done(outcome: tuple) -> Any:
+    """What a call of the driver gave, if it succeeded."""
+    status, *values = outcome
+    if status:
+        raise DeviceError(f"the CUDA driver says {status.name}")
+    return values[0] if values else None
+
+
+class _LoadedClear:
+    """A memset on the stream of the launches."""
+
+    def __init__(self, clear: Clear, memset: Any):
+        self.offset, self.size, self.memset = clear.room.offset, clear.room.end - clear.room.offset, memset
+
+    def __call__(self, values: Mapping[str, int], stream: int) -> None:
+        self.memset(values["workspace"] + self.offset, 0, self.size, stream)
+
+
+class PackedLaunch:
+    """A kernel with its arguments packed, each in a cell of 8 bytes, and what queues it: cuLaunchKernel or its like.
+
+    Arguments are read before queuing returns; a lock keeps threads from filling them in at the same time.
+    """
+
+    def __init__(self, launch: Launch, function: Any, queue: Any, use_device: Any):
+        values, types = launch.values, launch.types
+        self.cells = (ctypes.c_int64 * len(values))()
+        begin = ctypes.addressof(self.cells)
+        self.pointers = (ctypes.c_void_p * len(values))(*range(begin, begin + 8 * len(values), 8))
+        self.addresses: list[tuple[int, str, int]] = []  # cell, slot, bytes further on
+        self.numbers: list[tuple[Any, str]] = []  # cell, slot
+        for cell, (value, kind) in enumerate(zip(values, types, strict=True)):
+            if kind != "int64":
+                number = _NUMBERS[kind].from_buffer(self.cells, 8 * cell)
+                if isinstance(value, Slot):
+                    self.numbers.append((number, value.name))
+                else:
+                    number.value = value
+            elif isinstance(value, Room):
+                self.addresses.append((cell, "workspace", value.offset))
+            elif isinstance(value, Slot):
+                self.addresses.append((cell, value.name, 0))
+            else:
+                self.cells[cell] = value
+        self.shape = (*(*launch.grid, 1, 1)[:3], launch.block, 1, 1, launch.shared_bytes)
+        self.function, self.arguments = function, ctypes.addressof(self.pointers)
+        self.queue, self.use_device, self.turn = queue, use_device, threading.Lock()
+
+    def __call__(self, values: Mapping[str, Any], stream: int) -> None:
+        cells = self.cells
+        with self.turn:
+            for cell, name, further in self.addresses:
+                cells[cell] = values[name] + further
+            for number, name in self.numbers:
+                number.value = values[name]
+            status, = self.queue(self.function, *self.shape, stream, self.arguments, 0)
+            if status and status.name in ("CUDA_ERROR_INVALID_CONTEXT", "CUDA_ERROR_NOT_INITIALIZED"):
+                self.use_device()  # the first launch of this thread
+                status, = self.queue(self.function, *self.shape, stream, self.arguments, 0)
+        if status:
+            raise DeviceError(f"the CUDA driver says {status.name}")
+
+
+_NUMBERS = {"float32": ctypes.c_float, "float64": ctypes.c_double}
 
 
 class _ForeignStream:

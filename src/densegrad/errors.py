@@ -27,3 +27,7 @@ class OutDeviceError(OutError, DeviceError):
 
 class PlanError(DensegradError, ValueError):
     """A plan that was made for other sizes or types, or that no kernel can carry out."""
+
+
+class PrepareError(DensegradError, ValueError):
+    """A call that cannot be prepared, since it copies arrays, or one that has to be before it is captured."""

@@ -1,37 +1,33 @@
-"""The public functions. Each reads the same way: accept the user's arrays, plan, run."""
+"""The public functions, and how a call of each is described: accept the user's arrays, plan, list the launches."""
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from . import launch
+from .calls import Recipe, call, recipe_of
 from .errors import PlanError
+from .families import batch_sum, tiling, upstream
+from .families.batch_sum import BatchSumPlan, plan_batch_sum
+from .families.common import check_plan
+from .families.matmul_simt import MatmulPlan
+from .families.matmul_tensor_core import TensorCorePlan
+from .families.product import ProductPlan, bias_rides_along, check_precision, plan_product
+from .families.tiling import Product
+from .launches import ALPHA, ONE, Launch, Matrix, Result, scratch
 from .operands import (
     Inputs,
     Target,
     accept,
-    accept_alpha,
     accept_bias_out,
     accept_flag,
     accept_out,
     accept_outs,
     accept_tuple,
+    as_names,
     check_apart,
 )
-from .plans import (
-    BatchSumPlan,
-    MatmulPlan,
-    TensorCorePlan,
-    bias_rides_along,
-    check_plan,
-    check_precision,
-    plan_batch_sum,
-    plan_product,
-)
-from .upstream import accept_activation, upstream_plan
-
-ProductPlan = MatmulPlan | TensorCorePlan
+from .upstream import accept_activation, parameter_of, stray_slope, upstream_plan
 
 
 class DenseGrads(NamedTuple):
@@ -111,14 +107,17 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
     >>> bias_grad(numpy.array([[1e8], [1], [-1e8]], dtype="float32"), compensated=True)
     array([1.], dtype=float32)
     """
+    return call(_describe_bias, (dz,), (out,), (batch_axis, keepdims, compensated, accumulate, plan), (alpha,),
+                stream)[0]
+
+
+def _describe_bias(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
+    batch_axis, keepdims, compensated, accumulate, plan = options
     compensated = accept_flag("compensated", compensated)
-    inputs = accept(dz=dz, batch_axis=batch_axis)
-    target = accept_bias_out("out", out, inputs, keepdims, accumulate)
-    alpha = accept_alpha(alpha, inputs, [target])
+    inputs = accept(dz=arrays[0], batch_axis=batch_axis)
+    target = accept_bias_out("out", outs[0], inputs, keepdims, accumulate)
     plan = _bias_plan(plan, inputs, compensated)
-    with launch.session(inputs, stream) as session:
-        _run_bias(session, plan, target, alpha)
-        return session.deliver(target)
+    return recipe_of(inputs, (inputs.dz,), (target,), batch_sum.launches(plan, inputs.dz.matrix, target.result))
 
 
 def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", alpha: float = 1.0,
@@ -175,13 +174,17 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
     array([[31.],
            [42.]], dtype=float32)
     """
-    inputs = accept(x=x, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
-    target = _weight_target("out", out, inputs, weight_layout, accumulate)
-    alpha = accept_alpha(alpha, inputs, [target])
+    return call(_describe_weight, (x, dz), (out,), (batch_axis, weight_layout, precision, accumulate, plan), (alpha,),
+                stream)[0]
+
+
+def _describe_weight(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
+    batch_axis, weight_layout, precision, accumulate, plan = options
+    inputs = accept(x=arrays[0], dz=arrays[1], batch_axis=batch_axis, weight_layout=weight_layout)
+    target = _weight_target("out", outs[0], inputs, weight_layout, accumulate)
     plan = _weight_plan(plan, inputs, precision)
-    with launch.session(inputs, stream) as session:
-        _run_weight(session, plan, target, weight_layout, alpha)
-        return session.deliver(target)
+    return recipe_of(inputs, (inputs.x, inputs.dz), (target,),
+                     _weight_launches(plan, inputs, inputs.dz.matrix, (target, None), weight_layout))
 
 
 class WeightBiasGrads(NamedTuple):
@@ -193,7 +196,8 @@ class WeightBiasGrads(NamedTuple):
 
 def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", keepdims: bool = False,
                      alpha: float = 1.0, precision: str | None = None, out: WeightBiasGrads | None = None,
-                     accumulate: bool = False, plan: ProductPlan | None = None, stream: Any = None) -> WeightBiasGrads:
+                     accumulate: bool | Iterable[str] = False, plan: ProductPlan | None = None,
+                     stream: Any = None) -> WeightBiasGrads:
     """Gradients with respect to weights and bias, with dz read once: db is added up while dw is multiplied.
 
         dw = x.T @ dz          db = dz.sum(axis=0)
@@ -229,16 +233,21 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
     >>> weight_bias_grad(one, one).db
     array([2., 2.], dtype=float32)
     """
-    outs = accept_outs(out, WeightBiasGrads, accumulate)
-    inputs = accept(x=x, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
-    weight = _weight_target("out.dw", outs.dw, inputs, weight_layout, accumulate)
-    bias = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
-    alpha = accept_alpha(alpha, inputs, [weight, bias])
+    outs = accept_tuple("out", out, WeightBiasGrads)
+    options = batch_axis, weight_layout, keepdims, precision, as_names(accumulate), plan
+    return WeightBiasGrads(*call(_describe_weight_bias, (x, dz), outs, options, (alpha,), stream))
+
+
+def _describe_weight_bias(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
+    batch_axis, weight_layout, keepdims, precision, accumulate, plan = options
+    added = accept_outs(WeightBiasGrads(*outs), accumulate)
+    inputs = accept(x=arrays[0], dz=arrays[1], batch_axis=batch_axis, weight_layout=weight_layout)
+    weight = _weight_target("out.dw", outs[0], inputs, weight_layout, "dw" in added)
+    bias = accept_bias_out("out.db", outs[1], inputs, keepdims, "db" in added)
     check_apart([weight, bias])
     plan = _weight_plan(plan, inputs, precision)
-    with launch.session(inputs, stream) as session:
-        _run_weight_bias(session, plan, weight, bias, weight_layout, alpha)
-        return WeightBiasGrads(session.deliver(weight), session.deliver(bias))
+    return recipe_of(inputs, (inputs.x, inputs.dz), (weight, bias),
+                     _weight_launches(plan, inputs, inputs.dz.matrix, (weight, bias), weight_layout))
 
 
 def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", alpha: float = 1.0,
@@ -282,20 +291,24 @@ def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in
     >>> input_grad(numpy.array([[1, 10]], dtype="float32"), w)
     array([[21., 43.]], dtype=float32)
     """
-    inputs = accept(w=w, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
-    target = _input_target("out", out, inputs, accumulate)
-    alpha = accept_alpha(alpha, inputs, [target])
+    return call(_describe_input, (dz, w), (out,), (batch_axis, weight_layout, precision, accumulate, plan), (alpha,),
+                stream)[0]
+
+
+def _describe_input(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
+    batch_axis, weight_layout, precision, accumulate, plan = options
+    inputs = accept(w=arrays[1], dz=arrays[0], batch_axis=batch_axis, weight_layout=weight_layout)
+    target = _input_target("out", outs[0], inputs, accumulate)
     plan = _input_plan(plan, inputs, precision)
-    with launch.session(inputs, stream) as session:
-        _run_input(session, plan, target, alpha)
-        return session.deliver(target)
+    return recipe_of(inputs, (inputs.dz, inputs.w), (target,), _input_launches(plan, inputs, inputs.dz.matrix, target))
 
 
 def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fields, activation: str | None = None,
                 z: Any = None, negative_slope: float | None = None, sample_weight: Any = None, batch_axis: int = 0,
                 weight_layout: str = "in_out", keepdims: bool = False, alpha: float = 1.0,
                 precision: str | None = None, out: DenseGrads | None = None,
-                accumulate: bool = False, plan: DenseGrads | None = None, stream: Any = None) -> DenseGrads:
+                accumulate: bool | Iterable[str] = False, plan: DenseGrads | None = None,
+                stream: Any = None) -> DenseGrads:
     """All gradients of a dense layer z = x @ w + b, or with an activation a = f(x @ w + b).
 
         dx = dz @ w.T          dw = x.T @ dz          db = dz.sum(axis=0)
@@ -319,8 +332,9 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
         or with weights.
     out : DenseGrads of arrays or None, optional
         Where to write each of them, for example `DenseGrads(dw=main_grad)`; none that is not needed.
-    accumulate : bool
-        Whether to add into `out`, which must then hold every gradient that is needed.
+    accumulate : bool or names among "dx", "dw", "db"
+        Which of the gradients are added into `out`, which must then hold them: none, all that are needed, or those
+        that are named. The others are overwritten, and each may have a dtype of its own.
     plan : DenseGrads of plans or None, optional
         How to compute each of them; db by an UpstreamPlan below an activation or with weights.
 
@@ -345,47 +359,61 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     >>> dense_grads(one, one, one).db
     array([2., 2.], dtype=float32)
     """
+    needed = as_names(need)
+    names = needed if isinstance(needed, tuple) else ()
+    arrays = x if "dw" in names else None, w if "dx" in names else None, dz, z, sample_weight
+    options = (needed, activation, stray_slope(activation, negative_slope), batch_axis, weight_layout, keepdims,
+               precision, as_names(accumulate), plan)
+    return DenseGrads(*call(_describe_dense, arrays, accept_tuple("out", out, DenseGrads), options,
+                            (alpha, parameter_of(negative_slope)), stream))
+
+
+def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
+    need, activation, stray, batch_axis, weight_layout, keepdims, precision, accumulate, plan = options
+    x, w, dz, z, sample_weight = arrays
     needed = _needed(need, x, w)
-    outs, plans = accept_outs(out, DenseGrads, accumulate, needed), accept_tuple("plan", plan, DenseGrads)
-    inputs = accept(x=x if "dw" in needed else None, w=w if "dx" in needed else None, dz=dz,
-                    batch_axis=batch_axis, weight_layout=weight_layout)
-    above = accept_activation(inputs, activation, z, batch_axis, negative_slope, sample_weight)
+    added = accept_outs(DenseGrads(*outs), accumulate, needed)
+    plans = accept_tuple("plan", plan, DenseGrads)
+    inputs = accept(x=x, w=w, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
+    above = accept_activation(inputs, (activation, stray), z, batch_axis, sample_weight)
     inputs = replace(inputs, beside=above.arguments)
-    targets: dict[str, Target] = {}
-    steps: dict[str, Any] = {}
-    if "dx" in needed:
-        targets["dx"] = _input_target("out.dx", outs.dx, inputs, accumulate)
-        steps["dx"] = _input_plan(plans.dx, inputs, precision)
-    if "dw" in needed:
-        targets["dw"] = _weight_target("out.dw", outs.dw, inputs, weight_layout, accumulate)
-        steps["dw"] = _weight_plan(plans.dw, inputs, precision)
-    if "db" in needed:
-        targets["db"] = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
-    if "db" in needed or above.arguments:
-        steps["db"] = upstream_plan(plans.db, inputs, above) if above.arguments else _bias_plan(plans.db, inputs)
-    alpha = accept_alpha(alpha, inputs, targets.values())
-    check_apart(list(targets.values()))
-    rides = not above.arguments and {"dw", "db"} <= needed and plans.db is None and bias_rides_along(steps["dw"])
-    with launch.session(inputs, stream) as session:
-        if above.arguments:
-            db = (session.result(targets["db"]) if "db" in needed
-                  else session.scratch("db", 1, inputs.out_features, inputs.dtype))
-            formed = session.like(inputs.dz)
-            above.run(session, steps["db"], formed, db, accumulate and "db" in needed, sum_alpha=alpha)
-            session.use(inputs.dz, formed)
-        if "dx" in needed:
-            _run_input(session, steps["dx"], targets["dx"], alpha)
-        if rides:
-            _run_weight_bias(session, steps["dw"], targets["dw"], targets["db"], weight_layout, alpha)
-        elif "dw" in needed:
-            _run_weight(session, steps["dw"], targets["dw"], weight_layout, alpha)
-        if "db" in needed and not rides and not above.arguments:
-            _run_bias(session, steps["db"], targets["db"], alpha)
-        return DenseGrads(**{name: session.deliver(target) for name, target in targets.items()})
+    dx = _input_target("out.dx", outs[0], inputs, "dx" in added) if "dx" in needed else None
+    dw = _weight_target("out.dw", outs[1], inputs, weight_layout, "dw" in added) if "dw" in needed else None
+    db = accept_bias_out("out.db", outs[2], inputs, keepdims, "db" in added) if "db" in needed else None
+    targets = dx, dw, db
+    check_apart([target for target in targets if target is not None])
+
+    launches: tuple[Launch, ...] = ()
+    gradient, behind, with_weight, alone = inputs.dz.matrix, 0, None, db
+    if above.arguments:
+        # dZ is formed first, in the order of what it is formed from; its sum is db.
+        gradient = _like(gradient)
+        behind, alone = gradient.end, None
+        result = db.result if db is not None else Result(scratch(behind, 1, inputs.out_features, inputs.dtype))
+        launches = upstream.launches(upstream_plan(plans.db, inputs, above), above.upstream(inputs), gradient, result,
+                                     (ONE, ALPHA), max(behind, result.matrix.end))
+    weight_plan = _weight_plan(plans.dw, inputs, precision) if dw is not None else None
+    if alone is not None and weight_plan is not None and plans.db is None and bias_rides_along(weight_plan):
+        with_weight, alone = alone, None
+    if dx is not None:
+        launches += _input_launches(_input_plan(plans.dx, inputs, precision), inputs, gradient, dx, behind)
+    if dw is not None and weight_plan is not None:
+        launches += _weight_launches(weight_plan, inputs, gradient, (dw, with_weight), weight_layout, behind)
+    if alone is not None:
+        launches += batch_sum.launches(_bias_plan(plans.db, inputs), gradient, alone.result, ALPHA, behind)
+    return recipe_of(inputs, (inputs.x, inputs.w, inputs.dz, above.z, above.weights), targets, launches,
+                     (("parameter", "negative_slope"),))
 
 
-def _needed(need: Iterable[str], x: Any, w: Any) -> set[str]:
-    needed = {need} if isinstance(need, str) or not isinstance(need, Iterable) else set(need)
+def _like(matrix: Matrix) -> Matrix:
+    """A new matrix at the front of the workspace, in the memory order of this one."""
+    if matrix.row_stride == 1 and (matrix.col_stride != 1 or matrix.cols == 1):
+        return scratch(0, matrix.cols, matrix.rows, matrix.dtype).T
+    return scratch(0, matrix.rows, matrix.cols, matrix.dtype)
+
+
+def _needed(need: Any, x: Any, w: Any) -> set[str]:
+    needed = set(need) if isinstance(need, tuple) else {need}
     unknown = needed - set(DenseGrads._fields)
     if unknown or not needed:
         raise ValueError(f'need must name some of "dx", "dw" and "db"; got {need!r}')
@@ -430,27 +458,19 @@ def _product_plan(plan: ProductPlan | None, sizes: dict[str, Any], inputs: Input
     return plan
 
 
-def _run_weight(session: launch.Session, plan: ProductPlan, target: Target, weight_layout: str, alpha: float,
-                bias: Target | None = None) -> None:
-    dw = session.result(target)
-    launch.run_matmul(session, plan, session.place(session.inputs.x).T, session.place(session.inputs.dz),
-                      dw if weight_layout == "in_out" else dw.T, target.accumulate, alpha,
-                      sums=None if bias is None else session.result(bias))
-
-
-def _run_weight_bias(session: launch.Session, plan: ProductPlan, weight: Target, bias: Target, weight_layout: str,
-                     alpha: float) -> None:
-    if session.inputs.in_features:
-        _run_weight(session, plan, weight, weight_layout, alpha, bias)
-    else:
-        # No weights, hence no tiles that db could ride along with.
-        session.result(weight)
-        _run_bias(session, _bias_plan(None, session.inputs), bias, alpha)
-
-
-def _run_bias(session: launch.Session, plan: BatchSumPlan, target: Target, alpha: float) -> None:
-    launch.run_batch_sum(session, plan, session.place(session.inputs.dz), session.result(target), target.accumulate,
-                         alpha)
+def _weight_launches(plan: ProductPlan, inputs: Inputs, dz: Matrix, targets: tuple[Target, Target | None],
+                     weight_layout: str, behind: int = 0) -> tuple[Launch, ...]:
+    """dW and, where it rides along, db; their parts are kept in the workspace from the byte behind on."""
+    weight, bias = targets
+    if bias is not None and not (inputs.in_features and inputs.samples):
+        # No tiles that db could ride along with.
+        return (*_weight_launches(plan, inputs, dz, (weight, None), weight_layout, behind),
+                *batch_sum.launches(_bias_plan(None, inputs), dz, bias.result, ALPHA, behind))
+    if inputs.x is None:
+        raise TypeError("dw is the product of x and dz; got no x")
+    dw = weight.matrix if weight_layout == "in_out" else weight.matrix.T
+    return tiling.launches(plan, Product(inputs.x.matrix.T, dz), Result(dw, weight.accumulate),
+                           None if bias is None else bias.result, behind)
 
 
 def _input_target(name: str, out: Any, inputs: Inputs, accumulate: bool) -> Target:
@@ -462,6 +482,8 @@ def _input_plan(plan: ProductPlan | None, inputs: Inputs, precision: str | None)
     return _product_plan(plan, sizes, inputs, precision)
 
 
-def _run_input(session: launch.Session, plan: ProductPlan, target: Target, alpha: float) -> None:
-    launch.run_matmul(session, plan, session.place(session.inputs.dz), session.place(session.inputs.w).T,
-                      session.result(target), target.accumulate, alpha)
+def _input_launches(plan: ProductPlan, inputs: Inputs, dz: Matrix, target: Target,
+                    behind: int = 0) -> tuple[Launch, ...]:
+    if inputs.w is None:
+        raise TypeError("dx is the product of dz and w; got no w")
+    return tiling.launches(plan, Product(dz, inputs.w.matrix.T), target.result, None, behind)

@@ -15,44 +15,16 @@ import numpy as np
 
 from . import device
 from .errors import DeviceError, DTypeError, OutDeviceError, OutError, ShapeError
+from .launches import ALIGNMENT, Matrix, Result, Slot
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 #: the largest finite number of the types that kernels take numbers in
 LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
 WEIGHT_LAYOUTS = ("in_out", "out_in")
+#: what every new array's address is a multiple of, in bytes: NumPy promises no more
+NEW_ALIGNMENT = 16
 
 Named = TypeVar("Named", bound=tuple)
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A matrix that a kernel can use where it is; strides count elements from the address of element (0, 0)."""
-
-    name: str
-    array: Any
-    address: Any
-    dtype: str
-    rows: int
-    cols: int
-    row_stride: int
-    col_stride: int
-
-    @property
-    def T(self) -> Operand:
-        """The transposed matrix, in the same memory."""
-        return Operand(self.name, self.array, self.address, self.dtype, self.cols, self.rows, self.col_stride,
-                       self.row_stride)
-
-    def access(self, most: int) -> int:
-        """How many elements along the columns one access can take: a power of two, at most most."""
-        if self.col_stride != 1:
-            return 1
-        bytes_each = device.dtype_of(self.dtype).itemsize
-        width = most
-        while width > 1 and (self.cols % width or (self.rows > 1 and self.row_stride % width)
-                             or int(self.address) % (width * bytes_each)):
-            width //= 2
-        return width
 
 
 @dataclass(frozen=True)
@@ -93,6 +65,12 @@ class Argument:
         if self.col_stride == 1 and self.row_stride == self.cols and self.rows > 1:
             return "flat"
         return "features_first" if self.row_stride == 1 else "rows"
+
+    @property
+    def matrix(self) -> Matrix:
+        """What launches know of it; its slot has its name."""
+        alignment = ALIGNMENT if self.compact else device.alignment_of(self.memory.byte)
+        return Matrix(Slot(self.name), self.dtype, self.rows, self.cols, self.row_stride, self.col_stride, alignment)
 
     @property
     def T(self) -> Argument:
@@ -320,13 +298,13 @@ def accept_sample_weight(array: Any, inputs: Inputs) -> Argument:
                               "astype('bool') if they choose samples")
 
 
-def accept_labels(array: Any, inputs: Inputs, batch_axis: int, ignored: int, sample_weight: Any) -> Argument:
-    """Check the classes of the samples; their values only on the host, and of samples that a mask chooses.
+def accept_labels(array: Any, inputs: Inputs, batch_axis: int) -> Argument:
+    """Check the array of the samples' classes.
 
     Raises
     ------
-    ShapeError, DTypeError, DeviceError, TypeError, ValueError
-        As for any array of one value for each sample; ValueError if one is no class.
+    ShapeError, DTypeError, DeviceError, TypeError
+        As for any array of one value for each sample.
     """
     shape, z = getattr(array, "shape", None), inputs.dz.memory.shape
     if shape == z:
@@ -339,29 +317,31 @@ def accept_labels(array: Any, inputs: Inputs, batch_axis: int, ignored: int, sam
     if len(z) > 2 and shape == (*z[:1], *z[2:]) != inputs.batch_shape:
         raise ShapeError(f"labels must have one value for each sample, shape {inputs.batch_shape}; got {shape}; are "
                          "the classes on axis 1 of z? then pass numpy.moveaxis(z, 1, -1)")
-    labels = _accept_per_sample("labels", array, inputs, ("int64", "int32"), "astype('int64')")
+    return _accept_per_sample("labels", array, inputs, ("int64", "int32"), "astype('int64')")
+
+
+def check_label_values(array: Any, classes: int, ignored: int, sample_weight: Any) -> None:
+    """Hold labels on the host to the classes that there are, but for those that are ignored or masked out.
+
+    Raises
+    ------
+    ValueError
+        If one is no class. Labels on a GPU are not looked at, since that would take waiting for it.
+    """
     if isinstance(array, np.ndarray):
-        wrong = (array != ignored) & ((array < 0) | (array >= inputs.out_features))
+        wrong = (array != ignored) & ((array < 0) | (array >= classes))
         if isinstance(sample_weight, np.ndarray) and sample_weight.dtype == bool:
             wrong &= sample_weight
         if wrong.any():
             where = tuple(int(index) for index in np.argwhere(wrong)[0])
-            raise ValueError(f"labels must be classes from 0 to {inputs.out_features - 1}, or ignore_index {ignored}; "
+            raise ValueError(f"labels must be classes from 0 to {classes - 1}, or ignore_index {ignored}; "
                              f"got {array[where]} for sample {where[0] if len(where) == 1 else where}")
-    return labels
 
 
-def accept_alpha(alpha: Any, inputs: Inputs, targets: Iterable[Target] = ()) -> float:
-    """What results are multiplied by, in float64 where the inputs or a result are that, in float32 elsewhere.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is no number, or none of the type that one of the results is multiplied in.
-    """
-    results = [target.dtype for target in targets] or [inputs.dtype]
-    wide = inputs.dtype == "float64" or set(results) == {"float64"}
-    return accept_number("alpha", alpha, "float64" if wide else "float32")
+def alpha_type(inputs: Inputs, targets: Iterable[Target]) -> str:
+    """The type whose range alpha is held to: float64 where the inputs or all results are that."""
+    wide = inputs.dtype == "float64" or {target.dtype for target in targets} == {"float64"}
+    return "float64" if wide else "float32"
 
 
 def accept_number(name: str, value: Any, dtype: str = "float64") -> float:
@@ -441,6 +421,23 @@ class Target:
     #: whether a new array has its last axis first in memory, before the batch axes in their own order
     features_first: bool = False
 
+    @property
+    def result(self) -> Result:
+        """What launches know of it: a matrix, overwritten or added to."""
+        return Result(self.matrix, self.accumulate)
+
+    @property
+    def matrix(self) -> Matrix:
+        """What launches know of it, seen as a matrix; its slot has its name."""
+        if self.argument is not None:
+            # A copy of what lies on the host is a new array, too.
+            alignment = NEW_ALIGNMENT if self.argument.compact else self.argument.matrix.alignment
+            return replace(self.argument.matrix, address=Slot(self.name), alignment=alignment)
+        *batch, cols = self.shape
+        rows = math.prod(batch)
+        row_stride, col_stride = (1, rows) if self.features_first else (cols, 1)
+        return Matrix(Slot(self.name), self.dtype, rows, cols, row_stride, col_stride, NEW_ALIGNMENT)
+
 
 def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accumulate: bool,
                in_place: tuple[Argument | None, ...] = ()) -> Target:
@@ -506,26 +503,40 @@ def accept_tuple(name: str, given: Any, kind: type[Named]) -> Named:
     return kind(*given)
 
 
-def accept_outs(out: Any, kind: type[Named], accumulate: Any, needed: Iterable[str] | None = None,
-                added: Iterable[str] | None = None) -> Named:
-    """The named tuple of arrays for those results that are needed; added are those that accumulate=True adds into.
+def as_names(value: Any) -> Any:
+    """Names as a tuple, which a call can be looked up by; what is none, a flag for example, as it is."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, Iterable) else value
+
+
+def accept_outs(outs: tuple, accumulate: Any, needed: Iterable[str] | None = None,
+                added: Iterable[str] | None = None) -> frozenset[str]:
+    """Which of the results are added into their outs: of added, or of those that are needed.
 
     Raises
     ------
     OutError
-        If one is given that is not needed, or one is missing that is added into.
-    TypeError
-        As `accept_tuple` and `accept_flag`.
+        If an out is given that is not needed, or one is missing that is added into.
+    TypeError, ValueError
+        If accumulate is neither a flag nor names of results.
     """
-    accumulate, outs = accept_flag("accumulate", accumulate), accept_tuple("out", out, kind)
-    fields = kind._fields  # type: ignore[attr-defined]
+    kind = type(outs)
+    fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+    needed = set(fields if needed is None else needed)
+    able = [field for field in fields if field in (needed if added is None else added)]
+    if isinstance(accumulate, tuple):
+        if not set(accumulate) <= set(able):
+            raise ValueError(f"accumulate must be True, False or names among {', '.join(able)}; got {accumulate}")
+    else:
+        accumulate = able if accept_flag("accumulate", accumulate) else ()
     for field, array in zip(fields, outs, strict=True):
-        if array is not None and field not in (fields if needed is None else needed):
+        if array is not None and field not in needed:
             raise OutError(f"out.{field} was given, but {field} is not needed (name it in need=, or leave it out)")
-        if array is None and accumulate and field in (added or needed or fields):
+        if array is None and field in accumulate:
             raise OutError(f"accumulate=True adds into out.{field}, which was not given (pass "
                            f"out={kind.__name__}({field}=...), or accumulate=False)")
-    return outs
+    return frozenset(accumulate)
 
 
 def check_apart(targets: list[Target]) -> None:
@@ -546,7 +557,7 @@ def overlap(left: device.Memory, right: device.Memory) -> bool:
     """Whether two arrays have a byte in common."""
     if left.place != right.place or 0 in left.shape or 0 in right.shape:
         return False
-    (left_begin, left_end), (right_begin, right_end) = _extent(left), _extent(right)
+    (left_begin, left_end), (right_begin, right_end) = extent(left), extent(right)
     if left_end <= right_begin or right_end <= left_begin:
         return False
     try:
@@ -578,7 +589,7 @@ def _part(memory: device.Memory, axis: int, begin: int, end: int) -> device.Memo
     return replace(memory, shape=shape, byte=memory.byte + begin * memory.strides[axis])
 
 
-def _extent(memory: device.Memory) -> tuple[int, int]:
+def extent(memory: device.Memory) -> tuple[int, int]:
     """The first byte of an array with elements, and the one behind its last."""
     begin = end = memory.byte
     for size, stride in zip(memory.shape, memory.strides, strict=True):

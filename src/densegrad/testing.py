@@ -1,6 +1,8 @@
 """What tests, `densegrad check` and benchmarks share: data, memory layouts with guards, derived bounds, the verdict."""
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import frexp
@@ -9,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
+from . import device, reference
 from .device import dtype_of
 from .plans import accumulator_of, log_sum_exp_block
 
@@ -173,6 +175,22 @@ class Placed:
 def poisoned(shape: tuple[int, ...], dtype: str, layout: str = "C", module: ModuleType = np) -> Placed:
     """An output full of NaN, between sentinels."""
     return Placed(np.full(shape, np.nan, dtype_of(dtype)), layout, module, SENTINEL)
+
+
+def launch_kernel(kernel: Any, grid: tuple[int, ...], block: int, arguments: tuple, shared_bytes: int = 0) -> None:
+    """Launch a kernel that stands alone, of a test or a baseline, by Numba's dispatcher on the default stream.
+
+    Arrays among the arguments are passed as addresses.
+    """
+    where, interval = device.current(), sys.getswitchinterval()
+    given = tuple(where.address(value) if np.ndim(value) else value for value in arguments)
+    sys.setswitchinterval(device.TURN_SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # small grids are what tests need
+            kernel[grid, block, 0, shared_bytes](*given)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def host(array: Any) -> np.ndarray:

@@ -4,28 +4,32 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from . import launch
+from .calls import Recipe, call, recipe_of
 from .errors import PlanError
+from .families.batch_sum import BatchSumPlan
+from .families.common import check_plan
+from .families.upstream import ACTIVATIONS, CROSS_ENTROPY, Upstream, UpstreamPlan, launches, plan_upstream
+from .launches import ALPHA, ONE
 from .operands import (
     Argument,
     Inputs,
-    Operand,
     accept,
-    accept_alpha,
     accept_beside,
     accept_bias_out,
-    accept_integer,
     accept_labels,
     accept_number,
     accept_out,
     accept_outs,
     accept_sample_weight,
+    accept_tuple,
+    as_names,
     check_apart,
+    check_label_values,
 )
-from .plans import ACTIVATIONS, CROSS_ENTROPY, BatchSumPlan, UpstreamPlan, check_plan, plan_upstream
 
 #: the derivative of "leaky_relu" where z <= 0, if none is given
 NEGATIVE_SLOPE = 0.01
+
 
 class OutputGrads(NamedTuple):
     """The gradients of a layer's output before its activation, and of its bias. Also what `out` takes."""
@@ -39,57 +43,57 @@ class Above:
     """What lies above a layer, checked: an activation, or softmax and cross-entropy, and the weights of the samples."""
 
     name: str
-    parameter: float
     z: Argument | None = None
     weights: Argument | None = None
     labels: Argument | None = None
-    ignored: int = 0
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
         """The arrays that it reads beside the gradient."""
         return tuple(argument for argument in (self.z, self.weights, self.labels) if argument is not None)
 
-    def run(self, session: launch.Session, plan: UpstreamPlan, dz: Operand, db: Operand, accumulate: bool, *,
-            alpha: float = 1.0, sum_alpha: float = 1.0) -> None:
-        """Form dz, with alpha in it, and write sum_alpha times its sum to db."""
-        def placed(argument: Argument | None) -> Operand | None:
-            return None if argument is None else session.place(argument)
-
-        source = session.place(session.inputs.dz)
-        z, gradient = (source, None) if self.labels is not None else (placed(self.z), source)
-        launch.run_upstream(session, plan, self.parameter, gradient, z, dz, db, weights=placed(self.weights),
-                            labels=placed(self.labels), ignored=self.ignored, alpha=alpha, sum_alpha=sum_alpha,
-                            accumulate=accumulate)
+    def upstream(self, inputs: Inputs) -> Upstream:
+        """What dz is formed from; without an activation's gradient, what the user calls z is what others call dz."""
+        source = inputs.dz.matrix
+        z, weights, labels = (None if argument is None else argument.matrix
+                              for argument in (self.z, self.weights, self.labels))
+        return Upstream(None, source, weights, labels) if labels else Upstream(source, z, weights)
 
 
-def accept_activation(inputs: Inputs, activation: str | None, z: Any, batch_axis: int,
-                      negative_slope: float | None, sample_weight: Any) -> Above:
-    """Check an activation's name and arrays against the gradient above it.
+def parameter_of(negative_slope: float | None) -> float:
+    """The derivative of "leaky_relu" where z <= 0."""
+    return NEGATIVE_SLOPE if negative_slope is None else negative_slope
+
+
+def stray_slope(activation: Any, negative_slope: Any) -> Any:
+    """A slope that was given beside another activation than "leaky_relu", which is a mistake; else None."""
+    return None if isinstance(activation, str) and activation == "leaky_relu" else negative_slope
+
+
+def accept_activation(inputs: Inputs, activation: tuple[Any, Any], z: Any, batch_axis: int,
+                      sample_weight: Any) -> Above:
+    """Check an activation's name and arrays against the gradient above it; (name, stray slope).
 
     Raises
     ------
     ShapeError, DTypeError, DeviceError, TypeError, ValueError
         Naming the argument, what was expected, what came and the cure.
     """
-    name = "identity" if activation is None else activation
+    given, stray = activation
+    name = "identity" if given is None else given
     if not isinstance(name, str) or name not in ACTIVATIONS:
         got = repr(name) if isinstance(name, str) else f"{type(name).__name__} (the order is da, z, activation)"
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {got}")
     if z is None and name != "identity":
         raise TypeError(f"activation={name!r} needs z, what it was applied to; got None (pass z=, the layer's output)")
-    if z is not None and activation is None:
+    if z is not None and given is None:
         raise TypeError(f"z is of no use without an activation; got {type(z).__name__} (name the activation, or leave "
                         "z out)")
-    if negative_slope is None:
-        negative_slope = NEGATIVE_SLOPE
-    elif name != "leaky_relu":
-        raise TypeError(f'negative_slope is the derivative of "leaky_relu" alone; got {negative_slope!r} with '
-                        f"activation={activation!r} (leave it out)")
-    slope_dtype = "float64" if inputs.dtype == "float64" else "float32"
+    if stray is not None:
+        raise TypeError(f'negative_slope is the derivative of "leaky_relu" alone; got {stray!r} with '
+                        f"activation={given!r} (leave it out)")
     beside = None if z is None else accept_beside("z", z, inputs, batch_axis)
-    return Above(name, accept_number("negative_slope", negative_slope, slope_dtype),
-                 None if name == "identity" else beside,
+    return Above(name, None if name == "identity" else beside,
                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs))
 
 
@@ -183,9 +187,19 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
     >>> activation_grad(numpy.ones((2, 2), dtype="float32"), z, "relu").db
     array([1., 2.], dtype=float32)
     """
+    options = activation, stray_slope(activation, negative_slope), batch_axis, keepdims, as_names(accumulate), plan
+    outs = accept_tuple("out", out, OutputGrads)
+    return OutputGrads(*call(_describe_activation, (da, z, sample_weight), outs, options,
+                             (alpha, parameter_of(negative_slope)), stream))
+
+
+def _describe_activation(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
+    activation, stray, batch_axis, *rest = options
+    da, z, sample_weight = arrays
     inputs = accept(dz=da, batch_axis=batch_axis, name="da")
-    above = accept_activation(inputs, activation, z, batch_axis, negative_slope, sample_weight)
-    return _output_grads(inputs, above, batch_axis, keepdims, alpha, out, accumulate, plan, stream)
+    above = accept_activation(inputs, (activation, stray), z, batch_axis, sample_weight)
+    recipe = _describe(inputs, above, outs, (batch_axis, *rest), (("parameter", "negative_slope"),))
+    return replace(recipe, in_place=((0, 0), (0, 1)))
 
 
 def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_smoothing: float = 0.0,
@@ -251,27 +265,40 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
     >>> cross_entropy_grad(z, labels, sample_weight=weight, alpha=1 / weight.sum()).db
     array([-0.25,  0.25], dtype=float32)
     """
-    label_smoothing = accept_number("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing <= 1:
+    smoothing = accept_number("label_smoothing", label_smoothing)
+    if not 0 <= smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1; got {label_smoothing}")
-    ignore_index = accept_integer("ignore_index", ignore_index)
+    options = batch_axis, keepdims, as_names(accumulate), plan
+    outs = accept_tuple("out", out, OutputGrads)
+    return OutputGrads(*call(_describe_cross_entropy, (z, labels, sample_weight), outs, options,
+                             (alpha, smoothing, ignore_index), stream))
+
+
+def _describe_cross_entropy(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
+    batch_axis = options[0]
+    z, labels, sample_weight = arrays
     inputs = accept(dz=z, batch_axis=batch_axis, name="z")
-    above = Above(CROSS_ENTROPY, label_smoothing, None,
-                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs),
-                  accept_labels(labels, inputs, batch_axis, ignore_index, sample_weight), ignore_index)
-    return _output_grads(inputs, above, batch_axis, keepdims, alpha, out, accumulate, plan, stream)
+    above = Above(CROSS_ENTROPY, None, None if sample_weight is None else accept_sample_weight(sample_weight, inputs),
+                  accept_labels(labels, inputs, batch_axis))
+    recipe = _describe(inputs, above, outs, options, (("parameter", "label_smoothing"), ("ignored", "ignore_index")))
+    classes = inputs.out_features
+
+    def check_values(arrays: tuple, numbers: tuple) -> None:
+        check_label_values(arrays[1], classes, numbers[2], arrays[2])
+
+    return replace(recipe, in_place=((0, 0),), check_values=check_values)
 
 
-def _output_grads(inputs: Inputs, above: Above, batch_axis: int, keepdims: bool, alpha: float, out: Any,
-                  accumulate: bool, plan: UpstreamPlan | None, stream: Any) -> OutputGrads:
-    alpha, outs = accept_alpha(alpha, inputs), accept_outs(out, OutputGrads, accumulate, added=("db",))
+def _describe(inputs: Inputs, above: Above, outs: tuple, options: tuple, numbers: tuple) -> Recipe:
+    batch_axis, keepdims, accumulate, plan = options
+    added = accept_outs(OutputGrads(*outs), accumulate, added=("db",))
     inputs = replace(inputs, beside=above.arguments)
-    dz = accept_out("out.dz", outs.dz, inputs, inputs.dz.memory.shape, False, in_place=(inputs.dz, above.z))
+    dz = accept_out("out.dz", outs[0], inputs, inputs.dz.memory.shape, False, in_place=(inputs.dz, above.z))
     dz = replace(dz, features_first=inputs.dz.layout == "features_first" and not batch_axis)
-    db = accept_bias_out("out.db", outs.db, inputs, keepdims, accumulate)
+    db = accept_bias_out("out.db", outs[1], inputs, keepdims, "db" in added)
     check_apart([dz, db])
     plan = upstream_plan(plan, inputs, above)
-    with launch.session(inputs, stream) as session:
-        matrix = session.result(dz)
-        above.run(session, plan, matrix.T if batch_axis else matrix, session.result(db), accumulate, alpha=alpha)
-        return OutputGrads(session.deliver(dz), session.deliver(db))
+    matrix = dz.matrix.T if batch_axis else dz.matrix
+    beside = (above.labels, above.weights) if above.labels else (above.z, above.weights)
+    return recipe_of(inputs, (inputs.dz, *beside), (dz, db),
+                     launches(plan, above.upstream(inputs), matrix, db.result, (ALPHA, ONE)), numbers)

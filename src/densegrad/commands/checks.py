@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from .. import reference
+from ..calls import recorded
 from ..device import dtype_of
-from ..launch import recorded
 from ..plans import TF32, TensorCorePlan
 from ..testing import ROUNDINGS, ROUNDOFF, cross_entropy_roundings, dz_bound, error_bound
 

@@ -25,8 +25,7 @@ from .terminal import notes, progress, remark, results, suit_encoding, table, ve
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..catalogue import Variant
-    from ..launch import Launch
+    from ..launches import Launch
     from .checks import Outcome
 
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"
@@ -128,7 +127,7 @@ def demo(steps: Annotated[int, typer.Option(min=1, help="Steps of training, of 1
         densegrad demo --steps 100
     """
     _use_device()
-    from ..launch import recorded
+    from ..calls import recorded
     from . import demo as digits_demo
     from .explain import count
 
@@ -446,7 +445,7 @@ def _check_table(outcomes: list[Outcome]) -> Table:
 
 @app.command()
 def ptx(
-    kernel: Annotated[str | None, typer.Argument(help="A kernel from the list.")] = None,
+    kernel: Annotated[str | None, typer.Argument(help="A kernel, or one of its variants, from the list.")] = None,
     cc: Annotated[str, typer.Option(help="Compute capability, such as 8.0, 9.0 or 12.0.")] = "9.0",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write instead of stdout.")] = None,
@@ -454,31 +453,33 @@ def ptx(
 ) -> None:
     """List the kernels, or compile one to PTX. Needs no GPU.
 
-    Without a name every kernel is listed, with the types and options it comes in. The PTX is what the compiler makes of
-    the kernel; what a GPU runs is linked and assembled from it.
+    Without a name every kernel is listed, with the name of a kernel its variants, which are compiled by their names.
+    The PTX is that after linking, which the machine code is assembled from. Only compiling needs the compiler's
+    libraries.
 
     Examples:
 
         densegrad ptx
+        densegrad ptx matmul_simt
         densegrad ptx NAME --cc 8.0 -o kernel.ptx
     """
     capability = _capability(cc)
     if _simulator_is_on():
         remark(f"{SIMULATOR} is left aside: the simulator compiles nothing.", style="dim")
         del os.environ[SIMULATOR]
-    missing = _missing_libraries()
-    if missing:
-        raise RuntimeError(f"{' and '.join(missing)} not found, which kernels are compiled with: {_INSTALL[0]}")
     from ..catalogue import kernel_variants
 
     variants = kernel_variants()
-    if kernel is None:
-        _show_variants(variants)
+    if kernel is None or any(launch.kernel == kernel for launch in variants.values()):
+        _show_variants(variants, kernel)
         return
     if kernel not in variants:
         close = [name for name in variants if kernel in name] or get_close_matches(kernel, variants)
         cure = f"did you mean {close[0]}?" if close else "densegrad ptx lists them"
         raise ValueError(f"no kernel {kernel}: {cure}")
+    missing = _missing_libraries()
+    if missing:
+        raise RuntimeError(f"{' and '.join(missing)} not found, which kernels are compiled with: {_INSTALL[0]}")
     if output is None:
         sys.stdout.write(_compiled(variants[kernel], capability))
         return
@@ -494,28 +495,26 @@ def _capability(cc: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _show_variants(variants: dict[str, Variant]) -> None:
-    """Every variant below the first line of its kernel's file."""
-    groups: dict[str, list[Text]] = {}
-    for name, variant in variants.items():
-        about = (sys.modules[variant.kernel.py_func.__module__].__doc__ or "").partition("\n")[0]
-        groups.setdefault(about, []).append(Text.assemble((f"  {name}", "cyan"), f"  {variant.description}"))
+def _show_variants(variants: dict[str, Launch], kernel: str | None) -> None:
+    """The kernels with the number of their variants, or the variants of one."""
     out = results()
-    for about, lines in groups.items():
-        out.print(f"{about}\n", style="bold", soft_wrap=True)
-        out.print(*lines, "", sep="\n", soft_wrap=True)
+    if kernel is not None:
+        out.print(*(name for name, launch in variants.items() if launch.kernel == kernel), sep="\n", markup=False,
+                  highlight=False, soft_wrap=True)
+        return
+    made = Table.grid(padding=(0, 2))
+    for name, count in Counter(launch.kernel for launch in variants.values()).items():
+        first = next(launch for launch in variants.values() if launch.kernel == name)
+        made.add_row(Text(name, "cyan"), str(count), (first.constants.__doc__ or "").partition("\n")[0])
+    out.print(made)
+    remark("densegrad ptx KERNEL lists its variants, which are compiled by their names.")
 
 
-def _compiled(variant: Variant, capability: tuple[int, int]) -> str:
-    from numba import cuda
+def _compiled(launch: Launch, capability: tuple[int, int]) -> str:
+    from ..compiler import ptx_of
 
-    if capability < variant.min_cc:
-        raise ValueError("this kernel needs compute capability {}.{}".format(*variant.min_cc))
+    if capability < launch.capability:
+        raise ValueError("this kernel needs compute capability {}.{}".format(*launch.capability))
     with waiting("Compiling"):
-        text, _ = cuda.compile_ptx(variant.kernel.py_func, variant.signature, cc=capability,
-                                   launch_bounds=variant.kernel.targetoptions.get("launch_bounds"))
-    target = "sm_{}{}".format(*capability)
-    if f".target {target}" not in text:
-        # Numba takes the next older capability that its compiler knows.
-        raise ValueError(f"the compiler that is installed makes no code for {target}")
-    return text
+        return ptx_of(launch, capability)
+

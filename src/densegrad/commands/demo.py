@@ -12,7 +12,7 @@ from importlib.resources import files
 import numpy as np
 
 from .. import reference
-from ..launch import recorded
+from ..calls import recorded
 from ..testing import ROUNDOFF, error_bound
 from .checks import compare
 

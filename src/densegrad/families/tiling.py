@@ -1,11 +1,17 @@
-"""What plans of matrix products have in common: a result in tiles, a depth in parts, and a model of the cost."""
+"""What matrix products have in common: a result in tiles, a depth in parts, a model of the cost, and their launches."""
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ..errors import PlanError
-from .common import GRID_Y, ITEM_BYTES, accumulator_of, ceil_div
+from ..facts import ITEM_BYTES, accumulator_of, wide_of
+from ..launches import ALPHA, ONE, Launch, Matrix, Result, Slot, scratch
+from ..signatures import NO_COLUMN, ColumnAt, Epilogue, MatmulArguments, Side
+from . import add_parts
+from .common import GRID_Y, ceil_div
 
 #: A nominal GPU, so that plans are the same on every one: an H100's multiprocessors and bytes per clock cycle.
 MODEL_MULTIPROCESSORS = 132
@@ -106,6 +112,15 @@ class Tiling:
         down, across = ceil_div(self.rows, self.tile_rows), ceil_div(self.cols, self.tile_cols)
         return (self.rows * across + self.cols * down) * self.depth * ITEM_BYTES[self.dtype]
 
+    @property
+    @abstractmethod
+    def T(self) -> Any:
+        """The plan of the transposed result, right.T @ left.T."""
+
+    @abstractmethod
+    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments) -> Launch:
+        """The launch of the kernel, with these arguments."""
+
     def _check_parts(self) -> None:
         if not 1 <= self.parts <= GRID_Y:
             raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
@@ -150,3 +165,109 @@ def memory_cycles(plan: Tiling) -> float:
 def parts_cycles(plan: Tiling) -> float:
     """What adding up the parts takes."""
     return MODEL_LAUNCH + plan.parts * MODEL_LATENCY / 4 if plan.parts > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Product:
+    """left @ right as a kernel walks through it, and which operand is added up along the depth on the way, if any."""
+
+    left: Matrix
+    right: Matrix
+    sums_of: str = ""
+
+    @property
+    def T(self) -> Product:
+        """The transposed product, right.T @ left.T."""
+        return Product(self.right.T, self.left.T, {"left": "right", "right": "left"}.get(self.sums_of, ""))
+
+    def sides(self, vector: int) -> tuple[tuple[Side, int], tuple[Side, int]]:
+        """How either operand lies, in accesses of at most vector elements, and the stride that a kernel takes."""
+        return _side(self.left, vector), _side(self.right.T, vector)
+
+    def offset_bits(self, plan: Tiling) -> int:
+        """Whether 32 bits can count the bytes within every tile."""
+        def reach(operand: tuple[Side, int], outer: int) -> int:
+            side, stride = operand
+            return (outer if side.along_depth else plan.tile_depth) * abs(stride) * ITEM_BYTES[plan.dtype]
+
+        left, right = self.sides(1)
+        small = max(reach(left, plan.tile_rows), reach(right, plan.tile_cols)) < 2**31
+        return 32 if small and left[1] >= 0 and right[1] >= 0 else 64
+
+
+def _side(operand: Matrix, vector: int) -> tuple[Side, int]:
+    """An operand (outer, depth) is contiguous along the depth if it can be; a vector along the depth counts as that.
+
+    A stride over a single row or column is taken as 0.
+    """
+    if operand.row_stride == 1 and (operand.rows > 1 or operand.col_stride != 1):
+        return Side(False, operand.T.access(vector)), operand.col_stride if operand.cols > 1 else 0
+    return Side(True, operand.access(vector)), operand.row_stride if operand.rows > 1 else 0
+
+
+def epilogue_of(result: Result, vector: int, accumulator: str) -> Epilogue:
+    """What a kernel does with alpha times its sums, in accesses of at most vector elements of the result."""
+    target = result.matrix
+    return Epilogue(target.dtype, target.access(vector), wide_of(accumulator, target.dtype), result.accumulate)
+
+
+def launches(plan: Tiling, product: Product, result: Result, sums: Result | None = None,
+             workspace_at: int = 0) -> tuple[Launch, ...]:
+    """result = alpha * left @ right, and sums (1, cols) = alpha * the sum of the rows of right on the way.
+
+    Each is overwritten or added to. Sums are only wanted of a result that has elements, and of a depth that is not 0.
+    The parts of both are kept in the workspace from the byte workspace_at on.
+    """
+    if not result.matrix.rows or not result.matrix.cols or (result.accumulate and not plan.depth):
+        return ()
+    if sums is not None:
+        product = Product(product.left, product.right, "right")
+    if result.matrix.row_stride == 1 and (result.matrix.col_stride != 1 or result.matrix.cols == 1):
+        plan, product, result = plan.T, product.T, Result(result.matrix.T, result.accumulate)
+    if plan.parts == 1:
+        return (_launch(plan, product, result, sums),)
+    parts = add_parts.AddPartsPlan(plan.parts, plan.rows, plan.cols, plan.pitch, plan.accumulator)
+    workspace = scratch(workspace_at, plan.parts * plan.rows, plan.pitch, plan.accumulator)
+    target = Matrix(workspace.address, workspace.dtype, plan.rows, plan.pitch, plan.pitch, 1)
+    if sums is None:
+        return _launch(plan, product, Result(target), None), *add_parts.launches(parts, target, result)
+    count = sums.matrix.cols
+    of_sums = add_parts.AddPartsPlan(plan.parts, 1, count, ceil_div(count, 4) * 4, plan.accumulator)
+    partial = scratch(workspace.end, plan.parts, of_sums.pitch, plan.accumulator)
+    return (_launch(plan, product, Result(target), Result(partial)), *add_parts.launches(parts, target, result),
+            *add_parts.launches(of_sums, partial, sums))
+
+
+def _launch(plan: Tiling, product: Product, result: Result, sums: Result | None) -> Launch:
+    """The kernel's launch; with several parts result and sums are those of the first one, in the workspace."""
+    target, partial = result.matrix, plan.parts > 1
+    left, right = product.sides(1)
+    summed, sums_part_stride = NO_COLUMN, 0
+    if sums is not None:
+        summed = ColumnAt(sums.matrix.address, sums.matrix.col_stride)
+        sums_part_stride = sums.matrix.row_stride if partial else 0
+    return plan.launch(product, result, None if partial else sums, MatmulArguments(
+        product.left.address, left[1], product.right.address, right[1], target.at, target.rows * target.row_stride,
+        plan.rows, plan.cols, plan.depth, plan.depth_per_part, plan.group_bits, ONE if partial else ALPHA, summed,
+        sums_part_stride))
+
+
+def square(plan: Tiling, along_depth: tuple[bool, bool], how: dict[str, Any]) -> tuple[str, tuple[Launch, ...]]:
+    """A title and the launches of a product of square operands, contiguous along the depth or the other axis.
+
+    `how` may name another dtype of the "result", whether to "accumulate", and whether "sums" ride along.
+    """
+    result, accumulate, sums = how.get("result", plan.dtype), how.get("accumulate", False), how.get("sums", False)
+    length, (left_along, right_along) = plan.depth, along_depth
+    left, right, target = (Matrix(Slot(name), dtype, length, length, length, 1)
+                           for name, dtype in (("left", plan.dtype), ("right", plan.dtype), ("result", result)))
+    product = Product(left if left_along else left.T, right.T if right_along else right)
+    title = "-".join(["depth" if left_along else "rows", "depth" if right_along else "cols"]
+                     + [f"to-{result}"] * (result != plan.dtype) + ["odd"] * (length % 2)
+                     + ["accumulate"] * accumulate + ["sums"] * sums)
+    summed = Result(Matrix(Slot("sums"), result, 1, length, length, 1), accumulate) if sums else None
+    return title, launches(plan, product, Result(target, accumulate), summed)
+
+
+#: whether the left and the right operand are contiguous along the depth
+ORIENTATIONS = ((False, False), (True, True), (True, False), (False, True))

@@ -1,11 +1,16 @@
-"""Plans of matrix products on tensor cores."""
+"""Matrix products on tensor cores: plans, their cost, the launch of the kernel."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from ..errors import PlanError
-from .common import ITEM_BYTES, ceil_div, check_choice, check_sizes
+from ..facts import ITEM_BYTES
+from ..launches import Launch, Result
+from ..signatures import MatmulArguments, MatmulTensorCore
+from .common import ceil_div, check_choice, check_sizes, constants_of, named
 from .tiling import (
     MODEL_BLOCK,
     MODEL_LATENCY,
@@ -13,10 +18,14 @@ from .tiling import (
     MODEL_MULTIPROCESSORS,
     MODEL_REGISTERS,
     MODEL_SHARED,
+    ORIENTATIONS,
     MatmulCost,
+    Product,
     Tiling,
+    epilogue_of,
     memory_cycles,
     parts_cycles,
+    square,
 )
 
 #: how float32 can be multiplied on tensor cores
@@ -196,6 +205,17 @@ class TensorCorePlan(Tiling):
                              f"{self.warp_rows} x {self.warp_cols} results a warp, {self.threads} threads a block, "
                              f"{self.stages} stages", error, self.cost, where)
 
+    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments) -> Launch:
+        """The launch of the kernel, with these arguments."""
+        (left, _), (right, _) = product.sides(16 // ITEM_BYTES[self.dtype])
+        result_vector = 16 // ITEM_BYTES[target.matrix.dtype]
+        constants = constants_of(MatmulTensorCore, self, {
+            "left": left, "right": right, "result": epilogue_of(target, result_vector, self.accumulator),
+            "sums_of": product.sums_of, "sums": sums and epilogue_of(sums, 1, self.accumulator),
+            "offset_bits": product.offset_bits(self)})
+        return Launch("densegrad.kernels.matmul_tensor_core", "matmul_tensor_core", constants, arguments, self.grid,
+                      self.threads, self, self.shared_bytes, self.capability)
+
 
 def plan_of_tile(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
                  tile: tuple[int, int, int, int, int], capability: tuple[int, int] = TENSOR_CORE_CAPABILITY,
@@ -225,3 +245,30 @@ def _tensor_core_cost(plan: TensorCorePlan) -> MatmulCost:
     busy = max(max(products * MODEL_MMA, issue) * ceil_div(warps * resident, 4), MODEL_LATENCY / (plan.stages - 1))
     arithmetic = ceil_div(each, resident) * (tiles * busy + MODEL_BLOCK)
     return MatmulCost(arithmetic, memory_cycles(plan), parts_cycles(plan))
+
+
+def variants() -> Iterator[tuple[str, Launch]]:
+    """The kernels for all kinds of products, orientations and tiles, by name."""
+    for dtype, precision in (("float16", None), ("bfloat16", None), ("float32", "tf32"), ("float32", "tf32x3")):
+        large, small = TENSOR_CORE_TILES[2 if precision == "tf32x3" else 0], TENSOR_CORE_TILES[-1]
+        for along_depth in ORIENTATIONS:
+            yield from _variant((dtype, precision), large, along_depth)
+            if along_depth[0] == along_depth[1]:
+                yield from _variant((dtype, precision), large, along_depth, how={"sums": True})
+        yield from _variant((dtype, precision), small, length=1023)
+        yield from _variant((dtype, precision), small, how={"result": "float32", "accumulate": True, "sums": True})
+    for tile in TENSOR_CORE_TILES:
+        yield from _variant(("bfloat16", None), tile)
+    for along_depth in ORIENTATIONS[:2]:
+        for tile in (TENSOR_CORE_TILES[0], TENSOR_CORE_TILES[-1]):
+            yield from _variant(("float16", None), tile, along_depth,
+                                how={"sums": True, "capability": FLOAT16_CAPABILITY})
+
+
+def _variant(kind: tuple[str, str | None], tile: tuple[int, int, int, int, int],
+             along_depth: tuple[bool, bool] = (False, False), length: int = 1024,
+             how: dict[str, Any] | None = None) -> Iterator[tuple[str, Launch]]:
+    how = how or {}
+    plan = plan_of_tile(length, length, length, *kind, tile, how.get("capability", TENSOR_CORE_CAPABILITY))
+    title, found = square(plan, along_depth, how)
+    return named("-".join([plan.kind, "x".join(map(str, tile[:2])), "x".join(map(str, tile[2:4])), title]), found)

@@ -7,7 +7,8 @@ from math import prod
 from typing import TypeVar
 
 from ..errors import PlanError
-from .common import GRID_Y, ITEM_BYTES, ceil_div, check_sizes
+from ..facts import ITEM_BYTES
+from .common import GRID_Y, ceil_div, check_sizes
 from .matmul_simt import MATMUL_TILES, MatmulPlan, transposed_tile
 from .matmul_tensor_core import (
     FLOAT16_CAPABILITY,
@@ -19,7 +20,8 @@ from .matmul_tensor_core import (
 )
 from .tiling import MODEL_DRAM_BYTES, MODEL_LAUNCH, MODEL_MULTIPROCESSORS
 
-Product = TypeVar("Product", MatmulPlan, TensorCorePlan)
+ProductPlan = MatmulPlan | TensorCorePlan
+Chosen = TypeVar("Chosen", MatmulPlan, TensorCorePlan)
 
 #: a part is at least this many tile depths long
 MIN_TILES_OF_A_PART = 4
@@ -47,14 +49,14 @@ def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: st
     return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, instructions))
 
 
-def _cheapest(candidates: list[Product]) -> Product:
+def _cheapest(candidates: list[Chosen]) -> Chosen:
     costs = {plan: plan.cost.total for plan in candidates}
     fewest = min(plan.parts for plan in costs)
     whole = min(cost for plan, cost in costs.items() if plan.parts == fewest)
     worthy = {plan: cost for plan, cost in costs.items() if plan.parts == fewest or cost < whole}
     good = [plan for plan, cost in worthy.items() if cost <= 1.05 * min(worthy.values())]
 
-    def order(plan: Product) -> tuple[bool, int, int, float]:
+    def order(plan: Chosen) -> tuple[bool, int, int, float]:
         idle = plan.parts > fewest and prod(plan.grid) < MODEL_MULTIPROCESSORS
         return idle, prod(plan.grid) * ceil_div(plan.threads, 32), plan.tile_rows * plan.tile_cols, costs[plan]
 
@@ -62,7 +64,7 @@ def _cheapest(candidates: list[Product]) -> Product:
 
 
 def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
-                 capability: tuple[int, int]) -> MatmulPlan | TensorCorePlan:
+                 capability: tuple[int, int]) -> ProductPlan:
     """The plan for these sizes and dtype at a precision on a GPU of this compute capability.
 
     Depends on nothing else of the GPU than whether it has the instructions: all from 8.0 on, float16's from 7.5 on.
@@ -108,7 +110,7 @@ def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, i
     return True
 
 
-def check_precision(plan: MatmulPlan | TensorCorePlan, precision: str | None, capability: tuple[int, int]) -> None:
+def check_precision(plan: ProductPlan, precision: str | None, capability: tuple[int, int]) -> None:
     """Hold a user's plan to the precision that was asked for beside it, and to the GPU.
 
     Raises
@@ -155,7 +157,7 @@ def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precisi
     return plans
 
 
-def _cut_into_parts(whole: Product) -> list[Product]:
+def _cut_into_parts(whole: Chosen) -> list[Chosen]:
     """The plan and those with more parts whose workspace is small beside the operands."""
     plans = [whole]
     input_bytes = (whole.rows + whole.cols) * whole.depth * ITEM_BYTES[whole.dtype]
@@ -168,7 +170,7 @@ def _cut_into_parts(whole: Product) -> list[Product]:
     return plans
 
 
-def bias_rides_along(plan: MatmulPlan | TensorCorePlan) -> bool:
+def bias_rides_along(plan: ProductPlan) -> bool:
     """Whether adding dZ up within dL/dW's blocks is cheaper than reading it once more, by the model.
 
     The blocks of the first tile row spend about 2 % more instructions on it on FMA units, 10 % on tensor cores, and

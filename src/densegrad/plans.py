@@ -3,10 +3,11 @@
 A plan never looks at a device. Those of products on tensor cores also follow from a stated compute capability; all
 others give the same bits on every GPU.
 """
-from .batch_sum import LAYOUTS, BatchSumPlan, plan_batch_sum
-from .common import GRID_Y, ITEM_BYTES, accumulator_of, check_plan
-from .matmul_simt import MATMUL_TILES, SHARED_BYTES, MatmulPlan, transposed_tile
-from .matmul_tensor_core import (
+from .facts import ITEM_BYTES, accumulator_of
+from .families.batch_sum import LAYOUTS, BatchSumPlan, plan_batch_sum
+from .families.common import GRID_Y, check_plan
+from .families.matmul_simt import MATMUL_TILES, SHARED_BYTES, MatmulPlan, transposed_tile
+from .families.matmul_tensor_core import (
     DYNAMIC_SHARED_BYTES,
     FLOAT16_CAPABILITY,
     TENSOR_CORE_CAPABILITY,
@@ -15,7 +16,7 @@ from .matmul_tensor_core import (
     TensorCorePlan,
     plan_of_tile,
 )
-from .product import (
+from .families.product import (
     bias_rides_along,
     check_precision,
     matmul_candidates,
@@ -24,8 +25,8 @@ from .product import (
     plan_tensor_core,
     tensor_core_candidates,
 )
-from .tiling import MODEL_MULTIPROCESSORS, MatmulCost, Tiling
-from .upstream import ACTIVATIONS, CROSS_ENTROPY, UpstreamPlan, log_sum_exp_block, plan_upstream
+from .families.tiling import MODEL_MULTIPROCESSORS, MatmulCost, Tiling
+from .families.upstream import ACTIVATIONS, CROSS_ENTROPY, UpstreamPlan, log_sum_exp_block, plan_upstream
 
 __all__ = [
     "ACTIVATIONS",

@@ -1,12 +1,19 @@
-"""Plans of sums over the batch, dL/db."""
+"""Sums over the batch, dL/db: plans, the choice among them, launches."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import gcd, isqrt
 
 from ..errors import PlanError
-from .common import ITEM_BYTES, accumulator_of, ceil_div, check_choice, check_sizes, nth, power_of_two
+from ..facts import ITEM_BYTES, accumulator_of
+from ..launches import ALPHA, ONE, Launch, Matrix, Result, Slot, scratch
+from ..signatures import Scale, SumContiguous, SumContiguousArguments, SumStrided, SumStridedArguments
+from .common import ceil_div, check_choice, check_sizes, constants_of, named, nth, power_of_two
+
+#: where the kernels' factories stand
+KERNELS = "densegrad.kernels.batch_sum"
 
 #: How the matrix of (samples, outputs) lies in memory: outputs side by side; that without gaps between the samples;
 #: samples side by side. plan_batch_sum says when each applies.
@@ -360,3 +367,68 @@ def _flat_threads(samples: int, outputs: int, dtype: str) -> int:
 def _folders(copies: int) -> int:
     """Threads that fold so many copies, so that neither they nor the one that adds them up has much to do."""
     return min(32, power_of_two(isqrt(copies) // 2 + 1))
+
+
+def launches(plan: BatchSumPlan, source: Matrix, result: Result, alpha: Scale = ALPHA,
+             workspace_at: int = 0) -> tuple[Launch, ...]:
+    """result (1, outputs) = alpha * the sum of the rows of source (samples, outputs), or that added into result.
+
+    The sums of parts are kept in the workspace from the byte workspace_at on.
+    """
+    if not result.matrix.cols or (result.accumulate and not source.rows):
+        return ()
+    if plan.second is None:
+        return (_launch(plan, source, result, alpha),)
+    return (_launch(plan, source, Result(parts_of(plan, workspace_at)), ONE, partial=True),
+            *add_parts_of(plan, result, alpha, workspace_at))
+
+
+def parts_of(plan: BatchSumPlan, workspace_at: int) -> Matrix:
+    """The sums of a plan's parts in the workspace, which its second plan adds."""
+    return scratch(workspace_at, plan.parts * (1 + plan.compensated), plan.outputs, plan.accumulator, plan.pitch)
+
+
+def add_parts_of(plan: BatchSumPlan, result: Result, alpha: Scale, workspace_at: int) -> tuple[Launch, ...]:
+    """What adds the sums of the parts that another launch left there, if there are several."""
+    return (_launch(plan.second, parts_of(plan, workspace_at), result, alpha),) if plan.second else ()
+
+
+def _launch(plan: BatchSumPlan, source: Matrix, result: Result, alpha: Scale, *, partial: bool = False) -> Launch:
+    """Writes the sum or, if partial, each part's sums and what they lost."""
+    target = result.matrix
+    of_call = {"result": target.dtype, "accumulate": result.accumulate, "partial": partial}
+    written = (target.address, target.row_stride * (1 + plan.compensated) if partial else 0, target.col_stride,
+               target.row_stride, alpha)
+    if plan.layout == "rows":
+        # A row is shifted to where 32 bytes begin, for which tiles have room unless all rows begin there.
+        aligned = source.alignment >= 32 and source.row_stride % plan.sector == 0
+        tile_cols = plan.tile if aligned else plan.tile - plan.sector
+        return Launch(KERNELS, "sum_strided", constants_of(SumStrided, plan, of_call), SumStridedArguments(
+            source.address, source.row_stride, plan.samples, plan.outputs, plan.samples_per_part, tile_cols, *written),
+            (ceil_div(plan.outputs, tile_cols), plan.parts), plan.threads, plan)
+    period = plan.period
+    return Launch(KERNELS, "sum_contiguous", constants_of(SumContiguous, plan, of_call), SumContiguousArguments(
+        source.address, source.col_stride, plan.samples * period, plan.outputs // period, plan.runs_per_block,
+        plan.samples_per_part * period, *written), plan.grid, plan.threads, plan)
+
+
+def variants() -> Iterator[tuple[str, Launch]]:
+    """The kernels for layers of all dtypes and layouts, by name."""
+    for dtype in ITEM_BYTES:
+        for samples, outputs, layout in ((8192, 3072, "rows"), (33, 50257, "rows"), (64, 10, "rows"),
+                                         (65536, 10, "flat"), (64, 10, "flat"), (8192, 3072, "features_first"),
+                                         (64, 10, "features_first")):
+            yield from _variant(plan_batch_sum(samples, outputs, dtype, layout))
+        for layout in LAYOUTS:
+            plan = plan_batch_sum(65536, 10, dtype, layout, compensated=True)
+            yield from _variant(plan, plan.accumulator, accumulate=True)
+
+
+def _variant(plan: BatchSumPlan, result: str = "", accumulate: bool = False) -> Iterator[tuple[str, Launch]]:
+    result = result or plan.dtype
+    strides = (1, plan.samples) if plan.layout == "features_first" else (plan.outputs, 1)
+    source = Matrix(Slot("dz"), plan.dtype, plan.samples, plan.outputs, *strides)
+    target = Matrix(Slot("db"), result, 1, plan.outputs, plan.outputs, 1)
+    title = "-".join([plan.dtype, f"{plan.samples}x{plan.outputs}", plan.layout] + [f"to-{result}"] * (
+        result != plan.dtype) + ["accumulate"] * accumulate + ["compensated"] * plan.compensated)
+    return named(title, launches(plan, source, Result(target, accumulate)))

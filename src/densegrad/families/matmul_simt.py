@@ -1,21 +1,30 @@
-"""Plans of matrix products on FMA units."""
+"""Matrix products on FMA units: plans, their cost, the launch of the kernel."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from ..errors import PlanError
-from .common import ITEM_BYTES, ceil_div, check_choice, check_sizes
+from ..facts import ITEM_BYTES, accumulator_of
+from ..launches import Launch, Result
+from ..signatures import MatmulArguments, MatmulSimt
+from .common import ceil_div, check_choice, check_sizes, constants_of, named
 from .tiling import (
     MODEL_BLOCK,
     MODEL_LATENCY,
     MODEL_MULTIPROCESSORS,
     MODEL_REGISTERS,
     MODEL_SHARED_ACCESS,
+    ORIENTATIONS,
     MatmulCost,
+    Product,
     Tiling,
+    epilogue_of,
     memory_cycles,
     parts_cycles,
+    square,
 )
 
 #: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols), from large to small; their transposes are tried too
@@ -128,6 +137,17 @@ class MatmulPlan(Tiling):
         threads = f"{self.thread_rows} x {self.thread_cols} results a thread, {self.threads} threads a block"
         return self._explain("FMA units", threads, f"{self.chain + 1} u", self.cost)
 
+    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments) -> Launch:
+        """The launch of the kernel, with these arguments. Results are stored from registers in the type of the sums."""
+        vector = 16 // ITEM_BYTES[self.accumulator]
+        (left, _), (right, _) = product.sides(vector)
+        constants = constants_of(MatmulSimt, self, {
+            "left": left, "right": right, "result": epilogue_of(target, vector, self.accumulator),
+            "sums_of": product.sums_of, "sums": sums and epilogue_of(sums, 1, self.accumulator),
+            "offset_bits": product.offset_bits(self)})
+        return Launch("densegrad.kernels.matmul_simt", "matmul_simt", constants, arguments, self.grid, self.threads,
+                      self)
+
 
 def _matmul_cost(plan: MatmulPlan) -> MatmulCost:
     """Cycles on the nominal GPU, when nothing else runs there."""
@@ -156,3 +176,24 @@ def transposed_tile(tile: tuple[int, int, int, int, int]) -> tuple[int, int, int
     if (thread_rows, thread_cols) == (8, 16) and rows % 16 == 0:
         return cols, rows, depth, thread_rows, thread_cols
     return cols, rows, depth, thread_cols, thread_rows
+
+
+def variants() -> Iterator[tuple[str, Launch]]:
+    """The kernels for all dtypes, orientations and tiles, by name."""
+    for dtype in ITEM_BYTES:
+        medium, large = (MATMUL_TILES[4], MATMUL_TILES[5]) if dtype == "float64" else (MATMUL_TILES[3], MATMUL_TILES[1])
+        for along_depth in ORIENTATIONS:
+            yield from _variant(dtype, large, along_depth)
+            yield from _variant(dtype, medium, along_depth, length=1023)
+        for how in ({"sums": True}, {"accumulate": True}, {"accumulate": True, "sums": True,
+                                                           "result": accumulator_of(dtype)}):
+            yield from _variant(dtype, medium, how=how)
+    for tile in MATMUL_TILES:
+        yield from _variant("float32", tile)
+        yield from _variant("float32", transposed_tile(tile))
+
+
+def _variant(dtype: str, tile: tuple[int, ...], along_depth: tuple[bool, bool] = (False, False), length: int = 1024,
+             how: dict[str, Any] | None = None) -> Iterator[tuple[str, Launch]]:
+    title, found = square(MatmulPlan(length, length, length, dtype, *tile), along_depth, how or {})
+    return named("-".join([dtype, "x".join(map(str, tile[:3])), "x".join(map(str, tile[3:])), title]), found)

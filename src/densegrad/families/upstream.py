@@ -1,22 +1,37 @@
-"""Plans of dL/dZ: how it is formed from what lies above the layer, and summed to dL/db on the way."""
+"""dL/dZ formed from what lies above the layer, and summed to dL/db on the way: plans and launches."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
 from ..errors import PlanError
+from ..facts import ITEM_BYTES
+from ..launches import ALPHA, ONE, Launch, Matrix, Result, Slot, scratch
+from ..signatures import (
+    NO_COLUMN,
+    NO_MATRIX,
+    ColumnAt,
+    LogSumExp,
+    LogSumExpArguments,
+    Scale,
+    UpstreamSum,
+    UpstreamSumArguments,
+)
 from .batch_sum import (
     LAYOUTS,
     MOST_BLOCKS,
     SMALL,
     BatchSumPlan,
+    add_parts_of,
     explain_blocks,
     explain_sums,
+    parts_of,
     steps_of_a_part,
     worthy_blocks,
 )
-from .common import ITEM_BYTES, ceil_div, check_choice, check_sizes, nth, power_of_two
+from .common import ceil_div, check_choice, check_sizes, named, nth, power_of_two
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh")
 #: what lies above beside activations: softmax and cross-entropy
@@ -187,3 +202,90 @@ def plan_upstream(samples: int, outputs: int, dtype: str, layout: str, above: st
         steps = steps_of_a_part(steps, ceil_div(worthy_blocks(rows * cols), tiles), MOST_BLOCKS // tiles)
     return UpstreamPlan(above, replace(plan, samples=samples, outputs=outputs,
                                        samples_per_part=min(rows, steps * step)))
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What dZ is formed from: matrices (samples, outputs), weights and labels (samples, 1); None where there is none.
+
+    Below cross-entropy z holds the logits, and there is no gradient.
+    """
+
+    gradient: Matrix | None
+    z: Matrix | None
+    weights: Matrix | None = None
+    labels: Matrix | None = None
+
+
+def launches(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result, scales: tuple[Scale, Scale],
+             workspace_at: int = 0) -> tuple[Launch, ...]:
+    """dz = weights * what the plan's activation or cross-entropy makes of upstream, and result = its sum.
+
+    dz is multiplied by the first of the scales before it is rounded and summed, the sum by the second one. The slot
+    "parameter" holds the activation's or the smoothing of labels, "ignored" the label that is left out.
+    """
+    if not dz.cols or (result.accumulate and not dz.rows):
+        return ()
+    cut = plan.sum
+    totals = scratch(workspace_at, 2, max(dz.rows, 1), cut.accumulator)
+    before: tuple[Launch, ...] = ()
+    if plan.above == CROSS_ENTROPY and upstream.z is not None:
+        workspace_at = totals.end
+        before = (_log_sum_exp(plan, upstream.z, totals),)
+    partial = cut.second is not None
+    target = Result(parts_of(cut, workspace_at)) if partial else result
+    constants = _constants(plan, upstream, dz, target, partial)
+    gradient, z = (NO_MATRIX if matrix is None else matrix.at for matrix in (upstream.gradient, upstream.z))
+    weights, labels = (NO_COLUMN if column is None else ColumnAt(column.address, column.row_stride)
+                       for column in (upstream.weights, upstream.labels))
+    arguments = UpstreamSumArguments(
+        gradient, z, dz.at, weights, labels, totals.address if before else 0,
+        Slot("ignored") if upstream.labels else 0, Slot("parameter"), scales[0], ONE if partial else scales[1],
+        dz.rows, dz.cols, cut.samples_per_part, target.matrix.address,
+        target.matrix.row_stride if partial else 0, target.matrix.col_stride)
+    launch = Launch("densegrad.kernels.upstream", "upstream_sum", constants, arguments, plan.grid, plan.threads, plan)
+    return *before, launch, *add_parts_of(cut, result, scales[1], workspace_at)
+
+
+def _constants(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, target: Result, partial: bool) -> UpstreamSum:
+    """Accesses are as wide as every matrix allows; weights come in such pieces, too, or one by one."""
+    features_first, weights, labels = plan.features_first, upstream.weights, upstream.labels
+    width = min((matrix.T if features_first else matrix).access(plan.elements)
+                for matrix in (upstream.gradient, upstream.z, dz) if matrix is not None)
+    of_pieces = weights is not None and features_first and weights.T.access(width) == width
+    return UpstreamSum(plan.above, plan.sum.dtype, plan.sum.accumulator, target.matrix.dtype, plan.elements, width,
+                       plan.sum.threads_x, plan.sum.lanes, features_first, plan.blocks_per_multiprocessor,
+                       weights.dtype if weights else "", width if of_pieces else 1, labels.dtype if labels else "",
+                       target.accumulate, partial)
+
+
+def _log_sum_exp(plan: UpstreamPlan, z: Matrix, totals: Matrix) -> Launch:
+    adders, samples = plan.log_sum_exp_block
+    return Launch("densegrad.kernels.log_sum_exp", "log_sum_exp",
+                  LogSumExp(z.dtype, plan.sum.accumulator, adders, samples, plan.features_first),
+                  LogSumExpArguments(z.at, z.rows, z.cols, totals.address),
+                  (max(ceil_div(z.rows, samples), 1),), adders * samples, plan)
+
+
+def variants() -> Iterator[tuple[str, Launch]]:
+    """The kernels below activations and cross-entropy, for all dtypes and layouts, by name."""
+    for dtype in ITEM_BYTES:
+        for layout in ("flat", "features_first"):
+            for above, weights in (("relu", ""), ("gelu", ""), ("gelu_tanh", "float32"), (CROSS_ENTROPY, ""),
+                                   ("identity", "bool")):
+                yield from _variant(plan_upstream(8192, 3072, dtype, layout, above), weights)
+        yield from _variant(plan_upstream(65536, 10, dtype, "flat", "silu"))
+
+
+def _variant(plan: UpstreamPlan, weights: str = "") -> Iterator[tuple[str, Launch]]:
+    cut, turned, labels = plan.sum, plan.features_first, plan.above == CROSS_ENTROPY
+    strides = (1, cut.samples) if turned else (cut.outputs, 1)
+    matrix = Matrix(Slot("dz"), cut.dtype, cut.samples, cut.outputs, *strides)
+    column = Matrix(Slot("column"), weights or "int64", cut.samples, 1, 1, 1)
+    formed = Upstream(None if labels else matrix, None if plan.above == "identity" else matrix,
+                      column if weights else None, column if labels else None)
+    result = Result(Matrix(Slot("db"), cut.dtype, 1, cut.outputs, cut.outputs, 1))
+    layout = "features_first" if turned else "rows"
+    title = "-".join([cut.dtype, plan.above, f"{cut.samples}x{cut.outputs}", layout] + [f"weights-{weights}"] * bool(
+        weights))
+    return named(title, launches(plan, formed, matrix, result, (ALPHA, ONE)))

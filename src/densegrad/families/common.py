@@ -1,19 +1,31 @@
-"""What every family of plans needs: sizes of dtypes and grids, whole steps, and the check of a user's plan."""
+"""What every family needs: the size of grids, whole steps, the check of a user's plan, constants by name."""
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from ..errors import PlanError
+from ..launches import Launch
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+Record = TypeVar("Record", bound=tuple)
+
 #: the largest grid along y and z
 GRID_Y = 65535
 
 
-def accumulator_of(dtype: str) -> str:
-    """The type that sums of this dtype are kept in."""
-    return "float64" if dtype == "float64" else "float32"
+def constants_of(kind: type[Record], plan: Any, others: dict[str, Any]) -> Record:
+    """A kernel's constants: those that have the names of others from there, the rest from the plan."""
+    fields = kind._fields  # type: ignore[attr-defined]
+    return kind(**{name: others[name] if name in others else getattr(plan, name) for name in fields})
+
+
+def named(title: str, launches: Iterable[Launch]) -> Iterator[tuple[str, Launch]]:
+    """(name, launch) of each: the kernel's name and the title, "-second" for another launch of that kernel."""
+    names: set[str] = set()
+    for launch in launches:
+        name = f"{launch.kernel}-{title}"
+        yield name + "-second" * (name in names), launch
+        names.add(name)
 
 
 def check_plan(plan: Any, kind: type | tuple[type, ...], sizes: dict[str, Any], name: str = "plan") -> Any:

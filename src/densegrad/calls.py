@@ -1,0 +1,382 @@
+"""A call: its arrays are looked at, its launches found, filled in and launched, and its results handed over.
+
+    arrays, options --described, once a layout--> Recipe --filled in--> launches on the device --> results
+
+Describing checks everything and works out the launches; what it gives is kept by the shapes, strides, dtypes and
+alignments of the arrays and by the options. A later call of that layout checks only what depends on addresses and
+values: that nothing overlaps, numbers, labels. Copies before and after the launches, and what waits for other streams,
+stand here alone. A prepared call is one that is filled in and not yet launched.
+"""
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from . import device
+from .device import Seen
+from .errors import DeviceError, DTypeError, PrepareError, ShapeError
+from .facts import accumulator_of
+from .launches import Clear, Launch, workspace_bytes
+from .operands import LARGEST, Argument, Inputs, Target, accept_integer, accept_number, alpha_type, extent
+
+#: how many layouts of calls are kept, those used last
+MOST_LAYOUTS = 4096
+
+
+class Given(NamedTuple):
+    """An array of the call that kernels read, by its position; copied if they cannot read it where it is."""
+
+    slot: str
+    position: int
+    copied: bool
+
+
+class Made(NamedTuple):
+    """A result: written to the `out` at this position, to a copy of that which is copied back, or to a new array."""
+
+    slot: str
+    position: int
+    shape: tuple[int, ...]
+    dtype: str
+    features_first: bool
+    given: bool
+    copied: bool
+    accumulate: bool
+
+
+class Number(NamedTuple):
+    """A number that a call fills in: its slot, what the user calls it, and its type."""
+
+    slot: str
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every call of one layout does."""
+
+    launches: tuple[Launch | Clear, ...]
+    given: tuple[Given, ...]
+    made: tuple[Made, ...]
+    numbers: tuple[Number, ...]
+    place: str
+    accumulator: str  # of the sums, and of an alpha on the device
+    like: int  # the position of the array whose kind of container new results have
+    spans: tuple[tuple[int, int] | None, ...] = ()  # of arrays, then of outs: bytes from the address that they take up
+    in_place: tuple[tuple[int, int], ...] = ()  # (out, array) that may be one and the same
+    check_values: Callable[[tuple, tuple], None] | None = None  # of arrays on the host, by the arrays and numbers
+
+    @property
+    def copied(self) -> list[str]:
+        """The arrays that are copied before or after the launches."""
+        return [one.slot for one in self.given if one.copied] + [one.slot for one in self.made if one.copied]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that the launches share, beside arguments and results."""
+        return workspace_bytes(self.launches)
+
+
+def recipe_of(inputs: Inputs, given: Sequence[Argument | None], targets: Sequence[Target | None],
+              launches: tuple[Launch | Clear, ...], numbers: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """The recipe of checked arrays and results, by their positions in the call.
+
+    Beside alpha, numbers are pairs of a slot, "parameter" or "ignored", and what the user calls it.
+    """
+    accumulator = accumulator_of(inputs.dtype)
+    made = [target for target in targets if target is not None]
+    types = {"parameter": accumulator, "ignored": "int64"}
+    return Recipe(
+        launches,
+        tuple(Given(argument.name, position, argument.compact) for position, argument in enumerate(given)
+              if argument is not None),
+        tuple(_made(target, position) for position, target in enumerate(targets) if target is not None),
+        (Number("alpha", "alpha", alpha_type(inputs, made)),
+         *(Number(slot, name, types[slot]) for slot, name in numbers)),
+        inputs.place, accumulator, next(n for n, argument in enumerate(given) if argument is inputs.dz),
+        tuple(_span(argument) for argument in [*given, *(None if target is None else target.argument
+                                                         for target in targets)]))
+
+
+def _made(target: Target, position: int) -> Made:
+    argument = target.argument
+    return Made(target.name, position, target.shape, target.dtype, target.features_first, argument is not None,
+                argument is not None and argument.compact, target.accumulate)
+
+
+def _span(argument: Argument | None) -> tuple[int, int] | None:
+    """The bytes that an array takes up, from its first element."""
+    if argument is None or 0 in argument.memory.shape:
+        return None
+    begin, end = extent(argument.memory)
+    return begin - argument.memory.byte, end - argument.memory.byte
+
+
+class _Kept(NamedTuple):
+    recipe: Recipe
+    loaded: tuple[Any, ...]
+    needs_memory: bool
+    workspace_bytes: int
+
+
+_kept: OrderedDict[Any, _Kept] = OrderedDict()
+_keeping = threading.Lock()
+_record: ContextVar[list[Launch] | None] = ContextVar("densegrad_launches", default=None)
+_preparing: ContextVar[list[Bound] | None] = ContextVar("densegrad_preparing", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """A list that receives every launch made in the with block."""
+    launches: list[Launch] = []
+    token = _record.set(launches)
+    try:
+        yield launches
+    finally:
+        _record.reset(token)
+
+
+def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: tuple, numbers: tuple,
+         stream: Any = None) -> list[Any]:
+    """The results of a call, one for each out: None where none is made.
+
+    `describe(arrays, outs, options)` checks everything but the numbers, those of its recipe, and says what a call of
+    this layout does.
+    """
+    where = device.current()
+    seen = [None if array is None else where.seen(array) or Seen((object(),), 0) for array in (*arrays, *outs)]
+    key = (where, describe, options, tuple(map(type, options)),
+           tuple([None if one is None else one.layout for one in seen]))
+    try:
+        kept = _kept.get(key)
+    except TypeError:  # an option that cannot be one, which describing says
+        kept = None
+    if kept is None or not _as_described(kept.recipe, arrays, seen):
+        recipe, kept = describe(arrays, outs, options), None
+    else:
+        recipe = kept.recipe
+    values = {number.slot: _checked(where, recipe, number, value)
+              for number, value in zip(recipe.numbers, numbers, strict=True)}
+    if recipe.check_values is not None:
+        recipe.check_values(arrays, numbers)
+    if kept is None:
+        kept = _keep(key, recipe, where)
+    pointer = where.current_stream(recipe.place) if stream is None else None
+    if pointer is not None:
+        return _finished(Bound(where, kept, (arrays, outs, seen), values, pointer), describe, options)
+    with where.using(stream, recipe.place) as pointer:
+        return _finished(Bound(where, kept, (arrays, outs, seen), values, pointer), describe, options)
+
+
+def _finished(bound: Bound, describe: Callable[..., Recipe], options: tuple) -> list[Any]:
+    """The results of a call that has been launched, or that is only being prepared."""
+    preparing = _preparing.get()
+    if preparing is None:
+        bound.put_workspace(None)
+        bound.launch(bound.stream)
+    else:
+        bound.describe = lambda arrays, outs: describe(arrays, outs, options)
+        preparing.append(bound)
+    return bound.delivered()
+
+
+def _checked(where: Any, recipe: Recipe, number: Number, value: Any) -> Any:
+    """A number in the range of its type; alpha may be an array on the device."""
+    slot, name, dtype = number
+    if dtype == "int64":
+        return accept_integer(name, value)
+    if type(value) is float and -LARGEST[dtype] <= value <= LARGEST[dtype]:
+        return value
+    memory = where.number_memory(value, recipe.accumulator) if slot == "alpha" else None
+    if memory is None:
+        return accept_number(name, value, dtype)
+    check_alpha_memory(memory, recipe.accumulator, recipe.place)
+    return value
+
+
+def _as_described(recipe: Recipe, arrays: tuple, seen: list[Any]) -> bool:
+    """Whether the outs overlap nothing; where they may, describing looks closely."""
+    spans, count = recipe.spans, len(arrays)
+    for out in range(count, len(seen)):
+        if spans[out] is None or seen[out] is None:
+            continue
+        begin, end = spans[out] or (0, 0)
+        address = seen[out].address
+        for other in range(out):
+            one = spans[other]
+            if one is not None and address + begin < seen[other].address + one[1] and (
+                    seen[other].address + one[0] < address + end):
+                same = (out - count, other) in recipe.in_place and address == seen[other].address
+                if not (same and seen[out].layout == seen[other].layout):
+                    return False
+    return True
+
+
+def _keep(key: Any, recipe: Recipe, where: Any) -> _Kept:
+    with where.using(None, recipe.place):
+        loaded = tuple([where.load(launch, recipe.place) for launch in recipe.launches])
+    needed = recipe.workspace_bytes
+    copies = bool(recipe.copied)
+    kept = _Kept(recipe, loaded, bool(needed) or copies, needed)
+    with _keeping:
+        _kept[key] = kept
+        if len(_kept) > MOST_LAYOUTS:
+            _kept.popitem(last=False)
+    return kept
+
+
+@contextmanager
+def as_prepared() -> Iterator[list[Bound]]:
+    """A list that receives every call made in the with block, which is filled in and not launched."""
+    found: list[Bound] = []
+    token = _preparing.set(found)
+    try:
+        yield found
+    finally:
+        _preparing.reset(token)
+
+
+class Bound:
+    """One call whose slots are filled in."""
+
+    describe: Callable[[tuple, tuple], Recipe]
+
+    def __init__(self, where: Any, kept: _Kept, operands: tuple[tuple, tuple, list[Any]], numbers: dict[str, Any],
+                 stream: int):
+        self.where, self.kept, self.recipe, self.stream = where, kept, kept.recipe, stream
+        self.arrays, self.outs, self.seen = operands
+        self.values: dict[str, Any] = {}
+        self.hold: dict[str, Any] = {}  # what only this call keeps alive
+        if kept.needs_memory and where.capturing(stream):
+            raise PrepareError("a call that needs memory of its own cannot be captured, since a replay would write "
+                               "where that memory was (prepare it before the capture: densegrad.prepare(function, "
+                               "...), and call what that gives)")
+        for slot, value in numbers.items():
+            self.put_number(slot, value)
+        for slot, position, copied in self.recipe.given:
+            self.put_array(slot, self.arrays[position], self.seen[position], copied)
+        self.results: dict[int, Any] = {}
+        for made in self.recipe.made:
+            self.put_result(made, self.seen[len(self.arrays) + made.position])
+
+    def put_number(self, slot: str, value: Any) -> None:
+        """Fill a checked number in; an alpha on the device by its address."""
+        self.values[slot] = value
+        if slot == "alpha":
+            self.values["alpha_address"] = 0
+            if not isinstance(value, float):
+                self.where.wait_for(self.where.seen(value), self.stream)
+                self.values[slot], self.values["alpha_address"] = 1.0, self.where.address(value)
+                self.hold[slot] = value
+
+    def put_array(self, slot: str, array: Any, seen: Any, copied: bool) -> None:
+        """Fill an array in, or its copy where kernels can read it."""
+        if seen.stream is not None:
+            self.where.wait_for(seen, self.stream)
+        if copied:
+            array = self.where.placed(array, True)
+            self.hold[slot] = array
+            self.values[slot] = self.where.address(array)
+        else:
+            self.values[slot] = self.where.argument(array, seen)
+
+    def put_result(self, made: Made, seen: Any) -> None:
+        """Fill in where a result is written."""
+        if made.given and not made.copied:
+            self.results[made.position] = self.outs[made.position]
+            self.put_array(made.slot, self.outs[made.position], seen, False)
+            return
+        if made.accumulate:
+            array = self.where.placed(self.outs[made.position], True)
+        elif made.features_first and not made.given:
+            *batch, features = made.shape
+            array = self.where.empty((features, *batch), made.dtype)
+            array = array.transpose(*range(1, array.ndim), 0)
+        else:
+            array = self.where.empty(made.shape, made.dtype)
+        self.results[made.position] = array
+        self.values[made.slot] = self.where.address(array)
+
+    def put_workspace(self, workspace: Any) -> None:
+        """Fill in this workspace, or a new one."""
+        if self.kept.workspace_bytes:
+            workspace = self.where.workspace(self.kept.workspace_bytes) if workspace is None else workspace
+            self.hold["workspace"] = workspace
+            self.values["workspace"] = self.where.workspace_address(workspace)
+
+    def launch(self, stream: int) -> None:
+        """Queue every launch on the stream."""
+        values, launch = self.values, self.where.launch
+        for loaded in self.kept.loaded:
+            launch(loaded, values, stream)
+        record = _record.get()
+        if record is not None:
+            record += [one for one in self.recipe.launches if isinstance(one, Launch)]
+
+    def delivered(self) -> list[Any]:
+        """The results by their positions, in the containers that the user gave or expects."""
+        results = [None] * len(self.outs)
+        for made in self.recipe.made:
+            array = self.results[made.position]
+            if made.copied:
+                out = self.outs[made.position]
+                out[...] = self.where.deliver(array, out)
+                array = out
+            elif not made.given:
+                array = self.where.deliver(array, self.arrays[self.recipe.like])
+            results[made.position] = array
+        return results
+
+    def rebind(self, changes: dict[str, Any]) -> None:
+        """Fill other arrays of the same layout and other numbers in, by the names that the user has for them."""
+        arrays, outs, seen = list(self.arrays), list(self.outs), list(self.seen)
+        numbers = {number.name: number for number in self.recipe.numbers}
+        places = {one.slot: (arrays, one.position, one.position) for one in self.recipe.given} | {
+            one.slot: (outs, one.position, len(arrays) + one.position) for one in self.recipe.made if one.given}
+        unknown = changes.keys() - places.keys() - numbers.keys()
+        if unknown:
+            raise PrepareError(f"this call has no {min(unknown)} that can be bound anew; it has "
+                               f"{', '.join([*places, *numbers])}")
+        values = {numbers[name].slot: _checked(self.where, self.recipe, numbers[name], value)
+                  for name, value in changes.items() if name in numbers}
+        for name in changes.keys() & places.keys():
+            kind, position, number = places[name]
+            found = self.where.seen(changes[name])
+            if found is None or not found.fits(seen[number]):
+                raise PrepareError(f"{name} must have the layout that the call was prepared for, "
+                                   f"{seen[number].layout}; got {found and found.layout} (prepare another call for it)")
+            kind[position], seen[number] = changes[name], found
+        if not _as_described(self.recipe, tuple(arrays), seen):
+            self.describe(tuple(arrays), tuple(outs))
+        if self.recipe.check_values is not None:
+            numbers_now = tuple({**self.values, **values}[number.slot] for number in self.recipe.numbers)
+            self.recipe.check_values(tuple(arrays), numbers_now)
+        self.arrays, self.outs, self.seen = tuple(arrays), tuple(outs), seen
+        for slot, value in values.items():
+            self.put_number(slot, value)
+        for name in changes.keys() & places.keys():
+            kind, position, number = places[name]
+            self.put_array(name, kind[position], seen[number], False)
+
+
+def check_alpha_memory(memory: device.Memory, accumulator: str, place: str) -> None:
+    """Hold an alpha on the device to what kernels read.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError
+        If it is not one number of the type of the sums, where the inputs are.
+    """
+    if memory.shape not in ((), (1,)):
+        raise ShapeError(f"alpha must be a number, or an array of one number; got shape {memory.shape}")
+    if memory.dtype != accumulator:
+        raise DTypeError(f"alpha on the device must have the type of the sums, {accumulator}; got {memory.dtype} "
+                         f"(convert it with alpha.astype({accumulator!r}))")
+    if memory.place != place:
+        raise DeviceError(f"alpha must lie where the inputs do, on {place}; it is on {memory.place}")

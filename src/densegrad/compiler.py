@@ -1,0 +1,87 @@
+"""Launches -> kernels: the only caller of densegrad.kernels.
+
+Numba compiles a kernel the way its dispatcher does, with optimisation at link time, but for a stated compute capability
+and argument types: no device is needed, and a bool or a NumPy integer never makes a second version.
+"""
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+import time
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from .launches import Launch
+
+log = logging.getLogger("densegrad")
+_compiling = threading.RLock()  # Numba's compiler is not made for several threads
+
+
+class Code(NamedTuple):
+    """Machine code of one kernel, and the name of its entry."""
+
+    cubin: bytes
+    entry: str
+
+
+def key_of(launch: Launch) -> tuple[Hashable, ...]:
+    """What the kernel of a launch follows from, beside the compute capability."""
+    return launch.module, launch.kernel, launch.constants, launch.types
+
+
+@lru_cache(maxsize=1024)
+def kernel_of(module: str, name: str, constants: Any) -> Any:
+    """The kernel as Numba's decorator gives it, for these constants."""
+    return getattr(importlib.import_module(module), f"make_{name}")(constants)
+
+
+def library_of(launch: Launch, capability: tuple[int, int]) -> Any:
+    """Numba's code library of a launch's kernel for this compute capability, whose `get_cubin(architecture)` links."""
+    from numba.core import types
+    from numba.cuda.compiler import compile_cuda, kernel_fixup
+    from numba.cuda.cudadrv import nvvm
+
+    kernel = kernel_of(launch.module, launch.kernel, launch.constants)
+    arguments = tuple(getattr(types, name) for name in launch.types)
+    compiled = compile_cuda(kernel.py_func, types.void, arguments, nvvm_options={"fastmath": False, "opt": 3},
+                            cc=capability, lto=True)
+    library = compiled.library
+    function = library.get_function(compiled.fndesc.llvm_func_name)
+    library._entry_name = compiled.fndesc.llvm_func_name
+    kernel_fixup(function, False)
+    nvvm.set_launch_bounds(function, kernel.targetoptions["launch_bounds"])
+    return library
+
+
+def architecture_of(capability: tuple[int, int]) -> tuple[int, int, str]:
+    """With the suffix of all instructions of this very generation, as Numba's dispatcher takes it from 9.0 on."""
+    return (*capability, "a" if capability >= (9, 0) else "")
+
+
+def compile_launch(launch: Launch, capability: tuple[int, int]) -> Code:
+    """The machine code of a launch's kernel, compiled and linked anew. Says so on the log: a call may wait for it."""
+    log.info("compiling %s for compute capability %d.%d", launch.kernel, *capability)
+    begun = time.perf_counter()
+    with _compiling:
+        library = library_of(launch, capability)
+        cubin = library.get_cubin(architecture_of(capability))
+    log.debug("compiled %s in %.1f s", launch.kernel, time.perf_counter() - begun)
+    return Code(bytes(getattr(cubin, "code", cubin)), library._entry_name)
+
+
+def ptx_of(launch: Launch, capability: tuple[int, int]) -> str:
+    """The PTX of a launch's kernel after linking, for every GPU from this compute capability on.
+
+    Raises
+    ------
+    ValueError
+        If the compiler does not know the compute capability.
+    """
+    from numba.cuda.cudadrv.nvrtc import get_supported_ccs
+
+    if capability not in get_supported_ccs():
+        raise ValueError("the compiler that is installed makes no code for sm_{}{}".format(*capability))
+    with _compiling:
+        return library_of(launch, capability).get_lto_ptx(capability)

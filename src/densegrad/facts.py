@@ -1,0 +1,16 @@
+"""Names and sizes of element types, and the types that sums and results are computed in."""
+from __future__ import annotations
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+#: of all that kernels read, labels and masks too
+SIZES = {**ITEM_BYTES, "bool": 1, "int32": 4, "int64": 8}
+
+
+def accumulator_of(dtype: str) -> str:
+    """The type that sums of this dtype are kept in."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def wide_of(accumulator: str, result: str) -> str:
+    """The type in which a sum is scaled and added to what is there, before its one rounding to the result's."""
+    return "float64" if result == "float64" else accumulator

@@ -1,0 +1,164 @@
+"""Prepared calls: everything is checked, planned and filled in once; what is left is to launch."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import device
+from .calls import Bound, as_prepared
+from .errors import PrepareError
+from .launches import ALIGNMENT, Clear, Launch
+
+
+class Prepared:
+    """A call that only launches: no check, no allocation, no synchronisation. Made by `prepare`.
+
+    Its arrays, results and workspace are kept alive by it. Calls that overlap, on several streams or from several
+    threads, share one workspace: that they do not is the caller's to see to.
+
+    Attributes
+    ----------
+    result : as the function returns it
+        What every call writes.
+    """
+
+    def __init__(self, bound: Bound, result: Any):
+        self._bound, self.result = bound, result
+
+    def __call__(self, stream: Any = None) -> Any:
+        """Queue the launches, on another stream than the one that the call was prepared for if one is given.
+
+        Parameters
+        ----------
+        stream : CuPy stream, Numba stream, int or object with `__cuda_stream__`, optional
+            Where to queue them, for example a stream that is being captured.
+
+        Returns
+        -------
+        as the function that was prepared
+            `result`, the same arrays each time.
+        """
+        bound = self._bound
+        bound.launch(bound.stream if stream is None else device.stream_pointer(stream))
+        return self.result
+
+    def rebind(self, **arrays: Any) -> Prepared:
+        """Take other arrays of the same layout, or other numbers, by the names that the function has for them.
+
+        Parameters
+        ----------
+        **arrays
+            Arrays of the call, for example x, dz and out, of the same shape, strides, dtype, alignment and place as
+            those before; and numbers, for example alpha.
+
+        Returns
+        -------
+        Prepared
+            This call. Graphs that were captured before keep the arrays that they were captured with.
+
+        Raises
+        ------
+        PrepareError
+            If the call has no such array, or the layout is another one.
+        OutError, ValueError
+            If an array overlaps a result, or holds labels that are no classes.
+        """
+        out = arrays.pop("out", None)
+        outs = {} if out is None else {"out": out}
+        if isinstance(out, tuple):
+            outs = {f"out.{field}": array for field, array in zip(self.result._fields, out, strict=True)
+                    if array is not None}
+        self._bound.rebind(arrays | outs)
+        if isinstance(out, tuple):
+            self.result = self.result._replace(**{name.removeprefix("out."): array for name, array in outs.items()})
+        elif outs:
+            self.result = out
+        return self
+
+    @property
+    def launches(self) -> tuple[Launch | Clear, ...]:
+        """What a call launches, in order."""
+        return self._bound.recipe.launches
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory in bytes that the launches share, beside arguments and results."""
+        return self._bound.recipe.workspace_bytes
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.launches)) or "nothing to launch"
+
+
+def prepare(function: Callable[..., Any], *arguments: Any, workspace: Any = None, **options: Any) -> Prepared:
+    """Prepare a call of one of this package's functions, to be repeated or captured in a CUDA graph.
+
+        step = prepare(dense_grads, x, w, dz, out=DenseGrads(dx, dw, db))
+        step()          # launches; the results are in out
+
+    Parameters
+    ----------
+    function : function
+        `bias_grad`, `weight_grad`, `dense_grads` or another that computes gradients.
+    *arguments, **options
+        As the function takes them. Without `out`, results are allocated once and every call writes to them.
+    workspace : array of bytes, optional
+        Memory for what launches leave for one another, at least `workspace_bytes` that begin at a multiple of 256,
+        whatever it holds; it belongs to one stream at a time. Allocated if none is given.
+
+    Returns
+    -------
+    Prepared
+        The call. It prints what it will launch.
+
+    Raises
+    ------
+    PrepareError
+        If a call would copy an array each time (one on the host beside a GPU, or without a contiguous axis), or the
+        workspace does not do.
+    TypeError
+        If the function is none of this package's.
+
+    Notes
+    -----
+    A launch takes the addresses that were there when the call was prepared: to change what is computed, write into the
+    arrays, or `rebind` others. A captured call replays as often as its graph is launched; the prepared call must be
+    kept until then, since it holds the memory.
+
+    Examples
+    --------
+    >>> dz = numpy.ones((4, 2), dtype="float32")
+    >>> step = prepare(bias_grad, dz)
+    >>> step()
+    array([4., 4.], dtype=float32)
+    >>> dz[0] = 10
+    >>> step()
+    array([13., 13.], dtype=float32)
+    """
+    with as_prepared() as found:
+        result = function(*arguments, **options)
+    if len(found) != 1:
+        raise TypeError(f"function must be one of this package's that computes gradients; got {function!r}")
+    bound = found[0]
+    for name in bound.recipe.copied:
+        raise PrepareError(f"{name} would have to be copied at each call: it lies on the host, or no axis of it is "
+                           "contiguous (pass an array on the device, for example cupy.ascontiguousarray(...))")
+    if workspace is not None:
+        _check_workspace(bound, workspace)
+    bound.put_workspace(workspace)
+    return Prepared(bound, result)
+
+
+def _check_workspace(bound: Bound, workspace: Any) -> None:
+    memory, needed = bound.where.memory(workspace), bound.recipe.workspace_bytes
+    if memory is None:
+        raise PrepareError(f"workspace must be {bound.where.array_kinds}; got {type(workspace).__name__}")
+    size = memory.dtype.itemsize
+    for length in memory.shape:
+        size *= length
+    contiguous = len(memory.shape) == 1 and (memory.strides == (memory.dtype.itemsize,) or memory.shape == (1,))
+    if not contiguous or memory.dtype.itemsize != 1 or size < needed:
+        raise PrepareError(f"workspace must be {needed} contiguous bytes or more, for example cupy.empty({needed}, "
+                           f"'uint8'); got shape {memory.shape} of {memory.dtype}")
+    if memory.byte % ALIGNMENT or memory.place != bound.recipe.place or memory.readonly:
+        raise PrepareError(f"workspace must begin at a multiple of {ALIGNMENT} bytes, be writable, and lie on "
+                           f"{bound.recipe.place}; got one at byte {memory.byte} on {memory.place}")

@@ -1,0 +1,308 @@
+"""What each kernel is made of and what it takes: a record of its constants and one of its arguments.
+
+They load without Numba: whoever makes a launch fills them in, the kernel's file reads them. An argument is an Address
+(where an operand's first element lies), an Integer of 64 bits or a Number, whose type the constants name as `number`.
+What travels together is a record of its own; the kernel's parameters are its parts, in order: `z`, `z_down`,
+`z_across`.
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .facts import wide_of
+
+Address = Any
+Integer = Any
+Number = Any
+
+
+class MatrixAt(NamedTuple):
+    """Where a matrix lies."""
+
+    address: Address
+    down: Integer  # elements from one row to the next
+    across: Integer  # elements from one column to the next
+
+
+class ColumnAt(NamedTuple):
+    """Where one value for each sample lies."""
+
+    address: Address
+    step: Integer  # elements from one sample to the next
+
+
+class Scale(NamedTuple):
+    """What a result is multiplied by: number, times the one at the address on the device unless that is 0."""
+
+    number: Number
+    address: Address  # of a number of the type of the sums
+
+
+#: in place of a matrix or a column that a kernel does not take
+NO_MATRIX, NO_COLUMN = MatrixAt(0, 0, 0), ColumnAt(0, 0)
+
+
+class Epilogue(NamedTuple):
+    """What becomes of alpha times a sum: computed in `wide`, plus the result if accumulate, then rounded once to dtype.
+
+    access elements of the result's columns may be written at a time.
+    """
+
+    dtype: str
+    access: int
+    wide: str
+    accumulate: bool
+
+
+class Side(NamedTuple):
+    """How an operand lies in memory: contiguous along the depth or not, and how many elements may be read at a time."""
+
+    along_depth: bool
+    access: int
+
+
+# -- batch_sum
+
+
+class SumStrided(NamedTuple):
+    """The sum of rows whose elements lie side by side."""
+
+    dtype: str  # of the source
+    accumulator: str  # type of the sums
+    result: str  # dtype of the result, or the accumulator's if partial
+    threads_x: int  # side by side along a row
+    lanes: int  # of such threads in a block
+    vectors: int  # of 16 bytes a thread, in each row
+    in_flight: int  # rows under way
+    blocks_per_multiprocessor: int  # that registers leave room for
+    accumulate: bool  # whether the result is added to
+    compensated: bool  # whether what additions lose is added up beside the sums
+    partial: bool  # whether each part's sums are kept, and what they lost, for another launch to add
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return self.accumulator if self.partial else wide_of(self.accumulator, self.result)
+
+
+class SumStridedArguments(NamedTuple):
+    """source[s, m] lies at s * row_stride + m."""
+
+    source: Address
+    row_stride: Integer  # elements
+    samples: Integer
+    outputs: Integer
+    samples_per_part: Integer
+    tile_cols: Integer  # columns of a block
+    target: Address
+    part_stride: Integer  # elements of the target from one part's sums to the next
+    col_stride: Integer  # elements of the target from one output to the next
+    lost_step: Integer  # elements of the target from a sum to what it lost
+    alpha: Scale
+
+
+class SumContiguous(NamedTuple):
+    """The sum along runs in which the batch lies side by side."""
+
+    dtype: str
+    accumulator: str
+    result: str
+    period: int  # elements after which the columns repeat along a run
+    threads_x: int  # side by side along a run
+    lanes: int  # runs of a block at a time
+    in_flight: int  # lines under way
+    folders: int  # threads that fold the sums of a column
+    line_pitch: int  # cells of shared memory from one lane's line to the next
+    fold_pitch: int  # cells from one folder's sums to the next
+    blocks_per_multiprocessor: int
+    accumulate: bool
+    compensated: bool
+    partial: bool
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return self.accumulator if self.partial else wide_of(self.accumulator, self.result)
+
+
+class SumContiguousArguments(NamedTuple):
+    """Element i of run r lies at r * run_stride + i and belongs to column r * period + i % period."""
+
+    source: Address
+    run_stride: Integer  # elements
+    run_length: Integer
+    runs: Integer
+    runs_per_block: Integer
+    length_per_part: Integer  # elements of a run
+    target: Address
+    part_stride: Integer
+    col_stride: Integer
+    lost_step: Integer
+    alpha: Scale
+
+
+# -- add_parts
+
+
+class AddParts(NamedTuple):
+    """The sum of matrices that follow one another."""
+
+    accumulator: str  # of the parts and of the sums
+    result: Epilogue
+    threads: int
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return self.result.wide
+
+
+class AddPartsArguments(NamedTuple):
+    """Part p of element (r, c) lies at p * part_stride + r * row_pitch + c of the workspace."""
+
+    workspace: Address
+    parts: Integer
+    part_stride: Integer
+    row_pitch: Integer  # a multiple of 16 bytes
+    target: MatrixAt
+    rows: Integer
+    cols: Integer
+    alpha: Scale
+
+
+# -- matmul_simt and matmul_tensor_core
+
+
+class MatmulSimt(NamedTuple):
+    """A product on FMA units."""
+
+    dtype: str  # of the operands
+    accumulator: str
+    tile_rows: int  # of a block
+    tile_cols: int
+    tile_depth: int
+    thread_rows: int  # results of a thread
+    thread_cols: int
+    blocks_per_multiprocessor: int
+    offset_bits: int  # that count the bytes from a tile's first element to any other: 32, or 64 for huge strides
+    left: Side
+    right: Side
+    result: Epilogue
+    sums_of: str  # "left" or "right": that operand is added up along the depth, too; or ""
+    sums: Epilogue | None  # what becomes of those sums; None if they are kept part by part
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        wide = {self.result.wide, self.sums.wide if self.sums else self.accumulator}
+        return "float64" if "float64" in wide else "float32"
+
+
+class MatmulTensorCore(NamedTuple):
+    """A product on tensor cores."""
+
+    dtype: str
+    kind: str  # what is multiplied: "float16", "bfloat16", "tf32", "tf32x3"; "float16k8" by capability 7.5's mma
+    tile_rows: int
+    tile_cols: int
+    warp_rows: int  # results of a warp
+    warp_cols: int
+    stages: int
+    offset_bits: int  # that count the bytes from one of a thread's copies to the next
+    left: Side
+    right: Side
+    result: Epilogue
+    sums_of: str
+    sums: Epilogue | None
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return "float64" if "float64" in (self.result.wide, self.sums and self.sums.wide) else "float32"
+
+
+class MatmulArguments(NamedTuple):
+    """result[r, c] = alpha * sum over k of left[r, k] right[k, c]."""
+
+    left: Address
+    left_stride: Integer  # elements from one row to the next, or from one depth to the next
+    right: Address
+    right_stride: Integer
+    result: MatrixAt
+    part_stride: Integer  # elements of the result from one part to the next
+    rows: Integer
+    cols: Integer
+    depth: Integer
+    depth_per_part: Integer
+    group_bits: Integer  # binary logarithm of how many tile rows are walked together
+    alpha: Scale
+    depth_sums: ColumnAt  # of the operand that is added up along the depth
+    depth_sums_part_stride: Integer
+
+
+# -- upstream
+
+
+class LogSumExp(NamedTuple):
+    """Each sample's largest logit and the logarithm of its sum of exponentials less that."""
+
+    dtype: str
+    accumulator: str
+    adders: int  # threads of a sample
+    samples_of_block: int
+    features_first: bool  # whether samples lie side by side
+
+
+class LogSumExpArguments(NamedTuple):
+    """z is (samples, outputs), the result (2, samples)."""
+
+    z: MatrixAt
+    samples: Integer
+    outputs: Integer
+    result: Address
+
+
+class UpstreamSum(NamedTuple):
+    """dZ from what lies above the layer, and its sum."""
+
+    above: str  # the name of an activation, or "cross_entropy"
+    dtype: str
+    accumulator: str
+    result: str
+    elements: int  # of a thread in each step
+    width: int  # elements of an access
+    threads_x: int
+    lanes: int
+    features_first: bool
+    blocks_per_multiprocessor: int
+    weights: str  # dtype of the weights, "bool" for a mask, or ""
+    weights_width: int  # weights of an access: all of a piece, or 1
+    labels: str  # dtype, or ""
+    accumulate: bool
+    partial: bool
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return self.accumulator if self.partial else wide_of(self.accumulator, self.result)
+
+
+class UpstreamSumArguments(NamedTuple):
+    """All matrices are (samples, outputs)."""
+
+    gradient: MatrixAt
+    z: MatrixAt
+    dz: MatrixAt
+    weights: ColumnAt
+    labels: ColumnAt
+    totals: Address  # what log_sum_exp found
+    ignored: Integer  # the label of samples that are left out
+    parameter: Number  # of the activation, or the smoothing of labels
+    alpha: Scale  # of dz and of its sum
+    sum_alpha: Scale  # of the sum alone
+    samples: Integer
+    outputs: Integer
+    samples_per_part: Integer
+    target: Address
+    part_stride: Integer
+    col_stride: Integer
