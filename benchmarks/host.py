@@ -1,14 +1,15 @@
 """Times Python: the CPU time that a call of densegrad takes until its work is queued, whatever the GPU does then.
 
-On a GPU a call is timed whole, launches included, at a size that the GPU is done with sooner than Python asks again.
-Without one it is timed up to its launches, which do nothing: arguments are checked, plans looked up, kernels found and
-their arguments made, in NumPy's memory instead of CuPy's. What Numba does for a launch is missing then. The table says
-which of the two it shows; with --save rows go to benchmarks/results/host.csv.
+On a GPU a call is timed whole, launches included, at a size that the GPU is done with sooner than Python asks again,
+and beside it the like of CuPy and of PyTorch, if that is installed. Without a GPU a call is timed up to its launches,
+which do nothing: arrays are looked at, launches found and their arguments filled in, in NumPy's memory instead of
+CuPy's. The rows that only a GPU can fill are left open then. With --save rows go to benchmarks/results/host.csv.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import platform
 import statistics
 import sys
@@ -61,9 +62,9 @@ class Unlaunched(Simulator):
         """The launch with its arguments packed, which are filled in at each call and queued nowhere."""
         return PackedLaunch(launch, None, lambda *arguments: (0,), None)
 
-    def launch(self, loaded: PackedLaunch, values: Any, stream: int) -> None:
-        """Fill the arguments in."""
-        loaded(values, stream)
+    def workspace(self, size: int) -> np.ndarray:
+        """Undefined bytes."""
+        return np.empty(size, np.uint8)
 
 
 @contextlib.contextmanager
@@ -83,19 +84,67 @@ def somewhere() -> Iterator[tuple[Any, str]]:
 
 
 def calls(module: Any) -> dict[str, Callable[[], Any]]:
-    """What is timed, by the line that a user writes."""
+    """What is timed anywhere, by the line that a user writes."""
     x, w, dz = (module.asarray(np.ones(shape, "float32")) for shape in (
         (SAMPLES, IN_FEATURES), (IN_FEATURES, OUT_FEATURES), (SAMPLES, OUT_FEATURES)))
-    db = module.asarray(np.zeros(OUT_FEATURES, "float32"))
+    dx, dw, db = (module.zeros(shape, "float32") for shape in (
+        (SAMPLES, IN_FEATURES), (IN_FEATURES, OUT_FEATURES), OUT_FEATURES))
+    out = densegrad.DenseGrads(dx, dw, db)
+    prepared = densegrad.prepare(densegrad.dense_grads, x, w, dz, out=out)
     return {
         "bias_grad(dz)": lambda: densegrad.bias_grad(dz),
         "bias_grad(dz, out=db)": lambda: densegrad.bias_grad(dz, out=db),
         "weight_grad(x, dz)": lambda: densegrad.weight_grad(x, dz),
+        "weight_grad(x, dz, out=dw)": lambda: densegrad.weight_grad(x, dz, out=dw),
         "input_grad(dz, w)": lambda: densegrad.input_grad(dz, w),
         "weight_bias_grad(x, dz)": lambda: densegrad.weight_bias_grad(x, dz),
         "dense_grads(x, w, dz)": lambda: densegrad.dense_grads(x, w, dz),
+        "dense_grads(x, w, dz, out=out)": lambda: densegrad.dense_grads(x, w, dz, out=out),
         'activation_grad(dz, z, "relu")': lambda: densegrad.activation_grad(dz, dz, "relu"),
+        f"prepared dense_grads, {len(prepared.launches)} launches": prepared,
+        "its launches alone, nothing filled in": bare(prepared),
     }
+
+
+def bare(prepared: densegrad.Prepared) -> Callable[[], Any]:
+    """The driver's launches of a prepared call as they were filled in last."""
+    loaded = [one for one in prepared._bound.kept.loaded if isinstance(one, PackedLaunch)]
+
+    def launch() -> None:
+        for one in loaded:
+            one.queue(one.function, *one.shape, 0, one.arguments, 0)
+
+    return launch
+
+
+#: what else is timed on a GPU: the library that it takes, and what makes the call of x, w, dz, dw and db
+PEERS: dict[str, tuple[str, Callable[..., Callable[[], Any]]]] = {
+    "cupy.sum(dz, axis=0, out=db)": ("cupy", lambda cupy, x, w, dz, dw, db: lambda: cupy.sum(dz, axis=0, out=db)),
+    "cupy.matmul(x.T, dz, out=dw)": ("cupy", lambda cupy, x, w, dz, dw, db: lambda: cupy.matmul(x.T, dz, out=dw)),
+    "torch: backward of nn.functional.linear": ("torch", lambda torch, *arrays: _backward(torch, *arrays)),
+}
+
+
+def _backward(torch: Any, x: Any, w: Any, dz: Any, dw: Any, db: Any) -> Callable[[], Any]:
+    """PyTorch's whole backward of a linear layer, through autograd."""
+    x, w, dz, b = (torch.as_tensor(array, device="cuda") for array in (x, w.T, dz, db))
+    given = [array.contiguous().requires_grad_() for array in (x, w, b)]
+    z = torch.nn.functional.linear(*given)
+    return lambda: torch.autograd.grad(z, given, dz, retain_graph=True)
+
+
+def peers(module: Any) -> dict[str, Callable[[], Any] | None]:
+    """Those that can be called here; None in place of the others."""
+    if module is np:
+        return dict.fromkeys(PEERS)
+    arrays = [module.asarray(np.ones(shape, "float32")) for shape in (
+        (SAMPLES, IN_FEATURES), (IN_FEATURES, OUT_FEATURES), (SAMPLES, OUT_FEATURES), (IN_FEATURES, OUT_FEATURES),
+        OUT_FEATURES)]
+    found: dict[str, Callable[[], Any] | None] = {}
+    for label, (library, make) in PEERS.items():
+        there = importlib.util.find_spec(library) is not None
+        found[label] = make(importlib.import_module(library), *arrays) if there else None
+    return found
 
 
 def microseconds(call: Callable[[], Any], rounds: int, repeats: int) -> list[float]:
@@ -119,9 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=200, help="calls of a sample (default: 200)")
     parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/results/host.csv")
     options = parser.parse_args(arguments)
-    new = []
+    new, open_rows = [], []
     with somewhere() as (module, name):
-        for label, call in calls(module).items():
+        for label, call in (calls(module) | peers(module)).items():
+            if call is None:
+                open_rows.append(label)
+                continue
             found = microseconds(call, options.rounds, options.repeats)
             fifth = len(found) // 5
             new.append({"call": label, "device": name, "processor": records.processor(),
@@ -131,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table("call", "microseconds", "20 %", "80 %", title=f"Python's time a call on {name}", title_justify="left")
     for row in new:
         table.add_row(row["call"], row["median_us"], row["p20_us"], row["p80_us"])
+    for label in open_rows:
+        table.add_row(label, "open", "", "")
     Console().print(table)
     if options.save:
         records.write(RESULTS, records.replaced(records.read(RESULTS), new, KEY))

@@ -406,7 +406,7 @@ def host_part(rows: Sequence[Row]) -> list[str]:
         ours = [row for row in rows if (row["device"], row["processor"]) == place]
         where = f"{place[0]}; {place[1]}, Python {ours[0]['python']}"
         lines += ["", f"**Python's time a call** in microseconds ({where})", "",
-                  *table([f"`{row['call']}`" for row in ours], [[row["median_us"] for row in ours]])]
+                  *table(["call", "microseconds"], [[f"`{row['call']}`", row["median_us"]] for row in ours])]
     return lines
 
 

@@ -1,4 +1,5 @@
 """What is accepted and what is refused: containers, streams, outputs, and errors that say what to do."""
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -319,13 +320,13 @@ class Stream:
 def launched_on(monkeypatch):
     """The streams that launches were queued on, in order."""
     streams = []
-    launch = device.Gpu.launch
+    launch = device.PackedLaunch.__call__
 
-    def watch(self, loaded, values, stream):
-        streams.append((stream, self.cupy.cuda.get_current_stream().ptr))
-        launch(self, loaded, values, stream)
+    def watch(self, values, stream):
+        streams.append((stream, sys.modules["cupy"].cuda.get_current_stream().ptr))
+        launch(self, values, stream)
 
-    monkeypatch.setattr(device.Gpu, "launch", watch)
+    monkeypatch.setattr(device.PackedLaunch, "__call__", watch)
     return streams
 
 

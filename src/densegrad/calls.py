@@ -119,10 +119,14 @@ def _span(argument: Argument | None) -> tuple[int, int] | None:
 
 
 class _Kept(NamedTuple):
+    """A recipe whose launches are loaded, with what every call of the layout asks it for."""
+
     recipe: Recipe
     loaded: tuple[Any, ...]
     needs_memory: bool
     workspace_bytes: int
+    watches: bool  # whether an out was given, which may overlap something
+    ranges: tuple[tuple[str, float], ...]  # slot of each number, and the largest float that needs no closer look
 
 
 _kept: OrderedDict[Any, _Kept] = OrderedDict()
@@ -150,23 +154,23 @@ def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: t
     this layout does.
     """
     where = device.current()
-    seen = [None if array is None else where.seen(array) or Seen((object(),), 0) for array in (*arrays, *outs)]
-    key = (where, describe, options, tuple(map(type, options)),
-           tuple([None if one is None else one.layout for one in seen]))
+    look = where.seen
+    seen = [None if array is None else look(array) or Seen((object(),), 0) for array in arrays + outs]
+    key = (where, describe, options, *map(type, options), *[None if one is None else one[0] for one in seen])
     try:
         kept = _kept.get(key)
     except TypeError:  # an option that cannot be one, which describing says
         kept = None
-    if kept is None or not _as_described(kept.recipe, arrays, seen):
-        recipe, kept = describe(arrays, outs, options), None
-    else:
-        recipe = kept.recipe
-    values = {number.slot: _checked(where, recipe, number, value)
-              for number, value in zip(recipe.numbers, numbers, strict=True)}
+    if kept is None or (kept.watches and not _as_described(kept.recipe, arrays, seen)):
+        kept = _described(key, describe(arrays, outs, options), where, numbers)
+    recipe, values = kept.recipe, {}
+    for position, (slot, largest) in enumerate(kept.ranges):
+        value = numbers[position]
+        if type(value) is not float or not -largest <= value <= largest:
+            value = _checked(where, recipe, recipe.numbers[position], value)
+        values[slot] = value
     if recipe.check_values is not None:
         recipe.check_values(arrays, numbers)
-    if kept is None:
-        kept = _keep(key, recipe, where)
     pointer = where.current_stream(recipe.place) if stream is None else None
     if pointer is not None:
         return _finished(Bound(where, kept, (arrays, outs, seen), values, pointer), describe, options)
@@ -218,12 +222,15 @@ def _as_described(recipe: Recipe, arrays: tuple, seen: list[Any]) -> bool:
     return True
 
 
-def _keep(key: Any, recipe: Recipe, where: Any) -> _Kept:
+def _described(key: Any, recipe: Recipe, where: Any, numbers: tuple) -> _Kept:
+    """A recipe, its values checked before its kernels are compiled, and kept for later calls of the layout."""
+    for number, value in zip(recipe.numbers, numbers, strict=True):
+        _checked(where, recipe, number, value)
     with where.using(None, recipe.place):
         loaded = tuple([where.load(launch, recipe.place) for launch in recipe.launches])
-    needed = recipe.workspace_bytes
-    copies = bool(recipe.copied)
-    kept = _Kept(recipe, loaded, bool(needed) or copies, needed)
+    kept = _Kept(recipe, loaded, bool(recipe.workspace_bytes or recipe.copied), recipe.workspace_bytes,
+                 any(made.given for made in recipe.made),
+                 tuple((number.slot, LARGEST.get(number.dtype, -1.0)) for number in recipe.numbers))
     with _keeping:
         _kept[key] = kept
         if len(_kept) > MOST_LAYOUTS:
@@ -245,34 +252,45 @@ def as_prepared() -> Iterator[list[Bound]]:
 class Bound:
     """One call whose slots are filled in."""
 
+    __slots__ = ("arrays", "describe", "hold", "kept", "outs", "recipe", "results", "seen", "stream", "values", "where")
+
     describe: Callable[[tuple, tuple], Recipe]
 
-    def __init__(self, where: Any, kept: _Kept, operands: tuple[tuple, tuple, list[Any]], numbers: dict[str, Any],
+    def __init__(self, where: Any, kept: _Kept, operands: tuple[tuple, tuple, list[Any]], values: dict[str, Any],
                  stream: int):
-        self.where, self.kept, self.recipe, self.stream = where, kept, kept.recipe, stream
-        self.arrays, self.outs, self.seen = operands
-        self.values: dict[str, Any] = {}
+        recipe = kept.recipe
+        self.where, self.kept, self.recipe, self.stream = where, kept, recipe, stream
+        arrays, self.outs, seen = operands
+        self.arrays, self.seen = arrays, seen
+        self.values = values
         self.hold: dict[str, Any] = {}  # what only this call keeps alive
         if kept.needs_memory and where.capturing(stream):
             raise PrepareError("a call that needs memory of its own cannot be captured, since a replay would write "
                                "where that memory was (prepare it before the capture: densegrad.prepare(function, "
                                "...), and call what that gives)")
-        for slot, value in numbers.items():
-            self.put_number(slot, value)
-        for slot, position, copied in self.recipe.given:
-            self.put_array(slot, self.arrays[position], self.seen[position], copied)
-        self.results: dict[int, Any] = {}
-        for made in self.recipe.made:
-            self.put_result(made, self.seen[len(self.arrays) + made.position])
+        if type(values["alpha"]) is float:
+            values["alpha_address"] = 0
+        else:
+            self.put_number("alpha", values["alpha"])
+        for slot, position, copied in recipe.given:
+            one = seen[position]
+            if copied or one.stream is not None:
+                self.put_array(slot, arrays[position], one, copied)
+            else:
+                values[slot] = where.argument(arrays[position], one)
+        self.results: list[Any] = [None] * len(self.outs)
+        for made in recipe.made:
+            self.put_result(made, seen[len(arrays) + made.position])
 
     def put_number(self, slot: str, value: Any) -> None:
         """Fill a checked number in; an alpha on the device by its address."""
-        self.values[slot] = value
+        values = self.values
+        values[slot] = value
         if slot == "alpha":
-            self.values["alpha_address"] = 0
-            if not isinstance(value, float):
+            values["alpha_address"] = 0
+            if type(value) is not float:
                 self.where.wait_for(self.where.seen(value), self.stream)
-                self.values[slot], self.values["alpha_address"] = 1.0, self.where.address(value)
+                values[slot], values["alpha_address"] = 1.0, self.where.address(value)
                 self.hold[slot] = value
 
     def put_array(self, slot: str, array: Any, seen: Any, copied: bool) -> None:
@@ -312,25 +330,24 @@ class Bound:
 
     def launch(self, stream: int) -> None:
         """Queue every launch on the stream."""
-        values, launch = self.values, self.where.launch
+        values = self.values
         for loaded in self.kept.loaded:
-            launch(loaded, values, stream)
+            loaded(values, stream)
         record = _record.get()
         if record is not None:
             record += [one for one in self.recipe.launches if isinstance(one, Launch)]
 
     def delivered(self) -> list[Any]:
         """The results by their positions, in the containers that the user gave or expects."""
-        results = [None] * len(self.outs)
+        results = self.results
         for made in self.recipe.made:
-            array = self.results[made.position]
+            position = made.position
             if made.copied:
-                out = self.outs[made.position]
-                out[...] = self.where.deliver(array, out)
-                array = out
+                out = self.outs[position]
+                out[...] = self.where.deliver(results[position], out)
+                results[position] = out
             elif not made.given:
-                array = self.where.deliver(array, self.arrays[self.recipe.like])
-            results[made.position] = array
+                results[position] = self.where.deliver(results[position], self.arrays[self.recipe.like])
         return results
 
     def rebind(self, changes: dict[str, Any]) -> None:

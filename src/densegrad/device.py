@@ -216,12 +216,8 @@ class Simulator:
         return 8, 0
 
     def load(self, launch: Launch | Clear, place: str) -> Any:
-        """The launch, ready for many calls."""
+        """The launch, ready for many calls: with values of its slots and a stream."""
         return _SimulatedClear(launch) if isinstance(launch, Clear) else _SimulatedLaunch(launch)
-
-    def launch(self, loaded: Any, values: Mapping[str, Any], stream: int) -> None:
-        """Run a loaded launch with these values of its slots."""
-        loaded(values)
 
 
 class _SimulatedClear:
@@ -230,7 +226,7 @@ class _SimulatedClear:
     def __init__(self, clear: Clear):
         self.room = clear.room
 
-    def __call__(self, values: Mapping[str, Any]) -> None:
+    def __call__(self, values: Mapping[str, Any], stream: int) -> None:
         _room(values["workspace"], self.room)[...] = 0
 
 
@@ -244,7 +240,7 @@ class _SimulatedLaunch:
         self.shape = launch.grid, launch.block, 0, launch.shared_bytes
         self.arguments = tuple(zip(launch.values, launch.types, strict=True))
 
-    def __call__(self, values: Mapping[str, Any]) -> None:
+    def __call__(self, values: Mapping[str, Any], stream: int) -> None:
         arguments = tuple(_simulated(values, value, kind) for value, kind in self.arguments)
         with self._turn:
             # Its threads take turns often, as most of them wait for others at barriers.
@@ -447,7 +443,10 @@ class Gpu:
         return self._capabilities[device_id]
 
     def load(self, launch: Launch | Clear, place: str) -> Any:
-        """The launch, ready for many calls: its kernel is compiled, or brought from the cache, once a device."""
+        """The launch, ready for many calls: with values of its slots and the pointer of a stream.
+
+        Its kernel is compiled, or brought from the cache, once a device.
+        """
         device_id = self._device_id(place)
         if isinstance(launch, Clear):
             return _LoadedClear(launch, self.cupy.cuda.runtime.memsetAsync)
@@ -483,10 +482,6 @@ class Gpu:
                 raise DeviceError(f"{self.name} refuses {launch.shared_bytes} bytes of shared memory a block: {status} "
                                   "(pass a plan with fewer stages or smaller tiles)")
         return driver.CUfunction(int(kernel))
-
-    def launch(self, loaded: Any, values: Mapping[str, Any], stream: int) -> None:
-        """Queue a loaded launch on the stream of this pointer, with these values of its slots."""
-        loaded(values, stream)
 
 
 def _done(outcome: tuple) -> Any:

@@ -63,8 +63,8 @@ def _cheapest(candidates: list[Chosen]) -> Chosen:
     return min(good, key=order)
 
 
-def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
-                 capability: tuple[int, int]) -> ProductPlan:
+def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
+                 capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> ProductPlan:
     """The plan for these sizes and dtype at a precision on a GPU of this compute capability.
 
     Depends on nothing else of the GPU than whether it has the instructions: all from 8.0 on, float16's from 7.5 on.
