@@ -34,9 +34,10 @@ Bytes and flops
     Reads each operand once per tile of the other axis: rows * depth * (cols / tile_cols) + depth * cols *
     (rows / tile_rows) elements; writes rows * cols * parts. 2 * rows * cols * depth flops.
 Edges
-    Copies beyond an edge are predicated off and count as zeros on both sides, so that no edge meets another's infinity:
-    such products only reach results which are not stored. Rows of memory that do not begin with a sector of 32 bytes
-    are turned: they are read and written from a sector on, and what comes before that comes last.
+    Copies beyond an edge are predicated off and count as zeros. Zero times infinity is not a number, but where an edge
+    of the rows or columns meets an infinity, the result lies outside and is not stored; beyond the depth both factors
+    are zero. Rows of memory that do not begin with a sector of 32 bytes are turned: they are read and written from a
+    sector on, and what comes before that comes last.
 
 Source: Boehm, "How to optimize a CUDA matmul kernel for cuBLAS-like performance", 2022; the CUTLASS documentation,
 "Efficient GEMM in CUDA".

@@ -51,8 +51,9 @@ Bytes and flops
     "tf32x3".
 Edges
     The first tile of a part takes what is left over when its depth is cut into whole tiles. Copies beyond an edge
-    bring zeros on both sides, so that no edge meets another's infinity: such products only reach results which are
-    not stored. Operands that are not aligned to 16 bytes come in smaller pieces.
+    bring zeros. Zero times infinity is not a number, but where an edge of the rows or columns meets an infinity, the
+    result lies outside and is not stored; beyond the depth both factors are zero. Operands that are not aligned to 16
+    bytes come in smaller pieces.
 
 Compute capability 7.5
     Has mma for 8 depths of float16 and no asynchronous copies: a step takes two instructions, and copies pass through

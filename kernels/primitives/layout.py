@@ -330,18 +330,18 @@ class FragmentLayout(NamedTuple):
     bytes of depth).
 
     Lane 4 g + q holds, for block b and half h, the 4 bytes at 16 h + 4 q of the step's depth, of outer index outer(b,
-    g). The operand is contiguous along the depth, or not and then of 16-bit elements or `wide`.
+    g). The operand is contiguous along the depth, or not and then of 16-bit elements or `interleaved`.
     """
 
     tile: ChunkTile
     along_depth: bool
-    wide: bool  # 32-bit elements not contiguous along the depth: a lane's four neighbours belong to four blocks
+    interleaved: bool  # 32-bit elements not contiguous along the depth: a lane's four neighbours belong to four blocks
     left: bool  # whether blocks come in pairs, as mma takes its left operand
     blocks: int  # of 8 outer indices
 
     def outer(self, block: int, lane: int) -> int:
         """The outer index that lanes of this g hold of a block."""
-        return block // 4 * 32 + 4 * lane + block % 4 if self.wide else 8 * block + lane
+        return block // 4 * 32 + 4 * lane + block % 4 if self.interleaved else 8 * block + lane
 
     @property
     def order(self) -> list[tuple[int, int]]:
@@ -355,7 +355,7 @@ class FragmentLayout(NamedTuple):
 
         `paired` lanes hold half of such a run and half of the next one.
         """
-        if self.wide:
+        if self.interleaved:
             return [(8 * first, [(first + block, parity) for parity in (0, 1) for block in range(4)])
                     for first in range(0, self.blocks, 4)]
         if self.paired(access):
@@ -368,13 +368,13 @@ class FragmentLayout(NamedTuple):
 
         Even lanes keep the first half of a run and receive one, odd lanes the second half.
         """
-        return access == 4 if self.wide else access > 2
+        return access == 4 if self.interleaved else access > 2
 
     def steps(self, access: int) -> tuple[int, int, int]:
         """Columns from even to odd lanes, from two lanes to the next two, and from half to half of a run."""
         if self.paired(access):
-            return (4, 16, 8) if self.wide else (8, 4, 2)
-        return (8, 16, 4) if self.wide else (2, 4, 1)
+            return (4, 16, 8) if self.interleaved else (8, 4, 2)
+        return (8, 16, 4) if self.interleaved else (2, 4, 1)
 
 
 def chunk_tile(item_bytes: int, outer_size: int, along_depth: bool) -> ChunkTile:

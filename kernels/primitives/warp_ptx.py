@@ -204,7 +204,7 @@ def fragment_places(layout):
         low, high = builder.urem(eighth, _int32(2)), builder.udiv(eighth, _int32(2))
         block, half = (low, high) if layout.left else (high, low)
         nowhere = _int32(0)
-        if layout.wide:
+        if layout.interleaved:
             depth, chunk = builder.urem(lane, _int32(4)), builder.udiv(lane, _int32(4))
             chunk = builder.add(builder.udiv(first, _int32(4)), chunk)
             return _pack(builder, [_chunk_place(builder, tile, nowhere, depth, chunk)])
@@ -221,7 +221,7 @@ def fragment_places(layout):
 
 
 def _places_type(layout):
-    return types.UniTuple(types.int32, 1 if layout.wide else 2 if layout.along_depth else layout.blocks // 2)
+    return types.UniTuple(types.int32, 1 if layout.interleaved else 2 if layout.along_depth else layout.blocks // 2)
 
 
 @cache
@@ -235,7 +235,7 @@ def load_fragments(layout, step):
     line_bytes = tile.chunks * CHUNK_BYTES
 
     def four(builder, start, places, number):
-        if layout.wide:
+        if layout.interleaved:
             group, half = divmod(number, 2)
             offset = (STEP_BYTES // 4 * step + 4 * half) * line_bytes + group * 8 * CHUNK_BYTES
             return "ld.shared.v4.b32", places[0], offset
@@ -252,7 +252,7 @@ def load_fragments(layout, step):
                                f"{code} {{$0, $1, $2, $3}}, [$4 + {offset}];", "=r,=r,=r,=r,r",
                                [builder.add(start, place)])
             for part in range(4):
-                held = (number // 2 * 4 + part, number % 2) if layout.wide else layout.order[4 * number + part]
+                held = (number // 2 * 4 + part, number % 2) if layout.interleaved else layout.order[4 * number + part]
                 found[held] = builder.extract_value(loaded, part)
         return _pack(builder, [found[held] for held in layout.order])
 

@@ -221,7 +221,7 @@ def load_fragments(layout, step):
             rows.append(array.span(index + start, CHUNK_BYTES))
         return exchange(matrices, np.array(rows))
 
-    return wide if layout.wide else by_matrix
+    return wide if layout.interleaved else by_matrix
 
 
 @cache
