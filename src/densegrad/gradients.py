@@ -444,16 +444,21 @@ def _weight_target(name: str, out: Any, inputs: Inputs, weight_layout: str, accu
 
 
 def _weight_plan(plan: ProductPlan | None, inputs: Inputs, precision: str | None) -> ProductPlan:
-    sizes = {"rows": inputs.in_features, "cols": inputs.out_features, "depth": inputs.samples, "dtype": inputs.dtype}
-    return _product_plan(plan, sizes, inputs, precision)
+    return _product_plan(plan, _weight_product(inputs, inputs.dz.matrix), inputs, precision)
 
 
-def _product_plan(plan: ProductPlan | None, sizes: dict[str, Any], inputs: Inputs,
-                  precision: str | None) -> ProductPlan:
-    capability = inputs.device.capability(inputs.place)
+def _weight_product(inputs: Inputs, dz: Matrix) -> Product:
+    if inputs.x is None:
+        raise TypeError("dw is the product of x and dz; got no x")
+    return Product(inputs.x.matrix.T, dz)
+
+
+def _product_plan(plan: ProductPlan | None, product: Product, inputs: Inputs, precision: str | None) -> ProductPlan:
+    capability, (left, right) = inputs.device.capability(inputs.place), (product.left, product.right)
+    sizes: dict[str, Any] = {"rows": left.rows, "cols": right.cols, "depth": right.rows, "dtype": inputs.dtype}
     plan = check_plan(plan, (MatmulPlan, TensorCorePlan), sizes)
     if plan is None:
-        return plan_product(**sizes, precision=precision, capability=capability)
+        return plan_product(**sizes, precision=precision, capability=capability, order=product.order)
     check_precision(plan, precision, capability)
     return plan
 
@@ -466,10 +471,8 @@ def _weight_launches(plan: ProductPlan, inputs: Inputs, dz: Matrix, targets: tup
         # No tiles that db could ride along with.
         return (*_weight_launches(plan, inputs, dz, (weight, None), weight_layout, behind),
                 *batch_sum.launches(_bias_plan(None, inputs), dz, bias.result, ALPHA, behind))
-    if inputs.x is None:
-        raise TypeError("dw is the product of x and dz; got no x")
     dw = weight.matrix if weight_layout == "in_out" else weight.matrix.T
-    return tiling.launches(plan, Product(inputs.x.matrix.T, dz), Result(dw, weight.accumulate),
+    return tiling.launches(plan, _weight_product(inputs, dz), Result(dw, weight.accumulate),
                            None if bias is None else bias.result, behind)
 
 
@@ -478,12 +481,15 @@ def _input_target(name: str, out: Any, inputs: Inputs, accumulate: bool) -> Targ
 
 
 def _input_plan(plan: ProductPlan | None, inputs: Inputs, precision: str | None) -> ProductPlan:
-    sizes = {"rows": inputs.samples, "cols": inputs.in_features, "depth": inputs.out_features, "dtype": inputs.dtype}
-    return _product_plan(plan, sizes, inputs, precision)
+    return _product_plan(plan, _input_product(inputs, inputs.dz.matrix), inputs, precision)
+
+
+def _input_product(inputs: Inputs, dz: Matrix) -> Product:
+    if inputs.w is None:
+        raise TypeError("dx is the product of dz and w; got no w")
+    return Product(dz, inputs.w.matrix.T)
 
 
 def _input_launches(plan: ProductPlan, inputs: Inputs, dz: Matrix, target: Target,
                     behind: int = 0) -> tuple[Launch, ...]:
-    if inputs.w is None:
-        raise TypeError("dx is the product of dz and w; got no w")
-    return tiling.launches(plan, Product(dz, inputs.w.matrix.T), target.result, None, behind)
+    return tiling.launches(plan, _input_product(inputs, dz), target.result, None, behind)

@@ -6,6 +6,7 @@ others give the same bits on every GPU.
 from .facts import ITEM_BYTES, accumulator_of
 from .families.batch_sum import LAYOUTS, BatchSumPlan, plan_batch_sum
 from .families.common import GRID_Y, check_plan
+from .families.cost import ProductCost
 from .families.matmul_simt import MATMUL_TILES, SHARED_BYTES, MatmulPlan, transposed_tile
 from .families.matmul_tensor_core import (
     DYNAMIC_SHARED_BYTES,
@@ -25,7 +26,7 @@ from .families.product import (
     plan_tensor_core,
     tensor_core_candidates,
 )
-from .families.tiling import MODEL_MULTIPROCESSORS, MatmulCost, Tiling
+from .families.tiling import Tiling
 from .families.upstream import ACTIVATIONS, CROSS_ENTROPY, UpstreamPlan, log_sum_exp_block, plan_upstream
 
 __all__ = [
@@ -37,14 +38,13 @@ __all__ = [
     "ITEM_BYTES",
     "LAYOUTS",
     "MATMUL_TILES",
-    "MODEL_MULTIPROCESSORS",
     "SHARED_BYTES",
     "TENSOR_CORE_CAPABILITY",
     "TENSOR_CORE_TILES",
     "TF32",
     "BatchSumPlan",
-    "MatmulCost",
     "MatmulPlan",
+    "ProductCost",
     "TensorCorePlan",
     "Tiling",
     "UpstreamPlan",

@@ -1,31 +1,16 @@
-"""Matrix products on FMA units: plans, their cost, the launch of the kernel."""
+"""Matrix products on FMA units: plans, and the launch of the kernel."""
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from ..errors import PlanError
 from ..facts import ITEM_BYTES, accumulator_of
 from ..launches import Launch, Result
 from ..signatures import MatmulArguments, MatmulSimt
-from .common import ceil_div, check_choice, check_sizes, constants_of, named
-from .tiling import (
-    MODEL_BLOCK,
-    MODEL_LATENCY,
-    MODEL_MULTIPROCESSORS,
-    MODEL_REGISTERS,
-    MODEL_SHARED_ACCESS,
-    ORIENTATIONS,
-    MatmulCost,
-    Product,
-    Tiling,
-    epilogue_of,
-    memory_cycles,
-    parts_cycles,
-    square,
-)
+from .common import check_choice, check_sizes, constants_of, named
+from .tiling import ORIENTATIONS, Product, Tiling, epilogue_of, square
 
 #: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols), from large to small; their transposes are tried too
 MATMUL_TILES = (
@@ -127,15 +112,20 @@ class MatmulPlan(Tiling):
         """Shared memory of a block: two stages of both tiles."""
         return 2 * self.tile_depth * (self.tile_rows + self.tile_cols) * ITEM_BYTES[self.accumulator]
 
-    @cached_property
-    def cost(self) -> MatmulCost:
-        """What the model says this plan takes."""
-        return _matmul_cost(self)
+    @property
+    def kind(self) -> str:
+        """What the operands are multiplied as: half types as float32."""
+        return self.accumulator
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """The results of a thread."""
+        return self.thread_rows, self.thread_cols
 
     def explain(self) -> str:
         """The plan in words, with its reasons and what the model says."""
         threads = f"{self.thread_rows} x {self.thread_cols} results a thread, {self.threads} threads a block"
-        return self._explain("FMA units", threads, f"{self.chain + 1} u", self.cost)
+        return self._explain("FMA units", threads, f"{self.chain + 1} u")
 
     def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments) -> Launch:
         """The launch of the kernel, with these arguments. Results are stored from registers in the type of the sums."""
@@ -147,27 +137,6 @@ class MatmulPlan(Tiling):
             "offset_bits": product.offset_bits(self)})
         return Launch("densegrad.kernels.matmul_simt", "matmul_simt", constants, arguments, self.grid, self.threads,
                       self)
-
-
-def _matmul_cost(plan: MatmulPlan) -> MatmulCost:
-    """Cycles on the nominal GPU, when nothing else runs there."""
-    sum_bytes = ITEM_BYTES[plan.accumulator]
-    blocks = plan.tiles * plan.parts
-    warps = ceil_div(plan.threads, 32)
-    # A warp's issue slots for one step of tile_depth, of which a float64 multiply-add takes two; or, if that is longer,
-    # the cycles in which shared memory, which the four schedulers share, serves its accesses of 16 bytes a thread.
-    fragments = (plan.thread_rows + plan.thread_cols) * sum_bytes // 16
-    copies = ceil_div((plan.tile_rows + plan.tile_cols) * plan.tile_depth * sum_bytes // 16, plan.threads)
-    step = max(plan.tile_depth * (plan.thread_rows * plan.thread_cols * sum_bytes // 4 + fragments) + 4 * copies + 16,
-               MODEL_SHARED_ACCESS * (plan.tile_depth * fragments + copies))
-    # Blocks that share a multiprocessor share its four schedulers, and hide one another's latency.
-    each = ceil_div(blocks, MODEL_MULTIPROCESSORS)
-    registers = plan.thread_rows * plan.thread_cols * sum_bytes // 4 + 64
-    resident = max(min(each, MODEL_REGISTERS // (registers * warps * 32), 32), 1)
-    steps = ceil_div(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
-    busy = max(step * ceil_div(warps * resident, 4), MODEL_LATENCY)
-    arithmetic = ceil_div(each, resident) * (steps * busy + MODEL_BLOCK)
-    return MatmulCost(arithmetic, memory_cycles(plan), parts_cycles(plan))
 
 
 def transposed_tile(tile: tuple[int, int, int, int, int]) -> tuple[int, int, int, int, int]:

@@ -1,32 +1,16 @@
-"""Matrix products on tensor cores: plans, their cost, the launch of the kernel."""
+"""Matrix products on tensor cores: plans, and the launch of the kernel."""
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from ..errors import PlanError
 from ..facts import ITEM_BYTES
 from ..launches import Launch, Result
 from ..signatures import MatmulArguments, MatmulTensorCore
-from .common import ceil_div, check_choice, check_sizes, constants_of, named
-from .tiling import (
-    MODEL_BLOCK,
-    MODEL_LATENCY,
-    MODEL_MMA,
-    MODEL_MULTIPROCESSORS,
-    MODEL_REGISTERS,
-    MODEL_SHARED,
-    ORIENTATIONS,
-    MatmulCost,
-    Product,
-    Tiling,
-    epilogue_of,
-    memory_cycles,
-    parts_cycles,
-    square,
-)
+from .common import check_choice, check_sizes, constants_of, named
+from .tiling import ORIENTATIONS, Product, Tiling, epilogue_of, square
 
 #: how float32 can be multiplied on tensor cores
 TF32 = ("tf32", "tf32x3")
@@ -187,10 +171,10 @@ class TensorCorePlan(Tiling):
         """What an operand below smallest_operand may be off by: the step between tf32's subnormal numbers."""
         return TF32_STEP if self.precision else 0.0
 
-    @cached_property
-    def cost(self) -> MatmulCost:
-        """What the model says this plan takes."""
-        return _tensor_core_cost(self)
+    @property
+    def unit(self) -> tuple[int, int]:
+        """The results of a warp."""
+        return self.warp_rows, self.warp_cols
 
     def explain(self) -> str:
         """The plan in words, with its reasons and what the model says."""
@@ -203,7 +187,7 @@ class TensorCorePlan(Tiling):
             unit += " of compute capability {}.{}".format(*self.capability)
         return self._explain(unit,
                              f"{self.warp_rows} x {self.warp_cols} results a warp, {self.threads} threads a block, "
-                             f"{self.stages} stages", error, self.cost, where)
+                             f"{self.stages} stages", error, where)
 
     def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments) -> Launch:
         """The launch of the kernel, with these arguments."""
@@ -226,25 +210,6 @@ def plan_of_tile(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows, tile_cols,
                           TILE_DEPTH_BYTES // ITEM_BYTES[dtype], warp_rows, warp_cols,
                           stages if capability == TENSOR_CORE_CAPABILITY else 2, parts, capability)
-
-
-def _tensor_core_cost(plan: TensorCorePlan) -> MatmulCost:
-    """Cycles on the nominal GPU, when nothing else runs there."""
-    warps, blocks = plan.threads // 32, plan.tiles * plan.parts
-    # Instructions of a warp for a tile's two steps: products, fragments and what rounds them, copies, counting.
-    products = 2 * plan.warp_rows // 16 * plan.warp_cols // 8
-    fragments = 2 * (plan.warp_rows + plan.warp_cols) // 4  # registers
-    copies = 4 * (plan.tile_rows + plan.tile_cols) // plan.threads
-    products, rounding = {None: (products, 0), "tf32": (products, 2), "tf32x3": (3 * products, 6)}[plan.precision]
-    issue = products + fragments // 4 + rounding * fragments + 3 * copies + 20
-    each = ceil_div(blocks, MODEL_MULTIPROCESSORS)
-    registers = plan.sums + fragments + 40
-    fitting = min(MODEL_REGISTERS // (registers * plan.threads), MODEL_SHARED // (plan.shared_bytes + 1024), 32)
-    resident = max(min(each, fitting), 1)
-    tiles = ceil_div(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
-    busy = max(max(products * MODEL_MMA, issue) * ceil_div(warps * resident, 4), MODEL_LATENCY / (plan.stages - 1))
-    arithmetic = ceil_div(each, resident) * (tiles * busy + MODEL_BLOCK)
-    return MatmulCost(arithmetic, memory_cycles(plan), parts_cycles(plan))
 
 
 def variants() -> Iterator[tuple[str, Launch]]:

@@ -1,4 +1,4 @@
-"""Which plan a matrix product gets: the candidates of both kinds, and the choice among them by the model."""
+"""Which plan a matrix product gets: the candidates of both kinds, and the choice among them by what they take."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from ..errors import PlanError
 from ..facts import ITEM_BYTES
-from .common import GRID_Y, ceil_div, check_sizes
+from .common import GRID_Y, ceil_div, check_choice, check_sizes
+from .cost import BYTES_A_MICROSECOND, MULTIPROCESSORS, ORDERS, cost_of
 from .matmul_simt import MATMUL_TILES, MatmulPlan, transposed_tile
 from .matmul_tensor_core import (
     FLOAT16_CAPABILITY,
@@ -18,53 +19,51 @@ from .matmul_tensor_core import (
     TensorCorePlan,
     plan_of_tile,
 )
-from .tiling import MODEL_DRAM_BYTES, MODEL_LAUNCH, MODEL_MULTIPROCESSORS
 
 ProductPlan = MatmulPlan | TensorCorePlan
 Chosen = TypeVar("Chosen", MatmulPlan, TensorCorePlan)
 
 #: a part is at least this many tile depths long
 MIN_TILES_OF_A_PART = 4
-#: workspace traffic in bytes that always may be spent; beyond it, at most 2 % of the operands
-SMALL_WORKSPACE = 2**23
+#: what the parts of a product may take of memory at most, in bytes
+MOST_WORKSPACE = 2**26
+#: what counts for a plan whose depth is cut further than in any row: it has to promise a tenth
+EXTRAPOLATED = 1.1
+#: microseconds of a launch that reads a matrix once more
+LAUNCH = 3.0
 
 
 @lru_cache(maxsize=4096, typed=True)
-def plan_matmul(rows: int, cols: int, depth: int, dtype: str) -> MatmulPlan:
-    """The plan for these sizes and this dtype: the fewest warps among those within 5 % of the model's best.
+def plan_matmul(rows: int, cols: int, depth: int, dtype: str, order: str = "across") -> MatmulPlan:
+    """The plan on FMA units for these sizes, this dtype and operands that both lie across the depth or along it.
 
-    Depends on nothing else, so that it is the same on every device. Fewer warps leave room for what runs beside them. A
-    depth is cut only where that is cheaper than the best plan that leaves it whole, and then into enough parts for a
-    GPU if there are such plans.
+    It is the candidate that takes least by the model that is fitted to an H200's rows, and the same on every device.
     """
-    return _cheapest(matmul_candidates(rows, cols, depth, dtype))
+    return _cheapest(matmul_candidates(rows, cols, depth, dtype), order)
 
 
 @lru_cache(maxsize=4096, typed=True)
 def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
-                     capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> TensorCorePlan:
+                     capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, order: str = "across") -> TensorCorePlan:
     """The plan with instructions that this compute capability has, chosen as by plan_matmul."""
     _check_capability(capability)
     instructions = TENSOR_CORE_CAPABILITY if capability >= TENSOR_CORE_CAPABILITY else FLOAT16_CAPABILITY
-    return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, instructions))
+    return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, instructions), order)
 
 
-def _cheapest(candidates: list[Chosen]) -> Chosen:
-    costs = {plan: plan.cost.total for plan in candidates}
-    fewest = min(plan.parts for plan in costs)
-    whole = min(cost for plan, cost in costs.items() if plan.parts == fewest)
-    worthy = {plan: cost for plan, cost in costs.items() if plan.parts == fewest or cost < whole}
-    good = [plan for plan, cost in worthy.items() if cost <= 1.05 * min(worthy.values())]
-
-    def order(plan: Chosen) -> tuple[bool, int, int, float]:
-        idle = plan.parts > fewest and prod(plan.grid) < MODEL_MULTIPROCESSORS
-        return idle, prod(plan.grid) * ceil_div(plan.threads, 32), plan.tile_rows * plan.tile_cols, costs[plan]
-
-    return min(good, key=order)
+def _cheapest(candidates: list[Chosen], order: str) -> Chosen:
+    check_choice("order", order, ORDERS)
+    costs = {}
+    for plan in candidates:
+        cost = cost_of(plan, order)
+        if cost is not None:
+            total = cost.total * (EXTRAPOLATED if cost.beyond else 1)
+            costs[plan] = total, plan.parts, prod(plan.grid), plan.tile_rows * plan.tile_cols, plan.tile_rows
+    return min(costs, key=costs.__getitem__)
 
 
 def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
-                 capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> ProductPlan:
+                 capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, *, order: str = "across") -> ProductPlan:
     """The plan for these sizes and dtype at a precision on a GPU of this compute capability.
 
     Depends on nothing else of the GPU than whether it has the instructions: all from 8.0 on, float16's from 7.5 on.
@@ -75,6 +74,10 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
         "ieee" multiplies on FMA units, and is what None means for float32 and float64. float16 and bfloat16 go to
         tensor cores by default, where there are any with the instructions.
 
+    order : "across" or "along"
+        How the operands lie in memory: contiguous across the depth, as for dL/dW of x and dz in C order, or both along
+        it, as for dL/dX. Where one lies each way, "across".
+
     Raises
     ------
     ValueError
@@ -84,8 +87,9 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     """
     _check_capability(capability)
     if _on_tensor_cores(dtype, precision, capability):
-        return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None, capability)
-    return plan_matmul(rows, cols, depth, dtype)
+        return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None, capability,
+                                order)
+    return plan_matmul(rows, cols, depth, dtype, order)
 
 
 def _check_capability(capability: tuple[int, int]) -> None:
@@ -158,16 +162,18 @@ def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precisi
 
 
 def _cut_into_parts(whole: Chosen) -> list[Chosen]:
-    """The plan and those with more parts whose workspace is small beside the operands."""
-    plans = [whole]
-    input_bytes = (whole.rows + whole.cols) * whole.depth * ITEM_BYTES[whole.dtype]
-    waves = {ceil_div(number * MODEL_MULTIPROCESSORS, whole.tiles) for number in range(1, 9)} if whole.tiles else set()
-    for parts in sorted(waves | {2, 3, 4, 6, 9}):
-        if whole.parts < parts <= min(whole.depth // (MIN_TILES_OF_A_PART * whole.tile_depth), GRID_Y):
-            plan = replace(whole, parts=parts)
-            if 2 * plan.workspace_bytes <= max(input_bytes // 50, SMALL_WORKSPACE):
-                plans.append(plan)
-    return plans
+    """The plan and those with more parts, none of them empty, whose workspace is within its bound."""
+    plans = {whole.parts: whole}
+    waves = {ceil_div(number * MULTIPROCESSORS, whole.tiles) for number in range(1, 9)} if whole.tiles else set()
+    for wanted in sorted(waves | {2, 3, 4, 6, 9}):
+        if whole.parts < wanted <= min(whole.depth // (MIN_TILES_OF_A_PART * whole.tile_depth), GRID_Y):
+            plan = replace(whole, parts=wanted)
+            parts = ceil_div(plan.depth, plan.depth_per_part)
+            if parts not in plans:
+                plan = replace(whole, parts=parts)
+                if plan.workspace_bytes <= MOST_WORKSPACE:
+                    plans[parts] = plan
+    return list(plans.values())
 
 
 def bias_rides_along(plan: ProductPlan) -> bool:
@@ -176,8 +182,10 @@ def bias_rides_along(plan: ProductPlan) -> bool:
     The blocks of the first tile row spend about 2 % more instructions on it on FMA units, 10 % on tensor cores, and
     end up to that much later.
     """
-    cost = plan.cost
+    cost = cost_of(plan, "across")
+    if cost is None:
+        return True
     share = 0.1 if isinstance(plan, TensorCorePlan) else 0.02
-    extra = share * cost.arithmetic / ceil_div(max(plan.rows, 1), plan.tile_rows)
-    again = plan.depth * plan.cols * ITEM_BYTES[plan.dtype] / (MODEL_DRAM_BYTES * MODEL_MULTIPROCESSORS)
-    return extra < again + MODEL_LAUNCH
+    extra = share * cost.loop / ceil_div(max(plan.rows, 1), plan.tile_rows)
+    again = plan.depth * plan.cols * ITEM_BYTES[plan.dtype] / BYTES_A_MICROSECOND
+    return extra < again + LAUNCH

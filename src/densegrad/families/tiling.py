@@ -12,38 +12,7 @@ from ..launches import ALPHA, ONE, Launch, Matrix, Result, Slot, scratch
 from ..signatures import NO_COLUMN, ColumnAt, Epilogue, MatmulArguments, Side
 from . import add_parts
 from .common import GRID_Y, ceil_div
-
-#: A nominal GPU, so that plans are the same on every one: an H100's multiprocessors and bytes per clock cycle.
-MODEL_MULTIPROCESSORS = 132
-MODEL_DRAM_BYTES = 15.0  # per multiprocessor and cycle
-MODEL_L2_BYTES = 40.0
-MODEL_SHARED_ACCESS = 16  # cycles of a scheduler in which shared memory serves an access of 16 bytes a thread
-MODEL_LATENCY = 700.0  # cycles from a load to its data, which the next tile's loads take at the least
-MODEL_BLOCK = 1500.0  # cycles to start a block, fill its first stage and store its results
-MODEL_LAUNCH = 5000.0  # cycles of a second kernel; it has four parts in flight
-
-MODEL_MMA = 6.35  # cycles of an mma instruction, of which each of a multiprocessor's four schedulers has its own unit
-MODEL_REGISTERS = 65536
-MODEL_SHARED = 227 * 1024
-
-
-@dataclass(frozen=True)
-class MatmulCost:
-    """The model's cycles: of arithmetic and of memory, which overlap, and of adding up the parts, which does not."""
-
-    arithmetic: float
-    memory: float
-    parts: float
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return max(self.arithmetic, self.memory) + self.parts
-
-    @property
-    def bound(self) -> str:
-        """Which of the two that overlap is longer."""
-        return "arithmetic" if self.arithmetic >= self.memory else "memory"
+from .cost import MULTIPROCESSORS, ORDERS, cost_of, group_of
 
 
 class Tiling:
@@ -114,6 +83,16 @@ class Tiling:
 
     @property
     @abstractmethod
+    def kind(self) -> str:
+        """What the operands are multiplied as."""
+
+    @property
+    @abstractmethod
+    def unit(self) -> tuple[int, int]:
+        """The results of a thread, or of a warp on tensor cores."""
+
+    @property
+    @abstractmethod
     def T(self) -> Any:
         """The plan of the transposed result, right.T @ left.T."""
 
@@ -127,7 +106,7 @@ class Tiling:
         if self.depth_per_part > 2**30:
             raise PlanError(f"a part has at most {2**30} depths; got {self.depth_per_part} (take more parts)")
 
-    def _explain(self, unit: str, threads: str, error: str, cost: MatmulCost, where: str = "") -> str:
+    def _explain(self, unit: str, threads: str, error: str, where: str = "") -> str:
         tiles = self.tiles
         used = self.rows * self.cols / (tiles * self.tile_rows * self.tile_cols) if self.rows and self.cols else 0.0
         lines = [
@@ -142,29 +121,32 @@ class Tiling:
                          "nearly so")
         if self.parts > 1:
             lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, since {tiles} tiles "
-                         f"alone would leave multiprocessors idle; {self.workspace_bytes} bytes of workspace, added in "
-                         "ascending order")
+                         f"alone fill {MULTIPROCESSORS} multiprocessors badly; {self.workspace_bytes} bytes of "
+                         "workspace, added in ascending order")
         else:
-            enough = tiles >= MODEL_MULTIPROCESSORS
+            enough = tiles >= MULTIPROCESSORS
             lines.append("the depth is not cut: " + ("the tiles alone are enough blocks" if enough else
                                                      "cutting would cost more than it gains"))
         lines.append(f"longest chain of additions {self.chain}: |error| <= {error} (|left| @ |right|){where}")
-        lines.append(f"model, not measured: {cost.total:.0f} cycles on {MODEL_MULTIPROCESSORS} multiprocessors, bound "
-                     f"by {cost.bound} (arithmetic {cost.arithmetic:.0f}, memory {cost.memory:.0f}, parts "
-                     f"{cost.parts:.0f})")
+        lines += explain_cost(self)
         return "\n".join(lines)
 
 
-def memory_cycles(plan: Tiling) -> float:
-    """What moving the operands, the result and the workspace takes, from memory or from cache."""
-    operands = (plan.rows * plan.depth + plan.depth * plan.cols + plan.rows * plan.cols) * ITEM_BYTES[plan.dtype]
-    return max((operands + 2 * plan.workspace_bytes) / MODEL_DRAM_BYTES,
-               (plan.loaded_bytes + 2 * plan.workspace_bytes) / MODEL_L2_BYTES) / MODEL_MULTIPROCESSORS
-
-
-def parts_cycles(plan: Tiling) -> float:
-    """What adding up the parts takes."""
-    return MODEL_LAUNCH + plan.parts * MODEL_LATENCY / 4 if plan.parts > 1 else 0.0
+def explain_cost(plan: Tiling) -> list[str]:
+    """What the plan takes for operands of either order, and where that is known from."""
+    lines = []
+    for order, what in zip(ORDERS, ("dL/dW", "dL/dX"), strict=True):
+        cost = cost_of(plan, order)
+        if cost is None:
+            lines.append(f"operands {order} the depth ({what}): not measured, as no plan with this tile was")
+            continue
+        source = "by a nominal model, not measured"
+        if plan.dtype != "float64":
+            source = f"by a model fitted to {group_of(plan, order)['rows']} measured plans" + (
+                "" if cost.measured else ", of which none is of this kind or cut so far: not measured")
+        lines.append(f"operands {order} the depth ({what}): {cost.total:.1f} us on an H200 (main loop {cost.loop:.1f}, "
+                     f"blocks {cost.blocks:.1f}, memory {cost.memory:.1f}, parts {cost.parts:.1f}), {source}")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -174,6 +156,12 @@ class Product:
     left: Matrix
     right: Matrix
     sums_of: str = ""
+
+    @property
+    def order(self) -> str:
+        """How the operands lie, of what plans tell apart: "along" the depth if both do."""
+        (left, _), (right, _) = self.sides(1)
+        return "along" if left.along_depth and right.along_depth else "across"
 
     @property
     def T(self) -> Product:
