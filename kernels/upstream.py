@@ -73,7 +73,7 @@ def _all_kept(values, labels, ignored):
 
 
 @cache
-def _form(above, accumulator, columns, samples):
+def _form(above, dtype, accumulator, columns, samples):
     """(gradient above, z, largest, log total, labels, first output, outputs, parameter) -> dZ before its weight."""
     if above == CROSS_ENTROPY:
         minus = primitives.minus(accumulator, len(columns), samples)
@@ -83,7 +83,7 @@ def _form(above, accumulator, columns, samples):
         def form(gradient, z, largest, log_total, labels, output, outputs, parameter):
             return softmax_minus_target(minus(z, largest), log_total, labels, output, outputs, parameter)
     else:
-        backward = primitives.backward(above, accumulator, len(columns))
+        backward = primitives.backward(above, dtype, accumulator, len(columns))
 
         @cuda.jit(device=True, inline="always")
         def form(gradient, z, largest, log_total, labels, output, outputs, parameter):
@@ -122,7 +122,7 @@ def make_upstream_sum(constants):
     weigh = primitives.weigh(accumulator, elements, len(of_samples))
     leave_out = primitives.leave_out(accumulator, elements, len(of_samples))
     leave_out_labels = leave_out if labels else _all_kept
-    form = _form(above, accumulator, columns, len(of_samples))
+    form = _form(above, dtype, accumulator, columns, len(of_samples))
     scale, rounded = primitives.scale(accumulator, elements), primitives.rounded(dtype, accumulator, elements)
     store, add = primitives.store_pieces(dtype, width, pieces, accumulator), primitives.add(accumulator, elements)
     line_array = primitives.shared_array("lines", accumulator, lanes * line)

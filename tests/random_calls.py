@@ -22,10 +22,10 @@ from densegrad.device import dtype_of
 from densegrad.errors import OutError
 from densegrad.plans import ACTIVATIONS, TensorCorePlan, Tiling, UpstreamPlan, accumulator_of
 from densegrad.testing import (
-    ROUNDINGS,
     SENTINEL,
     Placed,
     Strided,
+    activation_roundings,
     bits,
     check_within,
     cross_entropy_roundings,
@@ -423,7 +423,7 @@ class Call:
                                                  alpha=alpha, **options)
             scale = self._of_samples(scale) * np.abs(wide)
             scale = scale * max(1.0, abs(self.options.get("negative_slope", 1.0)))
-            roundings = ROUNDINGS[self.activation or "identity"]
+            roundings = activation_roundings(self.activation or "identity", self.dtype)
         else:
             exact, _ = reference.cross_entropy_grad(wide, labels, sample_weight=weight, alpha=alpha, **options)
             kept = kept & (labels != self.options["ignore_index"])

@@ -8,8 +8,9 @@ import itertools
 import numpy as np
 import pytest
 
+import densegrad
 from densegrad.plans import ACTIVATIONS
-from densegrad.testing import Strided, check_within
+from densegrad.testing import Strided, activation_roundings, check_within, dz_bound
 from tests.random_calls import DTYPES, Call
 
 torch = pytest.importorskip("torch")
@@ -18,7 +19,9 @@ functional = torch.nn.functional
 FUNCTIONS = {
     "identity": lambda z: z, "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
     "silu": functional.silu, "gelu": functional.gelu,
-    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
+    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"), "softplus": functional.softplus,
+    "elu": functional.elu, "selu": functional.selu, "mish": functional.mish, "hardswish": functional.hardswish,
+    "relu6": functional.relu6,
 }
 
 
@@ -107,6 +110,31 @@ def test_activations(activation, weights, axes, xp):
     weight = call.values.get("sample_weight", np.ones(call.batch)).astype(np.float64)
     a.backward(call.alpha * torch.from_numpy(weight)[..., None] * da)
     check(call, xp, call.alpha, z, bias)
+
+
+#: where derivatives jump, with both neighbours, and what is no finite number
+EDGES = (*(float(side) for edge in (-3.0, 0.0, 3.0, 6.0, 20.0) for side in (np.nextafter(edge, -99), edge,
+                                                                             np.nextafter(edge, 99))),
+         -0.0, 1000.0, -1000.0, np.nan, np.inf, -np.inf)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_edges_of_activations(activation, dtype, xp):
+    """One element at a time: for many at once PyTorch's vector instructions answer NaN otherwise, on CPUs alone."""
+    z, function = np.array(EDGES, dtype), {**FUNCTIONS, "leaky_relu": functional.leaky_relu}[activation]
+    exact = []
+    for value in z:
+        one = leaf([value])
+        function(one).backward(torch.full_like(one, 2.0))
+        exact.append(one.grad.item())
+    if activation in ("silu", "gelu", "gelu_tanh", "mish"):
+        # PyTorch multiplies infinity by zero, which is not a number; densegrad gives the limit.
+        assert np.isnan(exact[-2:]).all()
+        exact[-2:] = 2.0, 0.0
+    dz, _ = densegrad.activation_grad(xp.asarray(np.full((len(z), 1), 2.0, dtype)), xp.asarray(z[:, None]), activation)
+    exact = np.array(exact)[:, None]
+    check_within(dz, exact, dz_bound(exact, 2.0, activation_roundings(activation, dtype), dtype))
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3, 4])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import densegrad
+from densegrad.cache import sources
 
 SOURCE = Path(densegrad.__file__).parent
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -18,7 +19,8 @@ ARROWS = {
     "__init__": {"errors", "gradients", "prepared", "upstream"},
     "__main__": {"commands"},
     "errors": set(),
-    "reference": set(),
+    "activations": set(),
+    "reference": {"activations"},
     "layers": set(),
     "facts": set(),
     "signatures": {"facts"},
@@ -27,7 +29,7 @@ ARROWS = {
     "families/common": OF_LAUNCHES,
     "families/batch_sum": OF_LAUNCHES | {"common"},
     "families/add_parts": OF_LAUNCHES | {"common"},
-    "families/upstream": OF_LAUNCHES | {"batch_sum", "common"},
+    "families/upstream": OF_LAUNCHES | {".activations", "batch_sum", "common"},
     "families/cost": {".facts", "common"},
     "families/tiling": OF_LAUNCHES | {"add_parts", "common", "cost"},
     "families/matmul_simt": OF_LAUNCHES | {"common", "tiling"},
@@ -42,12 +44,12 @@ ARROWS = {
     "calls": {"device", "errors", "facts", "launches", "operands"},
     "prepared": {"calls", "device", "errors", "launches"},
     "gradients": {"calls", "errors", "families", "launches", "operands", "upstream"},
-    "upstream": {"calls", "errors", "families", "launches", "operands"},
-    "testing": {"device", "plans", "reference"},
+    "upstream": {"activations", "calls", "errors", "families", "launches", "operands"},
+    "testing": {"activations", "device", "plans", "reference"},
 }
 #: what is not the standard library -> the modules that may import it
 OUTSIDE = {
-    "numpy": {"device", "operands", "reference", "testing"},
+    "numpy": {"activations", "device", "operands", "reference", "testing"},
     "ml_dtypes": {"device"},
     "cupy": {"device"},
     "cuda": {"device"},
@@ -98,9 +100,15 @@ def test_every_module_has_its_arrows():
 def test_kernels_are_leaves(path):
     own, outside = imports(path, "densegrad")
     own = {name.removeprefix(".").removeprefix(".") for name in own}
-    assert own <= {other.stem for other in KERNELS.rglob("*.py")} | {"primitives", "facts", "signatures"}
+    assert own <= {other.stem for other in KERNELS.rglob("*.py")} | {"primitives", "activations", "facts", "signatures"}
     more = OF_PRIMITIVES.get(path.stem.rpartition("_")[2], set()) if path.parent.name == "primitives" else set()
     assert outside <= OF_KERNELS | more
+
+
+def test_kept_machine_code_follows_from_activations_too():
+    """The name of its file has the text of every module that the kernel's reads."""
+    assert {"densegrad.activations", "densegrad.kernels.primitives.number_ptx"} <= dict(
+        sources("densegrad.kernels.upstream")).keys()
 
 
 def test_only_the_device_knows_of_the_simulator():

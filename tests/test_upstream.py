@@ -8,16 +8,17 @@ from hypothesis import strategies as st
 
 import densegrad as dg
 from densegrad import reference
+from densegrad.activations import ENTRIES, SELU_ALPHA, SELU_SCALE, Formula, normal_tail
 from densegrad.calls import recorded
 from densegrad.device import dtype_of
 from densegrad.errors import DTypeError, OutError, PlanError, ShapeError
 from densegrad.plans import ACTIVATIONS, BatchSumPlan, UpstreamPlan, accumulator_of, plan_upstream
 from densegrad.testing import (
     LAYOUTS,
-    ROUNDINGS,
     ROUNDOFF,
     SENTINEL,
     Placed,
+    activation_roundings,
     bits,
     check_within,
     cross_entropy_roundings,
@@ -59,9 +60,13 @@ def test_float64_derivatives_by_central_differences(activation):
     functions = {
         "relu": lambda z: np.maximum(z, 0), "leaky_relu": lambda z: np.where(z > 0, z, 0.01 * z),
         "sigmoid": lambda z: 1 / (1 + np.exp(-z)), "tanh": np.tanh, "silu": lambda z: z / (1 + np.exp(-z)),
-        "gelu": lambda z: z * reference.normal_tail(-z),
-        "gelu_tanh": lambda z: z / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z ** 3)))}
-    z, step = np.linspace(-6, 6, 96), 2.0 ** -17
+        "gelu": lambda z: z * normal_tail(-z),
+        "gelu_tanh": lambda z: z / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z ** 3))),
+        "softplus": lambda z: np.log1p(np.exp(z)), "elu": lambda z: np.where(z > 0, z, np.expm1(z)),
+        "selu": lambda z: SELU_SCALE * np.where(z > 0, z, SELU_ALPHA * np.expm1(z)),
+        "mish": lambda z: z * np.tanh(np.log1p(np.exp(z))),
+        "hardswish": lambda z: z * np.clip(z + 3, 0, 6) / 6, "relu6": lambda z: np.clip(z, 0, 6)}
+    z, step = np.linspace(-7, 7, 96), 2.0 ** -17
     function = functions[activation]
     difference = (function(z + step) - function(z - step)) / (2 * step)
     # No third derivative is over 3, and a value is rounded in about 20 operations of numbers up to 8.
@@ -106,7 +111,8 @@ def test_every_activation(activation, dtype, batch_axis, xp):
     options |= {"negative_slope": 0.3} if activation == "leaky_relu" else {}
     _, db = dg.activation_grad(*on(xp, da, given), activation, out=dg.OutputGrads(dz=out.array), plan=plan, **options)
     exact, _ = reference.activation_grad(da, given, activation, **options)
-    check_within(out.read(), exact, dz_bound(exact, np.abs(0.75 * da.astype(float)), ROUNDINGS[activation], dtype))
+    check_within(out.read(), exact, dz_bound(exact, np.abs(0.75 * da.astype(float)),
+                                             activation_roundings(activation, dtype), dtype))
     assert (bits(db) == bits(dg.bias_grad(out.array, batch_axis=batch_axis, plan=plan.sum))).all()
 
 
@@ -114,9 +120,49 @@ def test_every_activation(activation, dtype, batch_axis, xp):
 def test_derivatives_have_their_limits_at_infinity(activation, xp):
     z = np.array([[np.inf, -np.inf, 1e30, -1e30]], "float32")
     dz, _ = dg.activation_grad(xp.asarray(np.full((1, 4), 3, "float32")), xp.asarray(z), activation)
-    above = {"sigmoid": 0, "tanh": 0}.get(activation, 3)
+    above = {"sigmoid": 0, "tanh": 0, "relu6": 0, "selu": np.float32(3) * np.float32(SELU_SCALE)}.get(activation, 3)
     below = np.float32(3) * np.float32(0.01) if activation == "leaky_relu" else 0
     np.testing.assert_array_equal(host(dz), np.array([[above, below, above, below]], "float32"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name not in ("identity", "leaky_relu")])
+def test_derivatives_keep_their_bounds_from_end_to_end(activation, dtype, xp):
+    """Where exponentials are large, small and all between, and at thresholds: a factor above of 1, so of f' itself."""
+    z = np.concatenate([np.linspace(-30, 30, 2401), np.linspace(-3.1, 3.1, 625), -np.geomspace(1e-7, 100, 301)])
+    z = z[:3325].reshape(25, 133).astype(dtype_of(dtype))
+    da = np.ones(z.shape, z.dtype)
+    dz, _ = dg.activation_grad(*on(xp, da, z), activation)
+    exact, _ = reference.activation_grad(da, z, activation)
+    check_within(dz, exact, dz_bound(exact, 1.0, activation_roundings(activation, dtype), dtype))
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish"])
+def test_where_nothing_passes_dz_is_zero_whatever_da_is(activation, xp):
+    da = np.array([[np.nan, np.inf, np.nan, np.nan, -np.inf]], "float32")
+    z = np.array([[-3, -4, -np.inf, -7, -3]], "float32")
+    dz, _ = dg.activation_grad(*on(xp, da, z), activation)
+    np.testing.assert_array_equal(host(dz), 0)
+    exact, _ = reference.activation_grad(da, z, activation)
+    np.testing.assert_array_equal(exact, 0)
+
+
+def test_half_types_may_have_a_formula_and_a_bound_of_their_own(monkeypatch, xp):
+    """An entry of which only the half types' formula is twice the other."""
+    relu = ENTRIES["relu"]
+    twice = Formula(lambda number, above, z, parameter: number.where(z <= 0, 0, 2 * above), 7, 1)
+    monkeypatch.setenv("DENSEGRAD_CACHE_DIR", "")
+    monkeypatch.setitem(ENTRIES, "twice", replace(relu, name="twice", half=twice))
+    monkeypatch.setattr("densegrad.families.upstream.ACTIVATIONS", (*ACTIVATIONS, "twice"))
+    monkeypatch.setattr("densegrad.upstream.ACTIVATIONS", (*ACTIVATIONS, "twice"))
+    da = data((16, 40), "float32", 50)
+    for dtype, factor, roundings, threads in (("bfloat16", 2, 7, 512), ("float32", 1, 0, 1024)):
+        one = da.astype(dtype_of(dtype))
+        dz, _ = dg.activation_grad(*on(xp, one, np.abs(one)), "twice")
+        np.testing.assert_array_equal(host(dz), factor * one)
+        assert activation_roundings("twice", dtype) == roundings
+        plan = plan_upstream(8192, 3072, dtype, "rows", "twice")
+        assert plan.blocks_per_multiprocessor == threads // plan.threads
 
 
 @pytest.mark.parametrize("batch_axis", [0, 1])
@@ -290,6 +336,7 @@ def test_memory_layouts_leave_the_bits_alone(layout, features_first, xp):
 
 #: (dtype, activation, dtype of weights or None, batch_axis): few, since each takes the compiler seconds
 DRAWN = (("float32", "relu", None, 0), ("float32", "leaky_relu", "bool", 1), ("float16", "identity", "float32", 0),
+         ("float32", "relu6", None, 1),
          ("bfloat16", "relu", "bfloat16", 1), ("float64", "leaky_relu", "float64", 0))
 #: layouts in which neither axis of the matrix is reversed in memory or takes its place in another order of axes
 KEPT = sorted(set(LAYOUTS) - {"F", "padded F"})
@@ -310,7 +357,7 @@ def test_drawn_shapes_and_memory(dtype, activation, weights, batch_axis, xp):
         weight = None if weights is None else spread > 0 if weights == "bool" else spread.astype(dtype_of(weights))
         plan = small_plan(activation, samples, outputs, dtype, batch_axis, parts)
         out = poisoned(shape, dtype, kinds[2], xp)
-        below = {"identity": da, "relu": np.where(z <= 0, 0, da),
+        below = {"identity": da, "relu": np.where(z <= 0, 0, da), "relu6": np.where((z > 0) & (z < 6), da, 0),
                  "leaky_relu": np.where(z > 0, da, da.astype(wide) * wide(0.01))}[activation].astype(wide)
         if weights == "bool":
             below = below * wide(alpha)

@@ -4,6 +4,7 @@ from functools import cache
 from llvmlite import ir
 from numba import types
 
+from ...activations import ENTRIES
 from . import formulas
 from .ptx import _FLOAT, _INT64, _NUMBA, _expand, _fragment_type, _narrow, _pack, _unpack, _widened
 
@@ -62,6 +63,9 @@ class _Number:
     def __gt__(self, other):
         return self._compared(">", other)
 
+    def __ge__(self, other):
+        return self._compared(">=", other)
+
     def __eq__(self, other):
         return self._compared("==", other)
 
@@ -119,16 +123,16 @@ def rounded(dtype, wide, count):
 
 
 @cache
-def backward(activation, dtype, count):
-    """(gradient above an activation, its argument, slope) -> the gradient below it, element by element."""
-    fragment, formula = _fragment_type(dtype, count), formulas.ACTIVATIONS[activation]
+def backward(activation, dtype, wide, count):
+    """(gradient above an activation, its argument, parameter) -> the gradient below it, element by element, in wide."""
+    fragment, formula = _fragment_type(wide, count), ENTRIES[activation].formula_of(dtype).backward
 
-    def body(builder, above, z, slope):
-        slope, number = _Number(builder, slope), _Functions(builder)
+    def body(builder, above, z, parameter):
+        parameter, number = _Number(builder, parameter), _Functions(builder)
         pairs = zip(_numbers(builder, above), _numbers(builder, z), strict=True)
-        return _pack_numbers(builder, [formula(number, gradient, argument, slope) for gradient, argument in pairs])
+        return _pack_numbers(builder, [formula(number, gradient, argument, parameter) for gradient, argument in pairs])
 
-    return _expand(fragment, (fragment, fragment, _NUMBA[dtype]), body)
+    return _expand(fragment, (fragment, fragment, _NUMBA[wide]), body)
 
 
 @cache

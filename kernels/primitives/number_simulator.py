@@ -5,6 +5,7 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 
+from ...activations import ENTRIES
 from . import formulas
 from .simulator import _TYPE, _quiet
 
@@ -31,9 +32,10 @@ def _stored(dtype):
 
 
 @cache
-def backward(activation, dtype, count):
-    """(gradient above an activation, its argument, slope) -> the gradient below it, element by element."""
-    return _quiet(lambda above, z, slope: formulas.ACTIVATIONS[activation](_Arrays, above, z, slope))
+def backward(activation, dtype, wide, count):
+    """(gradient above an activation, its argument, parameter) -> the gradient below it, element by element, in wide."""
+    formula = ENTRIES[activation].formula_of(dtype).backward
+    return _quiet(lambda above, z, parameter: formula(_Arrays, above, z, parameter))
 
 
 @cache

@@ -324,9 +324,10 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     need : names among "dx", "dw", "db"
         Which gradients to compute.
     activation, z, negative_slope, sample_weight
-        As in `activation_grad`, with dz for da: the gradient below the activation, weighted, is formed in one pass over
-        memory while db is summed, and goes into dx and dw. Samples that a mask leaves out have a gradient of zero; for
-        dw their rows of x must be finite.
+        As in `activation_grad`, with dz for da, and its activations: "relu", "relu6", "leaky_relu", "elu", "selu",
+        "sigmoid", "tanh", "softplus", "silu", "hardswish", "mish", "gelu", "gelu_tanh" and "identity". The gradient
+        below the activation, weighted, is formed in one pass over memory while db is summed, and goes into dx and dw.
+        Samples that a mask leaves out have a gradient of zero; for dw their rows of x must be finite.
     batch_axis, weight_layout, keepdims, alpha, precision, stream
         As in `bias_grad` and `weight_grad`; alpha scales all three, and never the dz that is formed below an activation
         or with weights.

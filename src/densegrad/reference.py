@@ -1,7 +1,7 @@
 """The meaning of every function, in float64 NumPy."""
-import math
-
 import numpy as np
+
+from .activations import ENTRIES
 
 
 def bias_grad(dz, *, batch_axis=0, keepdims=False):
@@ -35,8 +35,7 @@ def activation_grad(da, z=None, activation=None, *, sample_weight=None, negative
     """(dz, db): dz[s, m] = alpha sample_weight[s] da[s, m] f'(z[s, m]), and its sum over s."""
     da = _as_matrix(da, batch_axis)
     if activation not in (None, "identity"):
-        z = _as_matrix(z, batch_axis)
-        da = np.where(z <= 0, 0.0, da) if activation == "relu" else da * derivative(activation, z, negative_slope)
+        da = ENTRIES[activation].reference(da, _as_matrix(z, batch_axis), negative_slope)
     return _weighted(da, sample_weight, alpha, batch_axis)
 
 
@@ -53,31 +52,9 @@ def cross_entropy_grad(z, labels, *, ignore_index=-100, label_smoothing=0.0, sam
     return _weighted(dz, sample_weight, alpha, batch_axis, kept)
 
 
-def derivative(activation, z, negative_slope=0.01):
+def derivative(activation, z, parameter=0.01):
     """f'(z) of an activation; its limits at infinity."""
-    finite = np.clip(z, -1e150, 1e150)
-    if activation == "leaky_relu":
-        return np.where(z > 0, 1.0, negative_slope)
-    if activation == "relu":
-        return np.where(z <= 0, 0.0, 1.0)
-    if activation == "tanh":
-        return 1 / np.cosh(np.clip(z, -700, 700)) ** 2
-    if activation == "gelu":
-        return normal_tail(-z) + finite * np.exp(-finite ** 2 / 2) / math.sqrt(2 * math.pi)
-    inner = np.clip(z, -50, 50) if activation == "gelu_tanh" else finite
-    if activation == "gelu_tanh":
-        factor = math.sqrt(2 / math.pi)
-        tangent = np.tanh(factor * (inner + 0.044715 * inner ** 3))
-        slope = factor * (1 + 3 * 0.044715 * inner ** 2)
-        return (1 + tangent) / 2 + inner * (1 - tangent ** 2) * slope / 2
-    logistic = 1 / (1 + np.exp(-inner))
-    rest = 1 / (1 + np.exp(inner))
-    return logistic * rest if activation == "sigmoid" else logistic + inner * logistic * rest
-
-
-def normal_tail(z):
-    """The probability that a normal number is above z."""
-    return np.vectorize(lambda value: math.erfc(value / math.sqrt(2)) / 2, otypes=[float])(z)
+    return ENTRIES[activation].reference(np.ones(np.shape(z)), z, parameter)
 
 
 def _weighted(dz, sample_weight, alpha, batch_axis, kept=True):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import device, reference
+from .activations import ENTRIES
 from .device import dtype_of
 from .plans import accumulator_of, log_sum_exp_block
 
@@ -246,11 +247,9 @@ def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int
             + (terms + 1) * ROUNDOFF["float64"] * magnitude)
 
 
-#: Roundings on the way to an activation's derivative, each of a number of at most 2: an operation is one; exp and erfc
-#: are 2 and 6 units in the last place off by NVIDIA's tables, and the rounding of their argument moves them by less
-#: than 2 more.
-ROUNDINGS = {"identity": 0, "relu": 0, "leaky_relu": 1, "sigmoid": 8, "tanh": 10, "silu": 14, "gelu": 20,
-             "gelu_tanh": 24}
+def activation_roundings(activation: str, dtype: str) -> int:
+    """Roundings on the way to an activation's derivative, each of a number of at most 2: `activations` derives them."""
+    return ENTRIES[activation].formula_of(dtype).roundings
 
 
 def cross_entropy_roundings(samples: int, outputs: int, features_first: bool) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from .activations import ACTIVATIONS, ENTRIES, NEGATIVE_SLOPE
 from .calls import Recipe, call, recipe_of
 from .errors import PlanError
 from .families.batch_sum import BatchSumPlan
 from .families.common import check_plan
-from .families.upstream import ACTIVATIONS, CROSS_ENTROPY, Upstream, UpstreamPlan, launches, plan_upstream
+from .families.upstream import CROSS_ENTROPY, Upstream, UpstreamPlan, launches, plan_upstream
 from .launches import ALPHA, ONE
 from .operands import (
     Argument,
@@ -26,9 +27,6 @@ from .operands import (
     check_apart,
     check_label_values,
 )
-
-#: the derivative of "leaky_relu" where z <= 0, if none is given
-NEGATIVE_SLOPE = 0.01
 
 
 class OutputGrads(NamedTuple):
@@ -62,12 +60,13 @@ class Above:
 
 def parameter_of(negative_slope: float | None) -> float:
     """The derivative of "leaky_relu" where z <= 0."""
-    return NEGATIVE_SLOPE if negative_slope is None else negative_slope
+    return NEGATIVE_SLOPE.default if negative_slope is None else negative_slope
 
 
 def stray_slope(activation: Any, negative_slope: Any) -> Any:
     """A slope that was given beside another activation than "leaky_relu", which is a mistake; else None."""
-    return None if isinstance(activation, str) and activation == "leaky_relu" else negative_slope
+    entry = ENTRIES.get(activation) if isinstance(activation, str) else None
+    return None if entry is not None and entry.parameter == NEGATIVE_SLOPE else negative_slope
 
 
 def accept_activation(inputs: Inputs, activation: tuple[Any, Any], z: Any, batch_axis: int,
@@ -135,8 +134,10 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
     z : array, shape and dtype of da
         What the activation was applied to: the layer's output. Left out where there is no activation; not read by
         "identity".
-    activation : "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "identity" or None
-        f. "gelu" is the exact one, by the error function; "gelu_tanh" its approximation by a hyperbolic tangent.
+    activation : str or None
+        f: "relu", "relu6", "leaky_relu", "elu", "selu", "sigmoid", "tanh", "softplus", "silu", "hardswish", "mish",
+        "gelu", "gelu_tanh" or "identity". "gelu" is the exact one, by the error function; "gelu_tanh" its approximation
+        by a hyperbolic tangent. "elu" has alpha 1, "softplus" beta 1 and threshold 20, as PyTorch's defaults.
     sample_weight : array, the shape of the batch: (...), or (S,) for batch_axis 1; bool or a float type, optional
         What each sample's gradients are multiplied by. A boolean mask instead chooses samples: those with False,
         padding for example, contribute exactly nothing and their dz is zero, even if they hold NaN. float64 only beside
@@ -174,10 +175,11 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
     -----
     Computed in float32, in float64 for float64, and rounded once; db is the sum of dz as it is stored, with the bits
     that `bias_grad(dz, plan=plan.sum)` has. Each element of da and z is read once and each of dz written once. Equal
-    inputs give equal bits on every run; on different devices too for identity, relu and leaky_relu, while exponentials
-    may differ in their last bits between the simulator and GPUs. relu has derivative 0 at 0; where z is NaN, relu
-    passes da on, leaky_relu scales it, and the others give NaN. A new dz has the memory order of da; z or `out.dz` in
-    another order are touched element by element.
+    inputs give equal bits on every run; on different devices too for identity, relu, relu6 and leaky_relu, while the
+    others may differ in their last bits between the simulator and GPUs. Where a derivative jumps, it is PyTorch's: 0 at
+    0 for relu, at 0 and 6 for relu6, at -3 for hardswish. Where z is NaN, relu, relu6, hardswish and elu pass da on,
+    leaky_relu and selu scale it, as PyTorch's do on GPUs, and the others give NaN. Where z is infinite, all give their
+    limit. A new dz has the memory order of da; z or `out.dz` in another order are touched element by element.
     Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5; Hendrycks, Gimpel, "Gaussian Error Linear
     Units", 2016.
 

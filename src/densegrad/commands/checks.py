@@ -11,7 +11,7 @@ from .. import reference
 from ..calls import recorded
 from ..device import dtype_of
 from ..plans import TF32, TensorCorePlan
-from ..testing import ROUNDINGS, ROUNDOFF, cross_entropy_roundings, dz_bound, error_bound
+from ..testing import ROUNDOFF, activation_roundings, cross_entropy_roundings, dz_bound, error_bound
 
 #: (samples, in_features, out_features): less than a tile, in every dtype
 SMALL = (19, 5, 10)
@@ -172,7 +172,8 @@ def _run_upstream(case: Case) -> Outcome:
     da, z = (draw.standard_normal(shape).astype(dtype_of(case.dtype)) for _ in range(2))
     mask, labels = draw.random(case.samples) < 0.8, draw.integers(0, case.out_features, case.samples)
     options: dict[str, Any] = {"batch_axis": case.batch_axis, "sample_weight": mask}
-    given, scale, roundings = (da, z, "gelu"), np.abs(da.astype(float)), float(ROUNDINGS["gelu"])
+    given, scale, roundings = (da, z, "gelu"), np.abs(da.astype(float)), float(
+        activation_roundings("gelu", case.dtype))
     if case.function == "cross_entropy_grad":
         given = (z, labels)  # type: ignore[assignment]
         scale, roundings = np.ones(shape), cross_entropy_roundings(

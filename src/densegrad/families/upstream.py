@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
+from ..activations import ACTIVATIONS, ENTRIES
 from ..errors import PlanError
 from ..facts import ITEM_BYTES
 from ..launches import ALPHA, ONE, Launch, Matrix, Result, Slot, scratch
@@ -33,11 +34,8 @@ from .batch_sum import (
 )
 from .common import ceil_div, check_choice, check_sizes, named, nth, power_of_two
 
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh")
 #: what lies above beside activations: softmax and cross-entropy
 CROSS_ENTROPY = "cross_entropy"
-#: whose derivatives take no exponentials
-_WITHOUT_EXPONENTIALS = ("identity", "relu", "leaky_relu")
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,12 @@ class UpstreamPlan:
         if self.above == "identity" and self.elements < 8 and not self.features_first:
             resident = min(16 * self.threads, 1536)
         else:
-            resident = 1024 if self.above in _WITHOUT_EXPONENTIALS or self.elements < 8 else 512
+            resident = 512 if self.elements >= 8 and self._takes_exponentials else 1024
         return max(1, resident // self.threads)
+
+    @property
+    def _takes_exponentials(self) -> bool:
+        return self.above == CROSS_ENTROPY or ENTRIES[self.above].formula_of(self.sum.dtype).exponentials > 0
 
     @property
     def shared_bytes(self) -> int:
@@ -275,6 +277,9 @@ def variants() -> Iterator[tuple[str, Launch]]:
                                    ("identity", "bool")):
                 yield from _variant(plan_upstream(8192, 3072, dtype, layout, above), weights)
         yield from _variant(plan_upstream(65536, 10, dtype, "flat", "silu"))
+    for above in ACTIVATIONS:
+        # Eight elements a thread, which take most registers.
+        yield from _variant(plan_upstream(8192, 3072, "bfloat16", "flat", above))
 
 
 def _variant(plan: UpstreamPlan, weights: str = "") -> Iterator[tuple[str, Launch]]:
