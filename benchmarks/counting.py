@@ -25,7 +25,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from densegrad import cache
 from densegrad.calls import recorded
+from densegrad.compiler import compile_launch
 from densegrad.launches import Launch
 
 
@@ -105,7 +107,8 @@ class Counts:
     shared_load_ideal: int
     shared_store_wavefronts: int
     shared_store_ideal: int
-    function: Any = field(default=None, repr=False, compare=False)  # what was launched, for its machine code
+    launched: Any = field(default=None, repr=False, compare=False)  # a Launch, or Numba's library of another kernel
+    dynamic_bytes: int = 0  # of shared memory, beside what the kernel declares
 
     @property
     def active_lanes(self) -> float:
@@ -140,7 +143,7 @@ def total(counts: Iterable[Counts]) -> Counts:
     for count in rest:
         added["kernel"] += "+" + count.kernel
         for item in fields(Counts):
-            if item.name not in ("kernel", "block", "shared_bytes", "function"):
+            if item.name not in ("kernel", "block", "shared_bytes", "launched", "dynamic_bytes"):
                 added[item.name] = added[item.name] + getattr(count, item.name)
     return Counts(**added)
 
@@ -180,10 +183,11 @@ class Rehearsed:
         with recorded() as launches:
             call()
         executed = self._machine.launches[before:]
-        names = [launch.kernel for launch in launches] or [one.name for one in executed]
-        return [self._counts(name, one) for name, one in zip(names, executed, strict=True)]
+        if not launches:
+            return [self._counts(one.name, one, self._machine.functions[one.name].library) for one in executed]
+        return [self._counts(launch.kernel, one, launch) for launch, one in zip(launches, executed, strict=True)]
 
-    def _counts(self, kernel: str, executed: Any) -> Counts:
+    def _counts(self, kernel: str, executed: Any, launched: Any) -> Counts:
         counters = executed.counters
         requests: dict[str, Counter] = {"load": Counter(), "store": Counter(), "atomic": Counter()}
         for line in counters.lines:
@@ -195,7 +199,7 @@ class Rehearsed:
             counters.warp_instructions, counters.thread_instructions, counters.warp_by_class,
             counters.shared_load_wavefronts, counters.shared_load_ideal,
             counters.shared_store_wavefronts, counters.shared_store_ideal,
-            (self._machine.functions[executed.name], executed.shared))
+            launched, executed.shared)
 
     def code(self, counts: Counts, capability: str) -> Code:
         """Judge the kernel as linked for this compute capability.
@@ -209,14 +213,17 @@ class Rehearsed:
             import sasscheck
         except ImportError:
             raise Skipped("machine code is read by the sasscheck tool, which is not importable (PYTHONPATH)") from None
-        function, dynamic_bytes = counts.function
-        linked = function.library.get_cubin(cc=tuple(map(int, capability.split("."))))
+        launched, target = counts.launched, (int(capability.split(".")[0]), int(capability.split(".")[1]))
+        if isinstance(launched, Launch):
+            linked = (cache.load(cache.name_of(launched, target)) or compile_launch(launched, target)).cubin
+        else:
+            linked = launched.get_cubin(cc=target).code
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.cubin"
-            path.write_bytes(bytes(getattr(linked, "code", linked)))
+            path.write_bytes(linked)
             try:
                 (report,) = sasscheck.check(str(path), f"sm_{capability.replace('.', '')}", block=counts.block,
-                                            dynamic_smem=dynamic_bytes)
+                                            dynamic_smem=counts.dynamic_bytes)
             except sasscheck.ToolError as error:
                 raise Skipped(f"machine code could not be read: {error}") from error
         loop = report.main or {}
