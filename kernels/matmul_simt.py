@@ -182,6 +182,8 @@ def make_matmul_simt(constants):
             done = int32(done + tile_depth)
             left_to, right_to = left_deeper(left_at, done, left_stride), right_deeper(right_at, done, right_stride)
             depth_left = depth_here - done
+            # Where turned rows end is computed in each step, for which there are no registers beside the sums.
+            left_turn, right_turn = again(left_turn), again(right_turn)
             left_next = load_left(left_to, left_offset, left_stride, left_turn, rows_left, depth_left, thread)
             right_next = load_right(right_to, right_offset, right_stride, right_turn, cols_left, depth_left, thread)
             if has_sums and sums_here:
@@ -194,7 +196,11 @@ def make_matmul_simt(constants):
             now = other
             cuda.syncthreads()
 
+        # Where the thread is in the tile is computed once more, for the same reason.
         alpha = alpha_at(alpha, alpha_address)
+        thread = again(cuda.threadIdx.x)
+        down, across, _, _ = lanes_of_thread(thread)
+        first_row, first_col = int32(down * vector), int32(across * vector)
 
         # 6. Shared memory is free again: threads that took the same columns at other depths meet there.
         if has_sums:
