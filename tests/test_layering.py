@@ -2,6 +2,7 @@
 import ast
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 OF_LAUNCHES = {".errors", ".facts", ".launches", ".signatures"}
 #: module -> those beside it that it may import, and with a dot those beside its folder; kernels are one more of them
 ARROWS = {
-    "__init__": {"errors", "gradients", "prepared", "upstream"},
+    "__init__": {"calls", "device", "errors", "gradients", "launches", "layers", "plans", "prepared", "reference",
+                 "upstream"},
     "__main__": {"commands"},
     "errors": set(),
     "activations": set(),
@@ -52,7 +54,7 @@ OUTSIDE = {
     "numpy": {"activations", "device", "operands", "reference", "testing"},
     "ml_dtypes": {"device"},
     "cupy": {"device"},
-    "cuda": {"device"},
+    "cuda": {"cache", "device"},
     "numba": {"compiler", "device"},
     "platformdirs": {"cache"},
 }
@@ -117,6 +119,30 @@ def test_only_the_device_knows_of_the_simulator():
                for folder in (SOURCE, KERNELS) for path in folder.rglob("*.py")
                if "ENABLE_CUDASIM" in path.read_text() and path.parent != COMMANDS}
     assert knowing == {"densegrad/device.py", "primitives/__init__.py"}
+
+
+def test_what_the_package_offers_is_loaded_when_it_is_asked_for():
+    named = {node.name: node for node in ast.walk(ast.parse((SOURCE / "__init__.py").read_text()))
+             if isinstance(node, ast.alias)}
+    offered = {name for name in named if not name.startswith(("_", "TYPE_CHECKING", "import_module"))}
+    assert offered == {*densegrad.__all__, *densegrad._MODULES} - {"gradients", "prepared", "upstream"}
+    assert all(getattr(densegrad, name) is not None for name in offered)
+    assert offered <= set(dir(densegrad))
+    with pytest.raises(AttributeError, match="module 'densegrad' has no attribute 'nonsense'"):
+        densegrad.nonsense  # noqa: B018
+
+
+def seconds(program):
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    return time.perf_counter() - begun
+
+
+def test_importing_takes_no_longer_than_importing_numpy():
+    """The best of several processes each, one after the other, since a busy machine makes any of them slow."""
+    ours, numpys = zip(*((seconds("import densegrad"), seconds("import numpy")) for _ in range(5)), strict=True)
+    print(f"import densegrad {min(ours):.3f} s, import numpy {min(numpys):.3f} s")
+    assert min(ours) <= 1.2 * min(numpys)
 
 
 def test_importing_is_light_and_leaves_the_choice_of_device_open():

@@ -2,19 +2,56 @@
 
 dL/db is the sum of dL/dZ over the batch axis, dL/dW = Xᵀ dL/dZ and dL/dX = dL/dZ Wᵀ.
 """
-from .errors import (
-    DensegradError,
-    DeviceError,
-    DTypeError,
-    OutDeviceError,
-    OutError,
-    PlanError,
-    PrepareError,
-    ShapeError,
-)
-from .gradients import DenseGrads, WeightBiasGrads, bias_grad, dense_grads, input_grad, weight_bias_grad, weight_grad
-from .prepared import Prepared, prepare
-from .upstream import OutputGrads, activation_grad, cross_entropy_grad
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import calls as calls
+    from . import device as device
+    from . import errors as errors
+    from . import launches as launches
+    from . import layers as layers
+    from . import plans as plans
+    from . import reference as reference
+    from .errors import (
+        DensegradError,
+        DeviceError,
+        DTypeError,
+        OutDeviceError,
+        OutError,
+        PlanError,
+        PrepareError,
+        ShapeError,
+    )
+    from .gradients import (
+        DenseGrads,
+        WeightBiasGrads,
+        bias_grad,
+        dense_grads,
+        input_grad,
+        weight_bias_grad,
+        weight_grad,
+    )
+    from .prepared import Prepared, prepare
+    from .upstream import OutputGrads, activation_grad, cross_entropy_grad
+else:
+    from importlib import import_module as _import_module
+
+    def __getattr__(name):
+        """What the package offers, imported when it is first asked for: importing the package alone takes no time."""
+        if name in _MODULES:
+            return _import_module(f".{name}", __name__)
+        if name in __all__:
+            for module in map(__getattr__, _WHERE):
+                if name in vars(module):
+                    return globals().setdefault(name, vars(module)[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__, *_MODULES})
+
+#: where the names of __all__ stand, and the modules that are reached as attributes of the package
+_WHERE = ("errors", "gradients", "prepared", "upstream")
+_MODULES = ("calls", "device", "launches", "layers", "plans", "reference", *_WHERE)
 
 __all__ = [
     "DTypeError",

@@ -2,26 +2,30 @@
 
 The folder is the platform's for caches; DENSEGRAD_CACHE_DIR names another one, and is empty to go without. A file is
 written whole or not at all, and loaded only if it is what was written under this key. Whatever is wrong with the folder
-or a file costs the cache, not the call; it is said on the log.
+or a file costs the cache, not the call; it is said on the log. Nothing but kernels is ever removed from the folder.
 """
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import logging
 import os
 import platform
+import re
 import stat
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import platformdirs
 
-from .compiler import Code, architecture_of, key_of
+from .compiler import Code, architecture_of, compile_launch, key_of
 from .launches import Launch
 
 log = logging.getLogger("densegrad")
@@ -29,23 +33,42 @@ log = logging.getLogger("densegrad")
 #: how much the folder may hold; what was not used for longest goes first
 MOST_BYTES = 256 * 2 ** 20
 _MAGIC = b"densegrad kernel 1\n"
-#: whose versions machine code depends on; of the compiler's libraries there may be several, or others than wheels
-_DISTRIBUTIONS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "nvidia-nvvm", "nvidia-nvjitlink",
-                  "nvidia-cuda-nvrtc", "nvidia-nvjitlink-cu12", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvrtc-cu12")
+#: the file of a kernel, or one that is being written
+_NAME = re.compile(r"[0-9a-f]{64}\.kernel|\.kernel-\w+")
+#: whose versions machine code depends on
+_DISTRIBUTIONS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+#: the compiler's libraries, and the wheels that they come in
+_LIBRARIES = {"nvvm": ("nvidia-nvvm", "nvidia-cuda-nvcc-cu12"),
+              "nvJitLink": ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12")}
+#: what kernels import that is no source of theirs; of these the versions count
+_TOOLS = {"llvmlite", "ml_dtypes", "numba", "numpy"}
+_BEGUN = time.time()
 
 
 def folder() -> Path | None:
     """Where kernels are kept, or None if they are not."""
     named = os.environ.get("DENSEGRAD_CACHE_DIR")
     if named is None:
-        return Path(platformdirs.user_cache_path("densegrad")) / "kernels"
-    return Path(named) if named else None
+        return platformdirs.user_cache_path("densegrad") / "kernels"
+    return Path(named).expanduser() if named else None
+
+
+def code_of(launch: Launch, capability: tuple[int, int]) -> Code:
+    """The machine code of a launch's kernel: what is kept, or else compiled and kept from now on."""
+    name = name_of(launch, capability)
+    code = load(name)
+    if code is None:
+        code = compile_launch(launch, capability)
+        if _as_imported(launch.module):
+            keep(name, code)
+    return code
 
 
 def name_of(launch: Launch, capability: tuple[int, int]) -> str:
     """The name of the file of a launch's kernel, a digest of all that its machine code depends on."""
-    parts = [*key_of(launch), architecture_of(capability), *sources(launch.module), *_toolchain()]
-    return hashlib.sha256("\0".join(map(repr, parts)).encode()).hexdigest()
+    texts = [(source.module, source.digest) for source in sources(launch.module)]
+    parts = [*key_of(launch), architecture_of(capability), *texts, *_toolchain()]
+    return hashlib.sha256("\0".join(map(repr, parts)).encode()).hexdigest() + ".kernel"
 
 
 def load(name: str) -> Code | None:
@@ -56,7 +79,6 @@ def load(name: str) -> Code | None:
     path = place / name
     try:
         content = path.read_bytes()
-        os.utime(path)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -66,6 +88,8 @@ def load(name: str) -> Code | None:
     if content != _sealed(name, body):
         log.warning("a kept kernel is damaged, so it is compiled again: %s", path)
         return None
+    with contextlib.suppress(OSError):  # a folder that may only be read has no order in which files leave it
+        os.utime(path)
     entry, _, cubin = body.partition(b"\0")
     return Code(cubin, entry.decode())
 
@@ -76,7 +100,7 @@ def keep(name: str, code: Code) -> None:
     if place is None:
         return
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=place, prefix=".new-")
+        descriptor, temporary = tempfile.mkstemp(dir=place, prefix=".kernel-")
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(_sealed(name, code.entry.encode() + b"\0" + code.cubin))
@@ -86,24 +110,37 @@ def keep(name: str, code: Code) -> None:
             raise
         _make_room(place)
     except OSError as error:
-        log.warning("a compiled kernel could not be kept in %s: %s", place, error)
+        _say_once(f"compiled kernels cannot be kept in {place}: {error.strerror}")
 
 
-def kept() -> list[Path]:
-    """The files of the cache, those used last at the end."""
+class Kept(NamedTuple):
+    """A file of the cache."""
+
+    used: float  # seconds since 1970
+    bytes: int
+    path: Path
+
+
+def kept() -> list[Kept]:
+    """The files of the cache, those used last at the end; what else lies in the folder is none of them."""
     place = folder()
-    if place is None or not place.is_dir():
-        return []
-    found = [(path.stat().st_mtime, path) for path in place.iterdir() if path.is_file()]
-    return [path for _, path in sorted(found)]
+    return sorted(_files(place)) if place is not None and place.is_dir() else []
 
 
-def clear() -> int:
-    """Remove every kept kernel; how many there were."""
+def _files(place: Path) -> Iterator[Kept]:
+    for path in place.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # removed by another process
+            found = path.lstat()
+            if _NAME.fullmatch(path.name) and stat.S_ISREG(found.st_mode):
+                yield Kept(found.st_mtime, found.st_size, path)
+
+
+def clear() -> list[Kept]:
+    """Remove every kept kernel; what there was."""
     files = kept()
-    for path in files:
-        path.unlink(missing_ok=True)
-    return len(files)
+    for file in files:
+        file.path.unlink(missing_ok=True)
+    return files
 
 
 def _sealed(name: str, body: bytes) -> bytes:
@@ -111,13 +148,13 @@ def _sealed(name: str, body: bytes) -> bytes:
 
 
 def _make_room(place: Path) -> None:
-    files = kept()
-    size = sum(path.stat().st_size for path in files)
-    for path in files:
+    files = sorted(_files(place))
+    size = sum(file.bytes for file in files)
+    for file in files:
         if size <= MOST_BYTES:
             return
-        size -= path.stat().st_size
-        path.unlink(missing_ok=True)
+        size -= file.bytes
+        file.path.unlink(missing_ok=True)
 
 
 def _usable(make: bool = False) -> Path | None:
@@ -149,46 +186,88 @@ def _say_once(sentence: str) -> None:
 @lru_cache(maxsize=1)
 def _toolchain() -> tuple[str, ...]:
     """The versions of Python and of all that compiles and links."""
-    found = [platform.python_version()]
-    for name in _DISTRIBUTIONS:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return (*found, *(os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")))
+    return (platform.python_version(), *(f"{name} {_version(name)}" for name in _DISTRIBUTIONS),
+            *(f"{name} {_library(name, wheels)}" for name, wheels in _LIBRARIES.items()))
 
 
-@lru_cache(maxsize=64)
-def sources(module: str) -> tuple[tuple[str, str], ...]:
-    """(module, digest of its text) of every module of its package and of densegrad that this one reads, in any way.
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
-    Found without importing any of them, so that Numba is not imported either.
+
+def _library(name: str, wheels: tuple[str, ...]) -> str:
+    """The version of a library of the compiler; of one that comes in no wheel the file, which it loads to find it."""
+    versions = "".join(filter(None, map(_version, wheels)))
+    if versions:
+        return versions
+    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+
+    try:
+        path = load_nvidia_dynamic_lib(name).abs_path
+        found = os.stat(path or "")
+    except (DynamicLibNotFoundError, RuntimeError, OSError):
+        return ""
+    return f"{path} {found.st_size} {found.st_mtime_ns}"
+
+
+class Source(NamedTuple):
+    """The text of a module, as it was when it was first looked at."""
+
+    module: str
+    digest: str
+    written: float  # seconds since 1970
+
+
+@lru_cache(maxsize=256)
+def sources(module: str) -> tuple[Source, ...]:
+    """The text of every module that a kernel's module reads, in any way, and of the one that compiles it.
+
+    Found without importing any of them, so that Numba is not imported either. Numba's own and the standard library's
+    are told apart by their versions.
     """
-    found: dict[str, str] = {}
-    waiting = [module]
-    own = {"densegrad", module.partition(".")[0]}
+    found: dict[str, Source] = {}
+    waiting = [module, f"{__package__}.compiler"]
     while waiting:
         name = waiting.pop()
-        path = None if name in found else _file_of(name)
-        if path is not None:
-            text = path.read_bytes()
-            found[name] = hashlib.sha256(text).hexdigest()
-            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            waiting += [other for other in _imported(text, package) if other.partition(".")[0] in own]
-    return tuple(sorted(found.items()))
+        if name in found or name.partition(".")[0] in _TOOLS | sys.stdlib_module_names:
+            continue
+        source, imported = _read(name)
+        if source is not None:
+            found[name] = source
+            waiting += imported
+    return tuple(sorted(found.values()))
 
 
-def _imported(text: bytes, package: str) -> list[str]:
+def _as_imported(module: str) -> bool:
+    """Whether no source of a kernel has been written since this process began, which may have imported it before."""
+    return all(source.written < _BEGUN for source in sources(module))
+
+
+@lru_cache(maxsize=1024)
+def _read(name: str) -> tuple[Source | None, tuple[str, ...]]:
+    """A module's text, and what it imports; None of what is no file."""
+    spec = _spec_of(name)
+    if spec is None or not spec.has_location:
+        return None, ()
+    path = Path(spec.origin)
+    text = path.read_bytes()
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    imported = tuple(_imported(text, package)) if path.suffix == ".py" else ()
+    return Source(name, hashlib.sha256(text).hexdigest(), path.stat().st_mtime), imported
+
+
+def _imported(text: bytes, package: str) -> Iterator[str]:
     """What a module of the package imports: modules, and names that may be modules."""
-    names = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[:len(package.split(".")) + 1 - node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return names
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 @lru_cache(maxsize=1024)
@@ -203,8 +282,3 @@ def _spec_of(name: str) -> Any:
         if spec is not None:
             return spec
     return None
-
-
-def _file_of(name: str) -> Path | None:
-    spec = _spec_of(name)
-    return Path(spec.origin) if spec is not None and spec.has_location else None

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import cache as kept
 from . import compiler
 from .errors import DeviceError
 from .launches import ALIGNMENT, OPERAND_ALIGNMENT, Clear, Launch, Room, Slot
@@ -454,12 +453,9 @@ class Gpu:
         with self._loading:
             function = self._functions.get(key)
             if function is None:
-                capability = self.capability(place)
-                name = kept.name_of(launch, capability)
-                code = kept.load(name)
-                if code is None:
-                    code = compiler.compile_launch(launch, capability)
-                    kept.keep(name, code)
+                from .cache import code_of
+
+                code = code_of(launch, self.capability(place))
                 function = self._functions[key] = self._function_of(code, launch, device_id)
                 if len(self._functions) > MOST_FUNCTIONS:
                     self._functions.popitem(last=False)  # its machine code stays where it is: it may be running
