@@ -50,7 +50,7 @@ def folder() -> Path | None:
     named = os.environ.get("DENSEGRAD_CACHE_DIR")
     if named is None:
         return platformdirs.user_cache_path("densegrad") / "kernels"
-    return Path(named).expanduser() if named else None
+    return Path(os.path.expanduser(named)) if named else None
 
 
 def code_of(launch: Launch, capability: tuple[int, int]) -> Code:
@@ -163,13 +163,16 @@ def _usable(make: bool = False) -> Path | None:
     if place is None:
         return None
     try:
-        if make:
+        if make and not place.exists():
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = place.stat()
     except FileNotFoundError:
         return None
     except OSError as error:
         _say_once(f"kernels are not kept, since {place} cannot be used: {error}")
+        return None
+    if not stat.S_ISDIR(found.st_mode):
+        _say_once(f"kernels are not kept, since {place} is no folder (set DENSEGRAD_CACHE_DIR to one of your own)")
         return None
     if os.name == "posix" and (found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         _say_once(f"kernels are not kept, since others may write to {place} (chmod 700 it, or set DENSEGRAD_CACHE_DIR "
@@ -242,7 +245,10 @@ def sources(module: str) -> tuple[Source, ...]:
 
 def _as_imported(module: str) -> bool:
     """Whether no source of a kernel has been written since this process began, which may have imported it before."""
-    return all(source.written < _BEGUN for source in sources(module))
+    changed = [source.module for source in sources(module) if source.written >= _BEGUN]
+    if changed:
+        log.debug("a kernel is not kept, since %s has changed while this process runs", changed[0])
+    return not changed
 
 
 @lru_cache(maxsize=1024)
