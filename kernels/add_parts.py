@@ -15,11 +15,11 @@ Bytes and flops
 
 Source: Harris, "Optimizing Parallel Reduction in CUDA", 2007.
 """
-from functools import cache
 
 from numba import cuda
 
 from . import primitives
+from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, WIDEST
 
 

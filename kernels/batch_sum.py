@@ -24,12 +24,12 @@ Bytes and flops
 Source: Harris, "Optimizing Parallel Reduction in CUDA", 2007; Ogita, Rump, Oishi, "Accurate Sum and Dot Product", SIAM
 J. Sci. Comput. 26, 2005 (Sum2: the same sums as Neumaier's of 1974).
 """
-from functools import cache
 
 from numba import cuda, int32
 
 from . import primitives
 from .columns import finish_column
+from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, SECTOR, WIDEST
 
 #: Elements under way where they are picked singly: few, since that takes registers.

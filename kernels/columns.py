@@ -1,10 +1,10 @@
 """The last step of a column: what its sums come to is scaled, added to what is there, rounded once and stored."""
-from functools import cache
 
 from numba import cuda
 
 from ..facts import wide_of
 from . import primitives
+from .primitives.factories import cache
 
 
 @cache

@@ -19,11 +19,11 @@ Bytes and flops
 
 Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
-from functools import cache
 
 from numba import cuda
 
 from . import primitives
+from .primitives.factories import cache
 
 
 @cache

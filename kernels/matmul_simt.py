@@ -42,12 +42,12 @@ Edges
 Source: Boehm, "How to optimize a CUDA matmul kernel for cuBLAS-like performance", 2022; the CUTLASS documentation,
 "Efficient GEMM in CUDA".
 """
-from functools import cache
 
 from numba import cuda, int32
 
 from . import primitives
 from .columns import finish_column
+from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, WIDEST, Line, lanes_of, tile_copy, tile_share
 
 

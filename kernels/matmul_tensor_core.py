@@ -63,12 +63,12 @@ Source: PTX ISA, "mma", "ldmatrix", "cp.async"; Thakkar et al., the CUTLASS docu
 Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
 performance", 2022.
 """
-from functools import cache
 
 from numba import cuda, int32
 
 from ..signatures import Epilogue
 from . import primitives
+from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, LANES, TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
 
 #: what becomes of a part's sums

@@ -34,12 +34,12 @@ Bytes and flops
 Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, sections 6.2 and 6.5; Szegedy et al., "Rethinking the
 Inception Architecture for Computer Vision", 2016, section 7 (smoothing).
 """
-from functools import cache
 
 from numba import cuda
 
 from . import primitives
 from .columns import finish_column
+from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, WIDEST
 
 CROSS_ENTROPY = "cross_entropy"

@@ -61,8 +61,8 @@ OUTSIDE = {
 #: the command line may use the whole package, but only `python -m densegrad` uses the command line
 COMMANDS = SOURCE / "commands"
 #: what kernels may import from outside, and which kind of their primitives more than that
-OF_KERNELS = {"functools", "math", "numba", "typing"}
-OF_PRIMITIVES = {"ptx": {"llvmlite"}, "simulator": {"ml_dtypes", "numpy", "threading"}}
+OF_KERNELS = {"math", "numba", "typing"}
+OF_PRIMITIVES = {"factories": {"functools"}, "ptx": {"llvmlite"}, "simulator": {"ml_dtypes", "numpy", "threading"}}
 
 
 def imports(path, package):

@@ -1,11 +1,10 @@
 """What happens to numbers between memory and sums, as LLVM: formulas on the compiler's values, weights, exp."""
-from functools import cache
-
 from llvmlite import ir
 from numba import types
 
 from ...activations import ENTRIES
 from . import formulas
+from .factories import cache
 from .ptx import _FLOAT, _INT64, _NUMBA, _expand, _fragment_type, _narrow, _pack, _unpack, _widened
 
 

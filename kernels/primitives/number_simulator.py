@@ -1,12 +1,12 @@
 """What happens to numbers between memory and sums, in NumPy: the formulas on arrays, weights and exponentials."""
 import math
-from functools import cache
 
 import ml_dtypes
 import numpy as np
 
 from ...activations import ENTRIES
 from . import formulas
+from .factories import cache
 from .simulator import _TYPE, _quiet
 
 

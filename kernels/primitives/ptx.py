@@ -5,12 +5,12 @@ fragments stay in registers and memory is touched in accesses as wide as asked f
 
 Source: CUDA C++ Programming Guide, "Device Memory Accesses"; PTX ISA, "ld", "st", "cvt".
 """
-from functools import cache
-
 from llvmlite import ir
 from numba import cuda, types
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
+
+from .factories import cache
 
 _INT16, _INT32, _INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _SHARED = 3  # address space

@@ -4,10 +4,11 @@ A fragment is a NumPy array, so that one Python operation does the work of many 
 NaN, and every access is checked against the end of its array.
 """
 import threading
-from functools import cache
 
 import numpy as np
 from numba import cuda
+
+from .factories import cache
 
 _TYPE = {"float32": np.float32, "float64": np.float64}
 

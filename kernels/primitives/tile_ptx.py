@@ -1,9 +1,8 @@
 """Tiles in shared memory as LLVM and PTX: copies into them, products and sums of them, lines of results out of them."""
-from functools import cache
-
 from llvmlite import ir
 from numba import types
 
+from .factories import cache
 from .layout import SECTOR
 from .ptx import (
     _BYTES,

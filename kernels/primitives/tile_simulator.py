@@ -1,8 +1,7 @@
 """Tiles in shared memory in NumPy: copies into them, products and sums of them, lines of results out of them."""
-from functools import cache
-
 import numpy as np
 
+from .factories import cache
 from .layout import ITEM_BYTES, SECTOR
 from .simulator import _TYPE, _quiet
 

@@ -2,11 +2,10 @@
 
 Source: PTX ISA, "Warp-level matrix instructions: mma, ldmatrix" with their pictures of the fragments, and "cp.async".
 """
-from functools import cache
-
 from llvmlite import ir
 from numba import types
 
+from .factories import cache
 from .layout import CHUNK_BYTES, STEP_BYTES
 from .ptx import (
     _INT16,

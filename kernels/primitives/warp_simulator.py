@@ -5,10 +5,10 @@ does the work of all. Asynchronous copies are as late as they may be: their targ
 covers them.
 """
 import threading
-from functools import cache
 
 import numpy as np
 
+from .factories import cache
 from .layout import CHUNK_BYTES, LANES
 from .simulator import _TYPE, _quiet
 

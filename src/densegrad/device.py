@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +84,7 @@ def gpu_missing() -> str:
     return "" if count else "CuPy sees no device"
 
 
-@cache
+@lru_cache(maxsize=16)
 def dtype_of(name: str) -> np.dtype:
     """The NumPy dtype of this name, bfloat16 included."""
     if name == "bfloat16":

@@ -7,7 +7,7 @@ import numbers
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -184,7 +184,7 @@ def _memory(where: Any, name: str, array: Any) -> device.Memory:
     return memory
 
 
-@cache
+@lru_cache(maxsize=64)
 def _name_of(dtype: np.dtype) -> str:
     """The name of a dtype, which NumPy puts together anew for everyone who asks."""
     return dtype.name
