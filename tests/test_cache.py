@@ -1,4 +1,5 @@
 """Machine code that is kept: what its key depends on, and that nothing wrong with the folder gives a wrong kernel."""
+import builtins
 import importlib.metadata
 import json
 import logging
@@ -22,7 +23,7 @@ import pytest
 from cuda import pathfinder
 
 import densegrad
-from densegrad import cache, catalogue, compiler
+from densegrad import cache, calls, catalogue, compiler, device
 from densegrad.compiler import Code
 
 HOPPER = 9, 0
@@ -488,7 +489,7 @@ def test_a_file_in_the_folders_place_costs_the_cache(folder, compiled, caplog):
 
 COMPILED = """
     import json, sys
-    from densegrad import cache, catalogue, compiler
+    from densegrad import cache, calls, catalogue, compiler, device
 
     counted = []
     library_of = compiler.library_of
@@ -507,6 +508,57 @@ def test_a_second_process_compiles_nothing_and_imports_no_compiler(folder):
     assert first[1] == "\x7fELF"
     assert "numba" in first[4]
     assert (first[3], second[3], second[4]) == (1, 0, [])
+
+
+def steps(xp):
+    """Bits of what some calls give, whose kernels are those of every family but one."""
+    x, w, dz = (xp.asarray((np.arange(size).reshape(shape) % 7 - 3).astype("float32")) for size, shape in (
+        (40 * 24, (40, 24)), (24 * 16, (24, 16)), (40 * 16, (40, 16))))
+    results = [*densegrad.dense_grads(x, w, dz), *densegrad.activation_grad(dz, dz, "gelu"),
+               densegrad.bias_grad(dz, compensated=True),
+               densegrad.weight_grad(x.astype("float16"), dz.astype("float16"))]
+    return [result.get().tobytes() for result in results]
+
+
+@pytest.mark.only("gpu")
+def test_with_kept_kernels_calls_neither_compile_nor_import_numba(folder, xp, monkeypatch):
+    """As in a second process: nothing is loaded, and Numba, which the first one has imported, is not asked for."""
+    where, plain_import, asked = device.current(), builtins.__import__, []
+
+    def watched_import(name, globals=None, *rest):
+        if name.partition(".")[0] in ("numba", "llvmlite") and (globals or {}).get("__name__", "").startswith(
+                "densegrad"):
+            asked.append((globals["__name__"], name))
+        return plain_import(name, globals, *rest)
+
+    def forgotten():
+        monkeypatch.setattr(where, "_functions", type(where._functions)())
+        monkeypatch.setattr(calls, "_kept", type(calls._kept)())
+        monkeypatch.setattr(builtins, "__import__", watched_import)
+        asked.clear()
+
+    forgotten()
+    first = steps(xp)
+    assert asked  # the watch sees what compiling imports
+    assert len(cache.kept()) >= 5
+    forgotten()
+    for name in ("library_of", "kernel_of"):
+        monkeypatch.setattr(compiler, name, lambda *of: pytest.fail("compiled in spite of what is kept"))
+    assert (steps(xp), asked) == (first, [])
+
+
+@pytest.mark.only("gpu")
+@pytest.mark.parametrize("damage", [flip(-1), truncate, foreign], ids=lambda damage: damage.__name__)
+def test_a_damaged_file_never_reaches_the_device(damage, folder, xp, monkeypatch, caplog):
+    where, dz = device.current(), xp.ones((5, 3), "float32")
+    for attacked in (False, True, False):
+        monkeypatch.setattr(where, "_functions", type(where._functions)())
+        monkeypatch.setattr(calls, "_kept", type(calls._kept)())
+        if attacked:
+            damage(cache.kept()[0].path)
+        caplog.clear()
+        assert densegrad.bias_grad(dz).tolist() == [5, 5, 5]
+        assert len(warnings(caplog)) == attacked
 
 
 PARAMETERS = """
