@@ -368,3 +368,13 @@ def test_several_warps_share_their_tiles(xp, layouts):
     grads = densegrad.weight_bias_grad(*placed, plan=plan)
     np.testing.assert_array_equal(host(grads.dw), x.T @ dz)
     np.testing.assert_array_equal(host(grads.db), dz.sum(axis=0))
+
+
+def test_results_in_float64_are_stored_in_accesses_of_16_bytes(xp):
+    """Wider ones are for GPUs from capability 10.0 on, and no others link them."""
+    x, dz = (xp.asarray(normal((40, 16), "float32", n)) for n in range(2))
+    for parts in (1, 3):
+        with recorded() as launches:
+            densegrad.weight_grad(x, dz, out=xp.zeros((16, 16), "float64"),
+                                  plan=small_plan(16, 16, 40, "float32", parts))
+        assert launches[-1].constants.result.access == 2

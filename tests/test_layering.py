@@ -44,7 +44,7 @@ ARROWS = {
     "device": {"cache", "compiler", "errors", "launches"},
     "operands": {"device", "errors", "launches"},
     "calls": {"device", "errors", "facts", "launches", "operands"},
-    "prepared": {"calls", "device", "errors", "launches"},
+    "prepared": {"calls", "errors", "launches", "operands"},
     "gradients": {"calls", "errors", "families", "launches", "operands", "upstream"},
     "upstream": {"activations", "calls", "errors", "families", "launches", "operands"},
     "testing": {"activations", "device", "plans", "reference"},

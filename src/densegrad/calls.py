@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 from . import device
 from .device import Seen
-from .errors import DeviceError, DTypeError, PrepareError, ShapeError
+from .errors import DeviceError, DTypeError, OutError, PrepareError, ShapeError
 from .facts import accumulator_of
 from .launches import Clear, Launch, workspace_bytes
-from .operands import LARGEST, Argument, Inputs, Target, accept_integer, accept_number, alpha_type, extent
+from .operands import LARGEST, Argument, Inputs, Target, accept_integer, accept_number, alpha_type, extent, overlap
 
 #: how many layouts of calls are kept, those used last
 MOST_LAYOUTS = 4096
@@ -50,7 +50,7 @@ class Made(NamedTuple):
 
 
 class Number(NamedTuple):
-    """A number that a call fills in: its slot, what the user calls it, and its type."""
+    """A number that a call fills in: its slot, what the user calls it, empty where it means nothing, and its type."""
 
     slot: str
     name: str
@@ -169,8 +169,14 @@ def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: t
         if type(value) is not float or not -largest <= value <= largest:
             value = _checked(where, recipe, recipe.numbers[position], value)
         values[slot] = value
+    if type(values["alpha"]) is not float:
+        _check_apart(where, "alpha", values["alpha"], recipe, outs)
     if recipe.check_values is not None:
         recipe.check_values(arrays, numbers)
+    if _preparing.get() is not None and recipe.copied:
+        raise PrepareError(f"{recipe.copied[0]} would have to be copied at each call: it lies on the host, or no axis "
+                           "of it is contiguous (pass an array on the device, for example "
+                           "cupy.ascontiguousarray(...))")
     pointer = where.current_stream(recipe.place) if stream is None else None
     if pointer is not None:
         return _finished(Bound(where, kept, (arrays, outs, seen), values, pointer), describe, options)
@@ -186,6 +192,8 @@ def _finished(bound: Bound, describe: Callable[..., Recipe], options: tuple) -> 
         bound.launch(bound.stream)
     else:
         bound.describe = lambda arrays, outs: describe(arrays, outs, options)
+        bound.asked = tuple(bound.seen)
+        bound.hold["stream"] = bound.where.stream_in_use()
         preparing.append(bound)
     return bound.delivered()
 
@@ -202,6 +210,20 @@ def _checked(where: Any, recipe: Recipe, number: Number, value: Any) -> Any:
         return accept_number(name, value, dtype)
     check_alpha_memory(memory, recipe.accumulator, recipe.place)
     return value
+
+
+def _check_apart(where: Any, name: str, array: Any, recipe: Recipe, outs: tuple) -> None:
+    """Hold an array that launches read while they write, by its name, apart from the outs.
+
+    Raises
+    ------
+    OutError
+        If one of them overlaps it.
+    """
+    memory = where.memory(array)
+    for made in recipe.made:
+        if made.given and overlap(memory, where.memory(outs[made.position])):
+            raise OutError(f"{made.slot} overlaps {name} in memory (pass another array)")
 
 
 def _as_described(recipe: Recipe, arrays: tuple, seen: list[Any]) -> bool:
@@ -252,9 +274,11 @@ def as_prepared() -> Iterator[list[Bound]]:
 class Bound:
     """One call whose slots are filled in."""
 
-    __slots__ = ("arrays", "describe", "hold", "kept", "outs", "recipe", "results", "seen", "stream", "values", "where")
+    __slots__ = ("arrays", "asked", "describe", "hold", "kept", "outs", "recipe", "results", "seen", "stream", "values",
+                 "where")
 
     describe: Callable[[tuple, tuple], Recipe]
+    asked: tuple[Any, ...]  # what was seen of the arrays that the launches are for
 
     def __init__(self, where: Any, kept: _Kept, operands: tuple[tuple, tuple, list[Any]], values: dict[str, Any],
                  stream: int):
@@ -288,6 +312,7 @@ class Bound:
         values[slot] = value
         if slot == "alpha":
             values["alpha_address"] = 0
+            self.hold.pop(slot, None)
             if type(value) is not float:
                 self.where.wait_for(self.where.seen(value), self.stream)
                 values[slot], values["alpha_address"] = 1.0, self.where.address(value)
@@ -352,34 +377,69 @@ class Bound:
 
     def rebind(self, changes: dict[str, Any]) -> None:
         """Fill other arrays of the same layout and other numbers in, by the names that the user has for them."""
-        arrays, outs, seen = list(self.arrays), list(self.outs), list(self.seen)
-        numbers = {number.name: number for number in self.recipe.numbers}
-        places = {one.slot: (arrays, one.position, one.position) for one in self.recipe.given} | {
-            one.slot: (outs, one.position, len(arrays) + one.position) for one in self.recipe.made if one.given}
-        unknown = changes.keys() - places.keys() - numbers.keys()
-        if unknown:
-            raise PrepareError(f"this call has no {min(unknown)} that can be bound anew; it has "
-                               f"{', '.join([*places, *numbers])}")
-        values = {numbers[name].slot: _checked(self.where, self.recipe, numbers[name], value)
+        recipe, first_out = self.recipe, len(self.arrays)
+        operands, seen = [*self.arrays, *self.outs], list(self.seen)
+        places = {one.slot: one.position for one in recipe.given} | {
+            one.slot: first_out + one.position for one in recipe.made if one.given}
+        numbers = {number.name: number for number in recipe.numbers if number.name}
+        self._check_names(changes, [*places, *numbers])
+        values = {numbers[name].slot: _checked(self.where, recipe, numbers[name], value)
                   for name, value in changes.items() if name in numbers}
         for name in changes.keys() & places.keys():
-            kind, position, number = places[name]
-            found = self.where.seen(changes[name])
-            if found is None or not found.fits(seen[number]):
-                raise PrepareError(f"{name} must have the layout that the call was prepared for, "
-                                   f"{seen[number].layout}; got {found and found.layout} (prepare another call for it)")
-            kind[position], seen[number] = changes[name], found
-        if not _as_described(self.recipe, tuple(arrays), seen):
-            self.describe(tuple(arrays), tuple(outs))
-        if self.recipe.check_values is not None:
-            numbers_now = tuple({**self.values, **values}[number.slot] for number in self.recipe.numbers)
-            self.recipe.check_values(tuple(arrays), numbers_now)
-        self.arrays, self.outs, self.seen = tuple(arrays), tuple(outs), seen
+            position = places[name]
+            seen[position] = self._seen_anew(name, changes[name], position, position >= first_out)
+            operands[position] = changes[name]
+        arrays, outs = tuple(operands[:first_out]), tuple(operands[first_out:])
+        if not _as_described(recipe, arrays, seen):
+            self.describe(arrays, outs)
+        alpha = values.get("alpha", self.hold.get("alpha", 1.0))
+        if type(alpha) is not float:
+            _check_apart(self.where, "alpha", alpha, recipe, outs)
+        if recipe.check_values is not None:
+            now = {**self.values, **values}
+            recipe.check_values(arrays, tuple(now[number.slot] for number in recipe.numbers))
+        if "workspace" in self.hold:
+            self.check_workspace(self.hold["workspace"], operands)
+        self.arrays, self.outs, self.seen = arrays, outs, seen
         for slot, value in values.items():
             self.put_number(slot, value)
         for name in changes.keys() & places.keys():
-            kind, position, number = places[name]
-            self.put_array(name, kind[position], seen[number], False)
+            self.put_array(name, operands[places[name]], seen[places[name]], False)
+
+    def _check_names(self, changes: dict[str, Any], known: list[str]) -> None:
+        made = {one.slot for one in self.recipe.made}
+        for name in changes:
+            if name in made and name not in known:
+                raise PrepareError(f"{name} cannot be bound anew, since the call was prepared without it (pass it to "
+                                   "prepare)")
+            if name not in known:
+                names = dict.fromkeys(one.partition(".")[0] for one in known)
+                raise PrepareError(f"this call has no {name} that can be bound anew; it has {', '.join(names)}")
+
+    def _seen_anew(self, name: str, array: Any, position: int, is_out: bool) -> Seen:
+        """What is seen of an array in the place of one that the call was prepared for."""
+        found, needed = self.where.seen(array), self.asked[position]
+        memory = None if found is None else self.where.memory(array)
+        if is_out and memory is not None and memory.readonly:
+            raise OutError(f"{name} is read-only (pass an array that can be written)")
+        if found is None or not found.fits(needed):
+            got = f"{type(array).__name__}" if found is None else f"{found}"
+            raise PrepareError(f"{name} must have the layout that the call was prepared for, {needed}; got {got} "
+                               "(prepare another call for it)")
+        return found
+
+    def check_workspace(self, workspace: Any, operands: Iterable[Any]) -> None:
+        """Hold a workspace apart from all that is read or written beside it.
+
+        Raises
+        ------
+        PrepareError
+            If it overlaps one of the operands, or an alpha on the device.
+        """
+        memory = self.where.memory(workspace)
+        for array in [*operands, *self.results, self.hold.get("alpha")]:
+            if array is not None and overlap(memory, self.where.memory(array)):
+                raise PrepareError("workspace overlaps an array of the call in memory (pass memory of its own)")
 
 
 def check_alpha_memory(memory: device.Memory, accumulator: str, place: str) -> None:
@@ -388,12 +448,15 @@ def check_alpha_memory(memory: device.Memory, accumulator: str, place: str) -> N
     Raises
     ------
     ShapeError, DTypeError, DeviceError
-        If it is not one number of the type of the sums, where the inputs are.
+        If it is not one number of the type of the sums, aligned, where the inputs are.
     """
     if memory.shape not in ((), (1,)):
         raise ShapeError(f"alpha must be a number, or an array of one number; got shape {memory.shape}")
     if memory.dtype != accumulator:
         raise DTypeError(f"alpha on the device must have the type of the sums, {accumulator}; got {memory.dtype} "
                          f"(convert it with alpha.astype({accumulator!r}))")
+    if memory.byte % memory.dtype.itemsize:
+        raise ShapeError(f"alpha must begin at a multiple of its {memory.dtype.itemsize} bytes; got one at byte "
+                         f"{memory.byte} (pass alpha.copy())")
     if memory.place != place:
         raise DeviceError(f"alpha must lie where the inputs do, on {place}; it is on {memory.place}")

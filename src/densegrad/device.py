@@ -119,6 +119,13 @@ class Seen(NamedTuple):
         (*mine, alignment), (*others, needed) = self.layout, other.layout
         return mine == others and alignment >= needed
 
+    def __str__(self) -> str:
+        shape, strides, dtype, place, *others, alignment = self.layout
+        read_only, kind = others or (False, None)
+        return (f"shape {shape}, strides {strides}, {dtype}, {'read-only ' * read_only}on "
+                f"{_place(place) if kind is None else place}, at a multiple of {alignment} bytes"
+                + (f" ({kind.__name__})" if kind else ""))
+
 
 def alignment_of(address: int) -> int:
     """The largest power of two, up to OPERAND_ALIGNMENT, that divides the address."""
@@ -182,12 +189,8 @@ class Simulator:
 
     @contextlib.contextmanager
     def using(self, stream: Any, place: str) -> Iterator[int]:
-        """No stream, whichever is asked for. What is neither a stream nor Numba's stand-in for one is refused."""
-        from numba import cuda
-
-        if stream is not None and not isinstance(stream, cuda.stream):
-            stream_pointer(stream)
-        yield 0
+        """No stream, whichever is asked for."""
+        yield 0 if stream is None else self.pointer(stream)
 
     def current_stream(self, place: str) -> int | None:
         """The stream that is used where none is asked for."""
@@ -205,6 +208,17 @@ class Simulator:
         """Where a number lies that kernels can read as one of this type, or None if it is one of the host's."""
         on_device = isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype == accumulator
         return self.memory(value) if on_device else None
+
+    def pointer(self, stream: Any) -> int:
+        """No stream, whichever is asked for. What is neither a stream nor Numba's stand-in for one is refused."""
+        from numba import cuda
+
+        if not isinstance(stream, cuda.stream):
+            stream_pointer(stream)
+        return 0
+
+    def stream_in_use(self) -> None:
+        """What has to be kept so that the stream in use stays: nothing."""
 
     def capturing(self, stream: int) -> bool:
         """Whether what is queued on the stream is recorded and not done."""
@@ -281,7 +295,8 @@ class SimulatedAddress:
         span = sum((size - 1) * abs(stride) for size, stride in zip(array.shape, array.strides, strict=True))
         self.origin = first // array.itemsize
         self.cells = np.lib.stride_tricks.as_strided(
-            array[lowest], (span // array.itemsize + 1,), (array.itemsize,), writeable=array.flags.writeable)
+            array[lowest] if lowest else array, (span // array.itemsize + 1,), (array.itemsize,),
+            writeable=array.flags.writeable)
         self.byte = self.cells.__array_interface__["data"][0] + first
 
     def __int__(self) -> int:
@@ -425,6 +440,14 @@ class Gpu:
         if place != HOST and place != _place(cuda.runtime.getDevice()):
             return None
         return cuda.get_current_stream().ptr
+
+    def pointer(self, stream: Any) -> int:
+        """The pointer of a stream, as `stream_pointer` finds it."""
+        return stream_pointer(stream)
+
+    def stream_in_use(self) -> Any:
+        """CuPy's current stream, which lives as long as this is kept."""
+        return self.cupy.cuda.get_current_stream()
 
     def capturing(self, stream: int) -> bool:
         """Whether what is queued on the stream is recorded and not done."""

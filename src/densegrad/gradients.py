@@ -56,8 +56,10 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
         Whether exactly what the additions of a sum round away is added up beside it, and to it in the end: within 2
         units in the last place of the exact sum, unless that nearly cancels (see Notes). About 7 additions an element
         instead of 1, and no more bytes to read.
-    alpha : float
-        What the sum is multiplied by, before it is added into `out` or rounded: 1/S of a mean loss, for example.
+    alpha : float, or array of no dimensions on the device
+        What the sum is multiplied by, before it is added into `out` or rounded: 1/S of a mean loss, for example. An
+        array has the type of the sums and is read by the kernels, never fetched: the gradient of a loss that is further
+        scaled, for example.
     out : array, optional
         Where to write db; its dtype may be another one, and is rounded to once. Any strides that keep its elements
         apart, of whole elements and with leading axes that flatten to one; NumPy's arrays beside a GPU may have others.
@@ -137,9 +139,7 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
         Which axis of dz counts samples: 0, or 1 if dz is handed over transposed.
     weight_layout : "in_out" or "out_in"
         Whether dw has shape (D, M), or (M, D) as in PyTorch.
-    alpha : float
-        What the result is multiplied by, before it is added into `out` or rounded: 1/S of a mean loss, for example.
-    out, accumulate, stream
+    alpha, out, accumulate, stream
         As in `bias_grad`.
     precision : None, "ieee", "tf32" or "tf32x3"
         How products are computed: "ieee" on FMA units, as IEEE 754 says. float16 and bfloat16 go to tensor cores by
@@ -205,7 +205,8 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
     Parameters
     ----------
     x, dz, batch_axis, weight_layout, alpha, precision, accumulate, plan, stream
-        As in `weight_grad`; alpha scales both. db is summed in float32 whatever the precision.
+        As in `weight_grad`; alpha scales both. db is summed in float32 whatever the precision. accumulate may name
+        "dw" or "db" alone, and each has a dtype of its own in `out`.
     keepdims : bool
         Whether db has shape (1, M) instead of (M,).
     out : WeightBiasGrads of arrays or None, optional
@@ -403,7 +404,7 @@ def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     if alone is not None:
         launches += batch_sum.launches(_bias_plan(plans.db, inputs), gradient, alone.result, ALPHA, behind)
     return recipe_of(inputs, (inputs.x, inputs.w, inputs.dz, above.z, above.weights), targets, launches,
-                     (("parameter", "negative_slope"),))
+                     (above.parameter,))
 
 
 def _like(matrix: Matrix) -> Matrix:

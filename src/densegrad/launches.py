@@ -16,6 +16,8 @@ from .signatures import MatrixAt, Scale
 ALIGNMENT = 256
 #: up to which alignments of operands are told apart: no kernel asks for more than a sector of memory
 OPERAND_ALIGNMENT = 32
+#: the widest access to memory, in bytes
+WIDEST = 16
 
 
 class Slot(NamedTuple):
@@ -76,7 +78,8 @@ class Matrix:
         """How many elements along the columns one access can take: a power of two, at most most."""
         if self.col_stride != 1:
             return 1
-        size, width = SIZES[self.dtype], most
+        size = SIZES[self.dtype]
+        width = min(most, WIDEST // size)
         while width > 1 and (self.cols % width or (self.rows > 1 and self.row_stride % width)
                              or self.alignment % (width * size)):
             width //= 2
@@ -101,6 +104,9 @@ class Clear:
     """Zeros in a room of the workspace, by a memset on the stream of the launches. Counts as no launch."""
 
     room: Room
+
+    def __str__(self) -> str:
+        return f"zeros[{self.room.items} {self.room.dtype}]({_shown(self.room)})"
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import device
 from .calls import Bound, as_prepared
 from .errors import PrepareError
 from .launches import ALIGNMENT, Clear, Launch
+from .operands import accept_tuple
 
 
 class Prepared:
@@ -39,37 +39,43 @@ class Prepared:
             `result`, the same arrays each time.
         """
         bound = self._bound
-        bound.launch(bound.stream if stream is None else device.stream_pointer(stream))
+        bound.launch(bound.stream if stream is None else bound.where.pointer(stream))
         return self.result
 
-    def rebind(self, **arrays: Any) -> Prepared:
+    def rebind(self, *, out: Any = None, **arrays: Any) -> Prepared:
         """Take other arrays of the same layout, or other numbers, by the names that the function has for them.
 
         Parameters
         ----------
+        out : array or tuple of arrays and None, optional
+            Where to write from now on, as the function takes it; what is None stays. The call must have been prepared
+            with `out`.
         **arrays
-            Arrays of the call, for example x, dz and out, of the same shape, strides, dtype, alignment and place as
-            those before; and numbers, for example alpha.
+            Arrays of the call, for example x and dz, of the same kind, shape, strides, dtype and place as those
+            before, and aligned to as much; and numbers, for example alpha.
 
         Returns
         -------
         Prepared
-            This call. Graphs that were captured before keep the arrays that they were captured with.
+            This call. Graphs that were captured before keep the arrays and numbers that they were captured with.
 
         Raises
         ------
         PrepareError
-            If the call has no such array, or the layout is another one.
-        OutError, ValueError
-            If an array overlaps a result, or holds labels that are no classes.
+            If the call has no such array, or the layout is another one. Nothing is bound then.
+        OutError, ValueError, TypeError
+            As the function: if arrays overlap, an out is read-only, labels are no classes or numbers out of range.
         """
-        out = arrays.pop("out", None)
-        outs = {} if out is None else {"out": out}
-        if isinstance(out, tuple):
-            outs = {f"out.{field}": array for field, array in zip(self.result._fields, out, strict=True)
-                    if array is not None}
+        several = isinstance(self.result, tuple)
+        if out is None:
+            outs = {}
+        elif several:
+            named = accept_tuple("out", out, type(self.result))._asdict()
+            outs = {f"out.{field}": array for field, array in named.items() if array is not None}
+        else:
+            outs = {"out": out}
         self._bound.rebind(arrays | outs)
-        if isinstance(out, tuple):
+        if several:
             self.result = self.result._replace(**{name.removeprefix("out."): array for name, array in outs.items()})
         elif outs:
             self.result = out
@@ -139,12 +145,10 @@ def prepare(function: Callable[..., Any], *arguments: Any, workspace: Any = None
     if len(found) != 1:
         raise TypeError(f"function must be one of this package's that computes gradients; got {function!r}")
     bound = found[0]
-    for name in bound.recipe.copied:
-        raise PrepareError(f"{name} would have to be copied at each call: it lies on the host, or no axis of it is "
-                           "contiguous (pass an array on the device, for example cupy.ascontiguousarray(...))")
     if workspace is not None:
         _check_workspace(bound, workspace)
-    bound.put_workspace(workspace)
+    with bound.where.using(bound.stream, bound.recipe.place):
+        bound.put_workspace(workspace)
     return Prepared(bound, result)
 
 
@@ -161,4 +165,6 @@ def _check_workspace(bound: Bound, workspace: Any) -> None:
                            f"'uint8'); got shape {memory.shape} of {memory.dtype}")
     if memory.byte % ALIGNMENT or memory.place != bound.recipe.place or memory.readonly:
         raise PrepareError(f"workspace must begin at a multiple of {ALIGNMENT} bytes, be writable, and lie on "
-                           f"{bound.recipe.place}; got one at byte {memory.byte} on {memory.place}")
+                           f"{bound.recipe.place}; got {'a read-only one' if memory.readonly else 'one'} at byte "
+                           f"{memory.byte} on {memory.place}")
+    bound.check_workspace(workspace, (*bound.arrays, *bound.outs))

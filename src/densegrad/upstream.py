@@ -46,6 +46,11 @@ class Above:
     labels: Argument | None = None
 
     @property
+    def parameter(self) -> tuple[str, str]:
+        """The slot of an activation's parameter and what users call it: nothing where it means nothing."""
+        return "parameter", "negative_slope" if self.name == "leaky_relu" else ""
+
+    @property
     def arguments(self) -> tuple[Argument, ...]:
         """The arrays that it reads beside the gradient."""
         return tuple(argument for argument in (self.z, self.weights, self.labels) if argument is not None)
@@ -148,10 +153,10 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
         Which axis of da and z counts samples: 0, or 1 if they are handed over transposed.
     keepdims : bool
         Whether db has shape (1, M) instead of (M,).
-    alpha : float
-        What dz is multiplied by besides: 1/S of a mean loss, for example. A number of the host's. dz is rounded to its
-        dtype with alpha in it, so that a small alpha loses what float16 has no room for: scale the loss up against
-        that, and the sums down. `dense_grads` scales its sums only.
+    alpha : float, or array of no dimensions on the device
+        What dz is multiplied by besides: 1/S of a mean loss, for example; see `bias_grad`. dz is rounded to its dtype
+        with alpha in it, so that a small alpha loses what float16 has no room for: scale the loss up against that, and
+        the sums down. `dense_grads` scales its sums only.
     out : OutputGrads of arrays or None, optional
         Where to write dz and db, each as in `bias_grad`. `out.dz` has the dtype of da, and may be da or z itself.
     accumulate : bool
@@ -200,7 +205,7 @@ def _describe_activation(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     da, z, sample_weight = arrays
     inputs = accept(dz=da, batch_axis=batch_axis, name="da")
     above = accept_activation(inputs, (activation, stray), z, batch_axis, sample_weight)
-    recipe = _describe(inputs, above, outs, (batch_axis, *rest), (("parameter", "negative_slope"),))
+    recipe = _describe(inputs, above, outs, (batch_axis, *rest), (above.parameter,))
     return replace(recipe, in_place=((0, 0), (0, 1)))
 
 
@@ -227,7 +232,7 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
         How much of the target is spread evenly over all classes.
     sample_weight, batch_axis, keepdims, out, accumulate, plan, stream
         As in `activation_grad`; `out.dz` may be z itself.
-    alpha : float
+    alpha : float, or array of no dimensions on the device
         What dz is multiplied by: 1.0 for the sum of the samples' losses; for their mean, 1 over their number, without
         those that are ignored. dz is rounded to its dtype with alpha in it, as in `activation_grad`.
 
@@ -267,13 +272,18 @@ def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_s
     >>> cross_entropy_grad(z, labels, sample_weight=weight, alpha=1 / weight.sum()).db
     array([-0.25,  0.25], dtype=float32)
     """
-    smoothing = accept_number("label_smoothing", label_smoothing)
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"label_smoothing must be between 0 and 1; got {label_smoothing}")
+    smoothing = _accept_smoothing(label_smoothing)
     options = batch_axis, keepdims, as_names(accumulate), plan
     outs = accept_tuple("out", out, OutputGrads)
     return OutputGrads(*call(_describe_cross_entropy, (z, labels, sample_weight), outs, options,
                              (alpha, smoothing, ignore_index), stream))
+
+
+def _accept_smoothing(label_smoothing: Any) -> float:
+    smoothing = accept_number("label_smoothing", label_smoothing)
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1; got {label_smoothing}")
+    return smoothing
 
 
 def _describe_cross_entropy(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
@@ -286,6 +296,7 @@ def _describe_cross_entropy(arrays: tuple, outs: tuple, options: tuple) -> Recip
     classes = inputs.out_features
 
     def check_values(arrays: tuple, numbers: tuple) -> None:
+        _accept_smoothing(numbers[1])
         check_label_values(arrays[1], classes, numbers[2], arrays[2])
 
     return replace(recipe, in_place=((0, 0),), check_values=check_values)
