@@ -112,12 +112,27 @@ def test_commands_run(command):
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+def code(*, gpu):
+    """(page, its blocks of Python): those that need a GPU say so by importing CuPy, and stand alone."""
+    for name, text in PAGES.items():
+        chosen = [block for _, block in blocks(text, "python") if ("import cupy" in block) == gpu]
+        if chosen:
+            yield pytest.param(name, chosen, id=name)
+
+
 @pytest.mark.only("simulator")
-@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if "```python" in text])
-def test_code_runs(page):
+@pytest.mark.parametrize(("page", "found"), code(gpu=False))
+def test_code_runs(page, found):
     names = {}
-    for _, block in blocks(PAGES[page], "python"):
+    for block in found:
         exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.only("gpu")
+@pytest.mark.parametrize(("page", "found"), code(gpu=True))
+def test_code_for_a_gpu_runs(page, found):
+    for block in found:
+        exec(compile(block, page, "exec"), {})
 
 
 def test_the_readme_shows_an_error_as_it_is():
