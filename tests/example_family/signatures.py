@@ -1,0 +1,36 @@
+"""What the kernel of squared norms is made of and what it takes."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from densegrad.facts import wide_of
+from densegrad.signatures import Address, ColumnAt, Integer, MatrixAt, Scale
+
+
+class SquareNorms(NamedTuple):
+    """The squared norms of rows."""
+
+    dtype: str  # of the source
+    accumulator: str  # type of the sums
+    result: str  # dtype of the result
+    adders: int  # threads of a row
+    rows_of_block: int
+    accumulate: bool  # whether the result is added to
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return wide_of(self.accumulator, self.result)
+
+
+class SquareNormsArguments(NamedTuple):
+    """result[r] = alpha * sum over c of source[r, c]²."""
+
+    source: MatrixAt
+    rows: Integer
+    cols: Integer
+    cols_per_part: Integer
+    partial: Address  # (parts, rows): the sum of each part
+    arrivals: Address  # one for each block along the rows, zeros: how many parts are there
+    result: ColumnAt
+    alpha: Scale
