@@ -194,12 +194,15 @@ class Rehearsed:
             if line.space == "global" and line.threads:
                 requests[line.kind][line.width] += line.requests
         return Counts(
-            kernel, executed.block[0] * executed.block[1] * executed.block[2], counters.shared_bytes_per_cta,
-            counters.global_load_sectors, counters.global_store_sectors, requests["load"], requests["store"],
-            counters.warp_instructions, counters.thread_instructions, counters.warp_by_class,
-            counters.shared_load_wavefronts, counters.shared_load_ideal,
-            counters.shared_store_wavefronts, counters.shared_store_ideal,
-            launched, executed.shared)
+            kernel, executed.block[0] * executed.block[1] * executed.block[2],
+            shared_bytes=counters.shared_bytes_per_cta,
+            load_sectors=counters.global_load_sectors, store_sectors=counters.global_store_sectors,
+            loads=requests["load"], stores=requests["store"],
+            warp_instructions=counters.warp_instructions, thread_instructions=counters.thread_instructions,
+            by_class=counters.warp_by_class,
+            shared_load_wavefronts=counters.shared_load_wavefronts, shared_load_ideal=counters.shared_load_ideal,
+            shared_store_wavefronts=counters.shared_store_wavefronts, shared_store_ideal=counters.shared_store_ideal,
+            launched=launched, dynamic_bytes=executed.shared)
 
     def code(self, counts: Counts, capability: str) -> Code:
         """Judge the kernel as linked for this compute capability.
@@ -276,9 +279,12 @@ class Profiled:
             raise Skipped("Nsight Compute's report has fewer launches than the rows made") from None
         ideal = {kind: seen[f"shared_{kind}_wavefronts"] - seen[f"shared_{kind}_conflicts"]
                  for kind in ("load", "store")}
-        return Counts(launch.kernel, launch.block, 0, seen["load_sectors"], seen["store_sectors"], Unseen(), Unseen(),
-                      seen["warp_instructions"], seen["thread_instructions"], Unseen(), seen["shared_load_wavefronts"],
-                      ideal["load"], seen["shared_store_wavefronts"], ideal["store"])
+        return Counts(launch.kernel, launch.block, 0, load_sectors=seen["load_sectors"],
+                      store_sectors=seen["store_sectors"], loads=Unseen(), stores=Unseen(),
+                      warp_instructions=seen["warp_instructions"], thread_instructions=seen["thread_instructions"],
+                      by_class=Unseen(),
+                      shared_load_wavefronts=seen["shared_load_wavefronts"], shared_load_ideal=ideal["load"],
+                      shared_store_wavefronts=seen["shared_store_wavefronts"], shared_store_ideal=ideal["store"])
 
     def code(self, counts: Counts, capability: str) -> Code:
         """Not here."""

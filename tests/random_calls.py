@@ -473,7 +473,8 @@ class Call:
             old = self.old[name].astype(np.float64)
             exact, magnitude, chain = exact + old, magnitude + np.abs(old), chain + 1
         return exact, error_bound(magnitude, exact, chain, terms, self.dtype, self.out_dtypes[name],
-                                  self.options.get("compensated", False), product_error, alpha, lost)
+                                  compensated=self.options.get("compensated", False), product_error=product_error,
+                                  alpha=alpha, lost=lost)
 
     def _plans_of(self, name, plans):
         """The plans that a result may have been computed by."""

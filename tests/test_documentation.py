@@ -121,7 +121,7 @@ def code(*, gpu):
 
 
 @pytest.mark.only("simulator")
-@pytest.mark.parametrize(("page", "found"), code(gpu=False))
+@pytest.mark.parametrize(("page", "found"), list(code(gpu=False)))
 def test_code_runs(page, found):
     names = {}
     for block in found:
@@ -129,7 +129,7 @@ def test_code_runs(page, found):
 
 
 @pytest.mark.only("gpu")
-@pytest.mark.parametrize(("page", "found"), code(gpu=True))
+@pytest.mark.parametrize(("page", "found"), list(code(gpu=True)))
 def test_code_for_a_gpu_runs(page, found):
     for block in found:
         exec(compile(block, page, "exec"), {})

@@ -93,6 +93,69 @@ def test_arrows_go_one_way(module):
     assert foreign == {name for name in foreign if module in OUTSIDE.get(name, ())}
 
 
+def reached(module):
+    """All that a module imports, directly or not: others of the package by their paths, the rest by their names."""
+    found, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            path = SOURCE / f"{name}.py" if not name.startswith("kernels/") else KERNELS.parent / f"{name}.py"
+            own, outside = imports(path, "densegrad")
+            found |= outside - sys.stdlib_module_names
+            waiting += [other for one in own for other in _paths(name, one)]
+    return found - {module}
+
+
+def _paths(module, imported):
+    """The modules that a name stands for which a module imports: a package's are its __init__ and what is beside."""
+    folder = Path(module).parent
+    for _ in range(len(imported) - len(imported.lstrip("."))):
+        folder = folder.parent
+    name = imported.lstrip(".")
+    place = (folder / name).as_posix() if name else folder.as_posix()
+    base = KERNELS.parent if place.startswith("kernels") else SOURCE
+    if (base / place).is_dir():
+        inside = [path.relative_to(base).with_suffix("").as_posix() for path in (base / place).glob("*.py")]
+        return [one for one in inside if place != "kernels" or one == "kernels/__init__"]
+    return [place] if (base / f"{place}.py").exists() else []
+
+
+#: modules that say what is launched, and what that is made of
+OF_VALUES = ["facts", "signatures", "launches", "plans", *(name for name in ARROWS if name.startswith("families/"))]
+
+
+@pytest.mark.parametrize("module", OF_VALUES)
+def test_what_is_launched_is_said_without_device_arrays_or_compiler(module):
+    """Not in a roundabout way either."""
+    allowed = {"errors", *OF_VALUES}
+    assert reached(module) <= allowed
+
+
+def test_nothing_imports_itself_in_a_roundabout_way():
+    for module in ARROWS:
+        own, _ = imports(SOURCE / f"{module}.py", "densegrad")
+        for other in {path for one in own for path in _paths(module, one)} - {"families/__init__"}:
+            assert module not in reached(other), (module, other)
+
+
+def test_launches_are_made_without_numba_cupy_and_device():
+    """In a fresh process, with a package that stands for densegrad and imports nothing by itself."""
+    program = (
+        "import sys, types; package = types.ModuleType('densegrad'); package.__path__ = [sys.argv[1]]; "
+        "sys.modules['densegrad'] = package; from importlib import import_module; "
+        "from densegrad.families import FAMILIES; import densegrad.plans; "
+        "made = [launch for family in FAMILIES for _, launch in import_module(family).variants()]; "
+        "assert len(made) > 100 and all(map(str, made)); "
+        "foreign = {'numba', 'cupy', 'cuda', 'llvmlite', 'numpy', 'ml_dtypes', 'torch'} & set(sys.modules); "
+        "own = {name for name in sys.modules if name.startswith('densegrad.')}; "
+        "print(*sorted(foreign), *sorted(name for name in own if name.partition('.')[2] in sys.argv[2:]))")
+    others = [module.replace("/", ".") for module in ARROWS if module not in {"errors", *OF_VALUES}]
+    found = subprocess.run([sys.executable, "-c", program, str(SOURCE), *others], capture_output=True, text=True,
+                           timeout=120)
+    assert (found.returncode, found.stdout.strip(), found.stderr) == (0, "", "")
+
+
 def test_every_module_has_its_arrows():
     paths = [*SOURCE.glob("*.py"), *(SOURCE / "families").glob("*.py")]
     assert {path.relative_to(SOURCE).with_suffix("").as_posix() for path in paths} == ARROWS.keys()

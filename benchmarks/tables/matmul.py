@@ -59,11 +59,13 @@ def _draw(shape: tuple[int, int], dtype: str, seed: int, along_batch: bool) -> A
 def _plan(sizes: tuple[int, int, int], tile: tuple[int, ...], dtype: str = "float32", parts: int = 1) -> MatmulPlan:
     samples, in_features, out_features = sizes
     rows, cols, depth, thread_rows, thread_cols = tile
-    return MatmulPlan(in_features, out_features, samples, dtype, rows, cols, depth, thread_rows, thread_cols, parts)
+    return MatmulPlan(in_features, out_features, samples, dtype, rows, cols, tile_depth=depth, thread_rows=thread_rows,
+                      thread_cols=thread_cols, parts=parts)
 
 
 def _weight_grad(machine: Rehearsed, sizes: tuple[int, int, int], tile: tuple[int, ...], dtype: str = "float32",
-                 along_batch: tuple[bool, bool] = (False, False), parts: int = 1, bias: bool = False) -> list[Counts]:
+                 *, along_batch: tuple[bool, bool] = (False, False), parts: int = 1,
+                 bias: bool = False) -> list[Counts]:
     """The counts of weight_grad, or of weight_bias_grad, whose results are checked."""
     samples, in_features, out_features = sizes
     x = _draw((samples, in_features), dtype, 1, along_batch[0])
@@ -111,7 +113,7 @@ class MainLoop:
         """Execute it once, link it for the compute capability, and read its main loop."""
         rows, cols, depth, *_ = self.tile
         counts, *_ = _weight_grad(machine, (2 * depth, rows, cols), self.tile, self.dtype,
-                                  ORIENTATIONS[self.orientation])
+                                  along_batch=ORIENTATIONS[self.orientation])
         code = machine.code(counts, self.capability)
         return {
             "tile": "x".join(map(str, self.tile)), "orientation": self.orientation, "dtype": self.dtype,

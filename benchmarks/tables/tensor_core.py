@@ -45,7 +45,7 @@ def plan_of(kind: str, function: str, samples: int, in_features: int, out_featur
     dtype, precision = KINDS[kind]
     sizes = (in_features, out_features, samples) if function == "weight_grad" else (samples, in_features, out_features)
     return plan_of_tile(*sizes, dtype, precision, TENSOR_CORE_TILES[2 if kind == "tf32x3" else 0],
-                        TENSOR_CORE_CAPABILITY if kind in NEWER else FLOAT16_CAPABILITY)
+                        capability=TENSOR_CORE_CAPABILITY if kind in NEWER else FLOAT16_CAPABILITY)
 
 
 def arrays_of(kind: str, orientation: str, samples: int, in_features: int, out_features: int) -> tuple[Any, ...]:

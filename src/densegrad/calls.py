@@ -99,8 +99,8 @@ def recipe_of(inputs: Inputs, given: Sequence[Argument | None], targets: Sequenc
         tuple(_made(target, position) for position, target in enumerate(targets) if target is not None),
         (Number("alpha", "alpha", alpha_type(inputs, made)),
          *(Number(slot, name, types[slot]) for slot, name in numbers)),
-        inputs.place, accumulator, next(n for n, argument in enumerate(given) if argument is inputs.dz),
-        tuple(_span(argument) for argument in [*given, *(None if target is None else target.argument
+        inputs.place, accumulator, like=next(n for n, argument in enumerate(given) if argument is inputs.dz),
+        spans=tuple(_span(argument) for argument in [*given, *(None if target is None else target.argument
                                                          for target in targets)]))
 
 

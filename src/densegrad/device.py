@@ -353,7 +353,7 @@ class Gpu:
         shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
         strides = interface.get("strides") or np.empty(shape, np.void(dtype.itemsize).dtype).strides
         return Memory(shape, tuple(strides), dtype, byte, readonly, _place(self._device_of(byte)),
-                      interface.get("stream"))
+                      stream=interface.get("stream"))
 
     def seen(self, array: Any) -> Seen | None:
         """What a call sees of the array, or None if it is none that kernels can use."""

@@ -62,7 +62,8 @@ class Matrix:
     @property
     def T(self) -> Matrix:
         """The transposed matrix, in the same memory."""
-        return Matrix(self.address, self.dtype, self.cols, self.rows, self.col_stride, self.row_stride, self.alignment)
+        return Matrix(self.address, self.dtype, self.cols, self.rows, self.col_stride, self.row_stride,
+                      alignment=self.alignment)
 
     @property
     def at(self) -> MatrixAt:

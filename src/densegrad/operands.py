@@ -57,7 +57,8 @@ class Argument:
             row_stride = cols
         if rows and cols and col_stride != 1 and row_stride != 1 and not any_strides:
             row_stride, col_stride, compact = cols, 1, True
-        return cls(name, array, memory, dtype, rows, cols, row_stride, col_stride, compact)
+        return cls(name, array, memory, dtype, rows, cols, row_stride=row_stride, col_stride=col_stride,
+                   compact=compact)
 
     @property
     def layout(self) -> str:
@@ -70,7 +71,8 @@ class Argument:
     def matrix(self) -> Matrix:
         """What launches know of it; its slot has its name."""
         alignment = ALIGNMENT if self.compact else device.alignment_of(self.memory.byte)
-        return Matrix(Slot(self.name), self.dtype, self.rows, self.cols, self.row_stride, self.col_stride, alignment)
+        return Matrix(Slot(self.name), self.dtype, self.rows, self.cols, self.row_stride, self.col_stride,
+                      alignment=alignment)
 
     @property
     def T(self) -> Argument:
@@ -162,7 +164,7 @@ def accept(*, dz: Any, x: Any = None, w: Any = None, batch_axis: int = 0, weight
         arguments["w"] = arguments["w"].T
     batch_shape = shapes["dz"][1:] if batch_axis else shapes["dz"][:-1]
     return Inputs(where, memories["dz"].place, dtypes["dz"], batch_shape,
-                  arguments.get("x"), arguments.get("w"), arguments["dz"])
+                  x=arguments.get("x"), w=arguments.get("w"), dz=arguments["dz"])
 
 
 def _batch_axis(batch_axis: Any) -> int:
@@ -436,7 +438,7 @@ class Target:
         *batch, cols = self.shape
         rows = math.prod(batch)
         row_stride, col_stride = (1, rows) if self.features_first else (cols, 1)
-        return Matrix(Slot(self.name), self.dtype, rows, cols, row_stride, col_stride, NEW_ALIGNMENT)
+        return Matrix(Slot(self.name), self.dtype, rows, cols, row_stride, col_stride, alignment=NEW_ALIGNMENT)
 
 
 def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accumulate: bool,

@@ -206,7 +206,7 @@ def bits(array: Any) -> np.ndarray:
 
 
 def error_bound(magnitude: np.ndarray, exact: np.ndarray, chain: int, terms: int, dtype: str,
-                result_dtype: str | None = None, compensated: bool = False, product_error: float = 0.0,
+                result_dtype: str | None = None, *, compensated: bool = False, product_error: float = 0.0,
                 alpha: float = 1.0, lost: np.ndarray | float = 0.0) -> np.ndarray:
     """What the error of a sum of products may be, entry by entry.
 
@@ -271,7 +271,7 @@ def dz_bound(exact: np.ndarray, scale: np.ndarray | float, roundings: float, dty
 
 
 def expected(function: str, arrays: tuple[np.ndarray, ...], options: dict[str, Any], chain: int,
-             result_dtype: str | None = None, old: np.ndarray | None = None,
+             result_dtype: str | None = None, old: np.ndarray | None = None, *,
              product_error: float = 0.0, operand_error: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """What a public function should give, in float64, and how far it may be off.
 

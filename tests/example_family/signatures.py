@@ -24,7 +24,7 @@ class SquareNorms(NamedTuple):
 
 
 class SquareNormsArguments(NamedTuple):
-    """result[r] = alpha * sum over c of source[r, c]²."""
+    """target[r] = alpha * sum over c of source[r, c]²."""
 
     source: MatrixAt
     rows: Integer
@@ -32,5 +32,5 @@ class SquareNormsArguments(NamedTuple):
     cols_per_part: Integer
     partial: Address  # (parts, rows): the sum of each part
     arrivals: Address  # one for each block along the rows, zeros: how many parts are there
-    result: ColumnAt
+    target: ColumnAt
     alpha: Scale

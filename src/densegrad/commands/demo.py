@@ -100,13 +100,13 @@ def compare_gradients(digits: Digits) -> list[Comparison]:
     losses = _Differences(wide_x, wide_w, wide_b, labels)
     rounding = losses.rounding / _NUDGE
     return [
-        _compare("dW", weight_grad, reference.weight_grad, (x, dz), BATCH, losses.over_weights(),
-                 _left_out((np.abs(wide_x) ** 3).mean(axis=0))[:, None] + rounding),
-        _compare("db", bias_grad, reference.bias_grad, (dz,), BATCH, losses.over_bias(),
-                 _left_out(np.ones(1)) + rounding),
+        _compare("dW", weight_grad, reference.weight_grad, (x, dz), BATCH,
+                 (losses.over_weights(), _left_out((np.abs(wide_x) ** 3).mean(axis=0))[:, None] + rounding)),
+        _compare("db", bias_grad, reference.bias_grad, (dz,), BATCH,
+                 (losses.over_bias(), _left_out(np.ones(1)) + rounding)),
         # A pixel's loss is its sample's share of the mean.
-        _compare("dX", input_grad, reference.input_grad, (dz, w), CLASSES, losses.over_inputs(),
-                 (_left_out(np.ptp(wide_w, axis=1) ** 3) + rounding) / BATCH),
+        _compare("dX", input_grad, reference.input_grad, (dz, w), CLASSES,
+                 (losses.over_inputs(), (_left_out(np.ptp(wide_w, axis=1) ** 3) + rounding) / BATCH)),
     ]
 
 
@@ -116,14 +116,16 @@ def _left_out(cubes: np.ndarray) -> np.ndarray:
 
 
 def _compare(name: str, function: Callable, meaning: Callable, arrays: tuple[np.ndarray, ...], terms: int,
-             differences: np.ndarray, difference_error: np.ndarray) -> Comparison:
+             differences: tuple[np.ndarray, np.ndarray]) -> Comparison:
+    """A gradient against float64, and against (central differences, how far those are off)."""
+    by_differences, difference_error = differences
     with recorded() as launches:
         result = function(*arrays)
     exact, magnitude = meaning(*arrays), meaning(*map(np.abs, arrays))
     bound = error_bound(magnitude, exact, max(launch.plan.chain for launch in launches), terms, "float32")
     difference_bound = bound + ROUNDOFF["float32"] * magnitude + difference_error
     return Comparison(name, exact.shape, *compare(result, exact, bound),
-                      *compare(result, differences, difference_bound))
+                      *compare(result, by_differences, difference_bound))
 
 
 class _Differences:

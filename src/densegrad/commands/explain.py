@@ -101,7 +101,8 @@ def work_out(samples: int = 2, features: int = 4, outputs: int = 3) -> Example:
         Way("densegrad.bias_grad(dz)", bias_grad(cancelling)),
         Way("densegrad.bias_grad(dz, compensated=True)", bias_grad(cancelling, compensated=True)),
     )
-    return Example(x, w, b, x @ w + b, dz, db, dw, bias_ways, weight_ways, rounding_ways)
+    return Example(x, w, b, x @ w + b, dz, db, dw=dw, bias_ways=bias_ways, weight_ways=weight_ways,
+                   rounding_ways=rounding_ways)
 
 
 def pages(example: Example) -> Iterator[tuple[str, str]]:

@@ -158,7 +158,8 @@ class _Picture:
                 ("dZ", e.dz, "samples", "outputs", "samples", "="),
                 ("dW", e.dw, "features", "outputs", "", "")):
             width, first = values.shape[1] * cell, middle - len(values) * row / 2
-            self.matrix(left, first, values, row_axis, col_axis, tint, _SMALL, 700 if name == "dW" else 500)
+            self.matrix(left, first, values, row_axis, col_axis, tint, cell=_SMALL,
+                        weight=700 if name == "dW" else 500)
             self.text(left + width / 2, middle + half + 26, name, 16, "middle", 700)
             if col_axis == "samples":
                 self.bracket_above(left, first, width, col_axis)
@@ -231,7 +232,7 @@ class _Picture:
 
     # The strokes.
 
-    def matrix(self, x: float, y: float, values: np.ndarray, row_axis: str, col_axis: str, tint: str,
+    def matrix(self, x: float, y: float, values: np.ndarray, row_axis: str, col_axis: str, tint: str, *,
                cell: tuple[int, int] = _LARGE, weight: int = 500) -> None:
         """A grid of integers; the entries of the axis `tint` have backgrounds that tell them apart."""
         width, height = cell

@@ -58,7 +58,7 @@ def launches(plan: AddPartsPlan, parts: Matrix, result: Result, alpha: Scale = A
     epilogue = Epilogue(target.dtype, target.access(plan.vector), wide_of(accumulator, target.dtype), result.accumulate)
     return (Launch("densegrad.kernels.add_parts", "add_parts", AddParts(accumulator, epilogue, plan.threads),
                    AddPartsArguments(parts.address, plan.parts, plan.rows * plan.pitch, plan.pitch, target.at,
-                                     plan.rows, plan.cols, alpha), plan.grid, plan.threads, plan),)
+                                     plan.rows, plan.cols, alpha), plan.grid, plan.threads, plan=plan),)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:

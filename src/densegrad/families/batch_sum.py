@@ -314,13 +314,13 @@ def _one_part(samples: int, outputs: int, dtype: str, compensated: bool) -> Batc
         threads_x = min(max((64 if small else 128) // lanes, 8 if small else 16), needed)
         # Compensated halves keep 16 registers of sums a vector: with three of them too few threads would be left.
         vectors = 4 if dtype == "float64" else 2 if compensated and sector == 16 else 3
-        return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, 1, samples, vectors=vectors,
-                            compensated=compensated)
+        return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, in_flight=1, samples_per_part=samples,
+                            vectors=vectors, compensated=compensated)
     threads = 64 if small else 256
     threads_x = min(max(4, needed), threads // max(sector, 8))
     lanes = threads // threads_x
-    return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, min(ceil_div(samples, lanes), IN_FLIGHT),
-                        samples, compensated=compensated)
+    return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, samples_per_part=samples,
+                        in_flight=min(ceil_div(samples, lanes), IN_FLIGHT), compensated=compensated)
 
 
 def _plan_runs(samples: int, outputs: int, dtype: str, compensated: bool) -> BatchSumPlan:
@@ -335,9 +335,10 @@ def _plan_runs(samples: int, outputs: int, dtype: str, compensated: bool) -> Bat
     most = _most_blocks(samples * outputs, dtype, compensated)
     if not small:
         lines = steps_of_a_part(lines, ceil_div(worthy_blocks(samples * outputs, most), groups), most // groups)
-    return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, min(lines, IN_FLIGHT),
-                        min(samples, lines * tile), runs_per_block=ceil_div(groups, 32 if small else most) * lanes,
-                        folders=_folders(tile), compensated=compensated)
+    return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, in_flight=min(lines, IN_FLIGHT),
+                        samples_per_part=min(samples, lines * tile),
+                        runs_per_block=ceil_div(groups, 32 if small else most) * lanes, folders=_folders(tile),
+                        compensated=compensated)
 
 
 def _plan_flat(samples: int, outputs: int, dtype: str, threads: int, compensated: bool) -> BatchSumPlan:
@@ -347,8 +348,8 @@ def _plan_flat(samples: int, outputs: int, dtype: str, threads: int, compensated
     if samples * outputs > SMALL:
         most = _most_blocks(samples * outputs, dtype, compensated)
         lines = steps_of_a_part(lines, worthy_blocks(samples * outputs, most), most)
-    return BatchSumPlan(samples, outputs, dtype, "flat", threads, 1, min(lines, IN_FLIGHT),
-                        min(samples, lines * tile // outputs), folders=_folders(tile // outputs),
+    return BatchSumPlan(samples, outputs, dtype, "flat", threads, lanes=1, in_flight=min(lines, IN_FLIGHT),
+                        samples_per_part=min(samples, lines * tile // outputs), folders=_folders(tile // outputs),
                         compensated=compensated)
 
 
@@ -405,11 +406,11 @@ def _launch(plan: BatchSumPlan, source: Matrix, result: Result, alpha: Scale, *,
         tile_cols = plan.tile if aligned else plan.tile - plan.sector
         return Launch(KERNELS, "sum_strided", constants_of(SumStrided, plan, of_call), SumStridedArguments(
             source.address, source.row_stride, plan.samples, plan.outputs, plan.samples_per_part, tile_cols, *written),
-            (ceil_div(plan.outputs, tile_cols), plan.parts), plan.threads, plan)
+            (ceil_div(plan.outputs, tile_cols), plan.parts), plan.threads, plan=plan)
     period = plan.period
     return Launch(KERNELS, "sum_contiguous", constants_of(SumContiguous, plan, of_call), SumContiguousArguments(
         source.address, source.col_stride, plan.samples * period, plan.outputs // period, plan.runs_per_block,
-        plan.samples_per_part * period, *written), plan.grid, plan.threads, plan)
+        plan.samples_per_part * period, *written), plan.grid, plan.threads, plan=plan)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:

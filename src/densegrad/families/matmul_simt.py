@@ -136,7 +136,7 @@ class MatmulPlan(Tiling):
             "sums_of": product.sums_of, "sums": sums and epilogue_of(sums, 1, self.accumulator),
             "offset_bits": product.offset_bits(self)})
         return Launch("densegrad.kernels.matmul_simt", "matmul_simt", constants, arguments, self.grid, self.threads,
-                      self)
+                      plan=self)
 
 
 def transposed_tile(tile: tuple[int, int, int, int, int]) -> tuple[int, int, int, int, int]:

@@ -198,18 +198,19 @@ class TensorCorePlan(Tiling):
             "sums_of": product.sums_of, "sums": sums and epilogue_of(sums, 1, self.accumulator),
             "offset_bits": product.offset_bits(self)})
         return Launch("densegrad.kernels.matmul_tensor_core", "matmul_tensor_core", constants, arguments, self.grid,
-                      self.threads, self, self.shared_bytes, self.capability)
+                      self.threads, plan=self, shared_bytes=self.shared_bytes, capability=self.capability)
 
 
 def plan_of_tile(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
-                 tile: tuple[int, int, int, int, int], capability: tuple[int, int] = TENSOR_CORE_CAPABILITY,
+                 tile: tuple[int, int, int, int, int], *, capability: tuple[int, int] = TENSOR_CORE_CAPABILITY,
                  parts: int = 1) -> TensorCorePlan:
     """The plan with one of TENSOR_CORE_TILES. Copies that pass through registers fill one stage ahead, so two do."""
     check_choice("dtype", dtype, ITEM_BYTES)
     tile_rows, tile_cols, warp_rows, warp_cols, stages = tile
-    return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows, tile_cols,
-                          TILE_DEPTH_BYTES // ITEM_BYTES[dtype], warp_rows, warp_cols,
-                          stages if capability == TENSOR_CORE_CAPABILITY else 2, parts, capability)
+    return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows=tile_rows, tile_cols=tile_cols,
+                          tile_depth=TILE_DEPTH_BYTES // ITEM_BYTES[dtype], warp_rows=warp_rows, warp_cols=warp_cols,
+                          stages=stages if capability == TENSOR_CORE_CAPABILITY else 2, parts=parts,
+                          capability=capability)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:
@@ -234,6 +235,7 @@ def _variant(kind: tuple[str, str | None], tile: tuple[int, int, int, int, int],
              along_depth: tuple[bool, bool] = (False, False), length: int = 1024,
              how: dict[str, Any] | None = None) -> Iterator[tuple[str, Launch]]:
     how = how or {}
-    plan = plan_of_tile(length, length, length, *kind, tile, how.get("capability", TENSOR_CORE_CAPABILITY))
+    plan = plan_of_tile(length, length, length, *kind, tile,
+                        capability=how.get("capability", TENSOR_CORE_CAPABILITY))
     title, found = square(plan, along_depth, how)
     return named("-".join([plan.kind, "x".join(map(str, tile[:2])), "x".join(map(str, tile[2:4])), title]), found)

@@ -141,8 +141,8 @@ def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[Matm
     for tile_rows, tile_cols, tile_depth, thread_rows, thread_cols in tiles:
         if double and thread_rows * thread_cols > 32:
             continue
-        whole = MatmulPlan(rows, cols, depth, dtype, tile_rows, tile_cols, tile_depth, thread_rows, thread_cols,
-                           ceil_div(max(depth, 1), 2**30))
+        whole = MatmulPlan(rows, cols, depth, dtype, tile_rows, tile_cols, tile_depth=tile_depth,
+                           thread_rows=thread_rows, thread_cols=thread_cols, parts=ceil_div(max(depth, 1), 2**30))
         plans += _cut_into_parts(whole)
     return plans
 
@@ -157,7 +157,8 @@ def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precisi
     parts = ceil_div(max(depth, 1), 2**30)
     for tile in tiles:
         if tile[2] * tile[3] <= 64 * (32 if precision == "tf32x3" else 64):
-            plans += _cut_into_parts(plan_of_tile(rows, cols, depth, dtype, precision, tile, capability, parts))
+            plans += _cut_into_parts(plan_of_tile(rows, cols, depth, dtype, precision, tile, capability=capability,
+                                                 parts=parts))
     return plans
 
 

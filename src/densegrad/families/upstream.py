@@ -187,7 +187,8 @@ def plan_upstream(samples: int, outputs: int, dtype: str, layout: str, above: st
     threads = 64 if small else 256
     if layout == "features_first" or cols == 1:
         lanes = min(threads // 32, power_of_two(cols))
-        plan = BatchSumPlan(rows, cols, dtype, "features_first", 32, lanes, 2, rows, runs_per_block=lanes, folders=32)
+        plan = BatchSumPlan(rows, cols, dtype, "features_first", 32, lanes, in_flight=2, samples_per_part=rows,
+                            runs_per_block=lanes, folders=32)
         step, tiles = plan.tile, ceil_div(cols, lanes)
     else:
         # Narrow rows take no more threads than reading them without a gap from one row to the next takes, but an even
@@ -197,7 +198,7 @@ def plan_upstream(samples: int, outputs: int, dtype: str, layout: str, above: st
         if cols > 128 or threads_x * lanes > 1024:
             threads_x = min(power_of_two(ceil_div(cols, vector)), threads // max(sector, 8))
             lanes = threads // threads_x
-        plan = BatchSumPlan(rows, cols, dtype, "rows", threads_x, lanes, 2, rows)
+        plan = BatchSumPlan(rows, cols, dtype, "rows", threads_x, lanes, in_flight=2, samples_per_part=rows)
         step, tiles = lanes, ceil_div(cols, plan.tile)
     steps = ceil_div(rows, step)
     if not small:
@@ -245,7 +246,8 @@ def launches(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result,
         Slot("ignored") if upstream.labels else 0, Slot("parameter"), scales[0], ONE if partial else scales[1],
         dz.rows, dz.cols, cut.samples_per_part, target.matrix.address,
         target.matrix.row_stride if partial else 0, target.matrix.col_stride)
-    launch = Launch("densegrad.kernels.upstream", "upstream_sum", constants, arguments, plan.grid, plan.threads, plan)
+    launch = Launch("densegrad.kernels.upstream", "upstream_sum", constants, arguments, plan.grid, plan.threads,
+                    plan=plan)
     return *before, launch, *add_parts_of(cut, result, scales[1], workspace_at)
 
 
@@ -266,7 +268,7 @@ def _log_sum_exp(plan: UpstreamPlan, z: Matrix, totals: Matrix) -> Launch:
     return Launch("densegrad.kernels.log_sum_exp", "log_sum_exp",
                   LogSumExp(z.dtype, plan.sum.accumulator, adders, samples, plan.features_first),
                   LogSumExpArguments(z.at, z.rows, z.cols, totals.address),
-                  (max(ceil_div(z.rows, samples), 1),), adders * samples, plan)
+                  (max(ceil_div(z.rows, samples), 1),), adders * samples, plan=plan)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:
