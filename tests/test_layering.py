@@ -170,6 +170,15 @@ def test_kernels_are_leaves(path):
     assert outside <= OF_KERNELS | more
 
 
+@pytest.mark.parametrize("prefix", ["number_", "", "tile_", "warp_"])
+def test_every_primitive_has_both_twins(prefix):
+    """For the compiler and for the simulator; the simulator's warps have their barrier besides."""
+    of_ptx, of_simulator = (
+        {node.name for node in ast.parse((KERNELS / "primitives" / f"{prefix}{kind}.py").read_text()).body
+         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")} for kind in ("ptx", "simulator"))
+    assert of_ptx == of_simulator - {"exchange"}
+
+
 def test_kept_machine_code_follows_from_activations_too():
     """The name of its file has the text of every module that the kernel's reads."""
     assert {"densegrad.activations", "densegrad.kernels.primitives.number_ptx"} <= dict(
