@@ -3,7 +3,8 @@
 To add one, write its formula and its reference, and list it in ENTRIES. A formula takes (number, above, z, parameter)
 and gives the gradient below the activation: above times f'(z). Its values are NumPy arrays in the simulator and the
 compiler's values on the device; both take Python's operators and plain numbers. `number` is the module of functions
-that goes with them: exp, log, erfc and where.
+that goes with them: exp, log, erfc and where. A reference takes NumPy instead, `np`: what says what is launched reads
+this file, and loads without NumPy.
 
 Exponentials are only taken of numbers that are not positive, so that they neither overflow nor cancel. Arguments beyond
 which a derivative is constant in every dtype are held there, so that infinite ones give its limit.
@@ -28,8 +29,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import pi, sqrt
 from typing import Any
-
-import numpy as np
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Activation:
 
     name: str
     formula: Formula
-    #: (gradient above, z, parameter) -> the gradient below, in float64 NumPy
-    reference: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+    #: (NumPy, gradient above, z, parameter) -> the gradient below, of arrays of float64
+    reference: Callable[[Any, Any, Any, float], Any]
     parameter: Parameter | None = None
     #: the formula for float16 and bfloat16, where it is another one
     half: Formula | None = None
@@ -179,61 +178,62 @@ def _logistic(number, z):
     return number.where(z < 0, small * rest, rest), number.where(z < 0, rest, small * rest)
 
 
-def _selected(chosen: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray, np.ndarray, float], np.ndarray]:
+def _selected(chosen: Callable[[Any], Any]) -> Callable[[Any, Any, Any, float], Any]:
     """The reference of what lets the gradient above pass where chosen(z), and gives 0 elsewhere, whatever it is."""
-    return lambda above, z, parameter: np.where(chosen(z), above, 0.0)
+    return lambda np, above, z, parameter: np.where(chosen(z), above, 0.0)
 
 
-def _times(derivative: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray, np.ndarray, float], np.ndarray]:
-    """The reference of what multiplies the gradient above by derivative(z), at z or at most ±1e150."""
-    return lambda above, z, parameter: above * derivative(np.clip(z, -1e150, 1e150))
+def _times(derivative: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any, float], Any]:
+    """The reference of what multiplies the gradient above by derivative(NumPy, z), at z or at most ±1e150."""
+    return lambda np, above, z, parameter: above * derivative(np, np.clip(z, -1e150, 1e150))
 
 
-def normal_tail(z: np.ndarray) -> np.ndarray:
+def normal_tail(np: Any, z: Any) -> Any:
     """The probability that a normal number is above z."""
     return np.vectorize(lambda value: math.erfc(value / math.sqrt(2)) / 2, otypes=[float])(z)
 
 
-def _exact_logistic(z: np.ndarray) -> np.ndarray:
+def _exact_logistic(np: Any, z: Any) -> Any:
     return 1 / (1 + np.exp(-z))
 
 
-def _exact_gelu_tanh(z: np.ndarray) -> np.ndarray:
+def _exact_gelu_tanh(np: Any, z: Any) -> Any:
     z, factor = np.clip(z, -50, 50), math.sqrt(2 / math.pi)
     tangent = np.tanh(factor * (z + 0.044715 * z ** 3))
     slope = factor * (1 + 3 * 0.044715 * z ** 2)
     return (1 + tangent) / 2 + z * (1 - tangent ** 2) * slope / 2
 
 
-def _exact_mish(z: np.ndarray) -> np.ndarray:
+def _exact_mish(np: Any, z: Any) -> Any:
     rises = np.logaddexp(0, np.clip(z, -1e150, 300))
-    return np.tanh(rises) + np.clip(z, -1e150, 300) * _exact_logistic(z) / np.cosh(rises) ** 2
+    return np.tanh(rises) + np.clip(z, -1e150, 300) * _exact_logistic(np, z) / np.cosh(rises) ** 2
 
 
-def _exact_hardswish(above: np.ndarray, z: np.ndarray, parameter: float) -> np.ndarray:
+def _exact_hardswish(np: Any, above: Any, z: Any, parameter: float) -> Any:
     inside = np.where(np.abs(z) < 3, z, 0.0)
     return np.where(z <= -3, 0.0, np.where(z < 3, above * (inside / 3 + 0.5), above))
 
 
 ENTRIES: dict[str, Activation] = {entry.name: entry for entry in (
-    Activation("identity", Formula(_identity, 0), lambda above, z, parameter: above),
+    Activation("identity", Formula(_identity, 0), lambda np, above, z, parameter: above),
     Activation("relu", Formula(_relu, 0), _selected(lambda z: ~(z <= 0))),
     # The slope is rounded to the type of the sums.
     Activation("leaky_relu", Formula(_leaky_relu, 1),
-               lambda above, z, slope: above * np.where(z > 0, 1.0, slope), NEGATIVE_SLOPE),
+               lambda np, above, z, slope: above * np.where(z > 0, 1.0, slope), NEGATIVE_SLOPE),
     # exp 6 u, 1 + exp and its inverse 2 u each, since rest is there twice, two products 2 u: 12 u of at most 1/4.
-    Activation("sigmoid", Formula(_sigmoid, 8, 1), _times(lambda z: _exact_logistic(z) * _exact_logistic(-z))),
+    Activation("sigmoid", Formula(_sigmoid, 8, 1), _times(
+        lambda np, z: _exact_logistic(np, z) * _exact_logistic(np, -z))),
     # sigmoid's 12 u, of at most 1: products with 2 and 4 are exact.
-    Activation("tanh", Formula(_tanh, 10, 1), _times(lambda z: 1 / np.cosh(np.clip(z, -700, 700)) ** 2)),
+    Activation("tanh", Formula(_tanh, 10, 1), _times(lambda np, z: 1 / np.cosh(np.clip(z, -700, 700)) ** 2)),
     # p and q 12 u each: exp 6 u, 1 + exp 4 u, its inverse and the product. f' is at most 1.1, and off by p's 12 u and
     # 2 u for the sum and the last product; z p q is at most 0.23, and off by q's 12 u and u for a product: 19 u.
     Activation("silu", Formula(_silu, 14, 1),
-               _times(lambda z: _exact_logistic(z) * (1 + z * _exact_logistic(-z)))),
+               _times(lambda np, z: _exact_logistic(np, z) * (1 + z * _exact_logistic(np, -z)))),
     # P: erfc 12 u, and less than u for its rounded argument, since x exp(-x²) is at most 0.43. z P' is at most 0.25,
     # and off by exp's 6 u, 3 u for constant and products; its rounded argument moves it by z³ P' / 2, less than 0.24,
     # times u. The sum, at most 1.13, is rounded once: 17 u.
     Activation("gelu", Formula(_gelu, 20, 2),
-               _times(lambda z: normal_tail(-z) + z * np.exp(-z ** 2 / 2) / math.sqrt(2 * math.pi))),
+               _times(lambda np, z: normal_tail(np, -z) + z * np.exp(-z ** 2 / 2) / math.sqrt(2 * math.pi))),
     # The argument a of the exponential is off by 7 u a. p: 7 u a p q, where a p q is at most 0.23, exp 6 u of p q, and
     # 3 u for sum, inverse and product: 7 u. z p q a' is at most 0.27, and off by 20 u for exp, sums, inverses, products
     # and constants, and by 7 u a, where a times it is at most 0.52: 10 u. The sum, at most 1.13: 18 u. In float64 the
@@ -242,13 +242,14 @@ ENTRIES: dict[str, Activation] = {entry.name: entry for entry in (
     # 1 + exp is off by 4 u, of which exp's 6 u are 3, its inverse by 5 u. Below 0 that is multiplied by exp: 12 u, of
     # at most 1/2. In float64 exp is better by 4 u, and the reference off by as much.
     Activation("softplus", Formula(_softplus, 4, 1),
-               lambda above, z, parameter: above * np.where(z > SOFTPLUS_THRESHOLD, 1.0, _exact_logistic(z))),
+               lambda np, above, z, parameter: above * np.where(
+                   z > SOFTPLUS_THRESHOLD, 1.0, _exact_logistic(np, z))),
     # exp 6 u, of at most 1.
     Activation("elu", Formula(_elu, 3, 1),
-               lambda above, z, parameter: above * np.where(z <= 0, np.exp(np.minimum(z, 0)), 1.0)),
+               lambda np, above, z, parameter: above * np.where(z <= 0, np.exp(np.minimum(z, 0)), 1.0)),
     # exp 6 u, constant and product u each, of at most 1.76. The three products that follow are of 1.76 too, and not of
     # 1: 2.3 u more, 17 u in all.
-    Activation("selu", Formula(_selu, 9, 1), lambda above, z, parameter: above * SELU_SCALE * np.where(
+    Activation("selu", Formula(_selu, 9, 1), lambda np, above, z, parameter: above * SELU_SCALE * np.where(
         z <= 0, SELU_ALPHA * np.exp(np.minimum(z, 0)), 1.0)),
     # z < 0: n 10 u, n + r, of which n is at most 0.6, 7 u, t 19 u, of at most 0.6. z >= 0: n 5 u, r 13 u, n + r 10 u,
     # t 17 u. 1 - t 25 u, 1 + t 13 u, p 11 u, and three products: 52 u of z p (1 - t²), which is at most 0.27. With t's

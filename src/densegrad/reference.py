@@ -35,7 +35,7 @@ def activation_grad(da, z=None, activation=None, *, sample_weight=None, negative
     """(dz, db): dz[s, m] = alpha sample_weight[s] da[s, m] f'(z[s, m]), and its sum over s."""
     da = _as_matrix(da, batch_axis)
     if activation not in (None, "identity"):
-        da = ENTRIES[activation].reference(da, _as_matrix(z, batch_axis), negative_slope)
+        da = ENTRIES[activation].reference(np, da, _as_matrix(z, batch_axis), negative_slope)
     return _weighted(da, sample_weight, alpha, batch_axis)
 
 
@@ -54,7 +54,7 @@ def cross_entropy_grad(z, labels, *, ignore_index=-100, label_smoothing=0.0, sam
 
 def derivative(activation, z, parameter=0.01):
     """f'(z) of an activation; its limits at infinity."""
-    return ENTRIES[activation].reference(np.ones(np.shape(z)), z, parameter)
+    return ENTRIES[activation].reference(np, np.ones(np.shape(z)), z, parameter)
 
 
 def _weighted(dz, sample_weight, alpha, batch_axis, kept=True):
