@@ -72,8 +72,9 @@ def read(path: Path) -> list[Row]:
                 s, d, m = (int(row[name]) for name in "SDM")
                 rows, cols, depth = (d, m, s) if row["operation"] == "dw" else (s, d, m)
                 found.append(Row(row["layer"], row["kind"], row["operation"], rows, cols, depth,
-                                 int(row["tile_rows"]), int(row["tile_cols"]), int(row["tile_depth"]),
-                                 (int(row["unit_rows"]), int(row["unit_cols"])), int(row["parts"]), float(row["us"])))
+                                 tile_rows=int(row["tile_rows"]), tile_cols=int(row["tile_cols"]),
+                                 tile_depth=int(row["tile_depth"]), unit=(int(row["unit_rows"]), int(row["unit_cols"])),
+                                 parts=int(row["parts"]), us=float(row["us"])))
     return found
 
 

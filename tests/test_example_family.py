@@ -64,7 +64,7 @@ def test_the_command_line_lists_and_compiles_it():
 def test_what_its_machine_code_depends_on_is_known(listed):
     """Its own files and those of the package that they read: who changes one of them compiles anew."""
     launch = kernel_variants()["square_norms-float32"]
-    read = {name for name, _ in cache.sources(launch.module)}
+    read = {source.module for source in cache.sources(launch.module)}
     assert {"tests.example_family.kernel", "tests.example_family.arrivals", "densegrad.kernels.columns",
             "densegrad.kernels.primitives.ptx", "densegrad.facts"} <= read
     assert len({compiler.key_of(one) for one in kernel_variants().values()}) == len(kernel_variants())

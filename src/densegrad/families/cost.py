@@ -91,7 +91,8 @@ def cost_of(plan: Any, order: str) -> ProductCost | None:
     return ProductCost(
         of_tile[0] + of_tile[1] + shares["narrow accesses of waves"] + shares["narrow accesses shared out"],
         of_tile[2] + shares["stored"] + shares["launch"], shares["operands by tile"] + shares["matrices once"],
-        shares["workspace"] + shares["second launch"] + shares["parts"], least, as_measured and not beyond, beyond)
+        shares["workspace"] + shares["second launch"] + shares["parts"], least=least,
+        measured=as_measured and not beyond, beyond=beyond)
 
 
 def _nominal(plan: Any) -> ProductCost:

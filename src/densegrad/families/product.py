@@ -44,7 +44,8 @@ def plan_matmul(rows: int, cols: int, depth: int, dtype: str, order: str = "acro
 
 @lru_cache(maxsize=4096, typed=True)
 def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
-                     capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, order: str = "across") -> TensorCorePlan:
+                     capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, *,
+                     order: str = "across") -> TensorCorePlan:
     """The plan with instructions that this compute capability has, chosen as by plan_matmul."""
     _check_capability(capability)
     instructions = TENSOR_CORE_CAPABILITY if capability >= TENSOR_CORE_CAPABILITY else FLOAT16_CAPABILITY
@@ -88,7 +89,7 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     _check_capability(capability)
     if _on_tensor_cores(dtype, precision, capability):
         return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None, capability,
-                                order)
+                                order=order)
     return plan_matmul(rows, cols, depth, dtype, order)
 
 
