@@ -142,6 +142,24 @@ def test_the_readme_shows_an_error_as_it_is():
     assert f"    ShapeError: {error.value}\n" in PAGES["README.md"]
 
 
+@pytest.mark.only("simulator")
+def test_the_call_that_is_followed_launches_what_is_shown(capsys):
+    page = PAGES["CONTRIBUTING.md"]
+    (_, block), = blocks(page, "python")
+    shown = re.search(re.escape(block) + r"```\n\n((?:    .*\n)+)", page)[1].splitlines()
+    exec(compile(block, "CONTRIBUTING.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    for line, now in zip(shown, printed, strict=True):
+        assert re.fullmatch(".*".join(map(re.escape, line.strip().split("..."))), now)
+
+
+def test_files_that_pages_name_are_there():
+    """Those between backticks: of the repository, or of the package."""
+    for name in ("CONTRIBUTING.md", "docs/how-a-call-flows.md"):
+        for path in re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", PAGES[name]):
+            assert (ROOT / path).exists() or (ROOT / "src" / "densegrad" / path).exists(), (name, path)
+
+
 def test_the_reference_has_every_public_name_once():
     named = re.findall(r"(?m)^::: densegrad\.(\w+)$", PAGES["docs/reference.md"])
     assert sorted(named) == sorted(densegrad.__all__)
