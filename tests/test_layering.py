@@ -18,7 +18,7 @@ OF_LAUNCHES = {".errors", ".facts", ".launches", ".signatures"}
 #: module -> those beside it that it may import, and with a dot those beside its folder; kernels are one more of them
 ARROWS = {
     "__init__": {"calls", "device", "errors", "gradients", "launches", "layers", "plans", "prepared", "reference",
-                 "upstream"},
+                 "output_gradients"},
     "__main__": {"commands"},
     "errors": set(),
     "activations": set(),
@@ -45,8 +45,8 @@ ARROWS = {
     "operands": {"device", "errors", "launches"},
     "calls": {"device", "errors", "facts", "launches", "operands"},
     "prepared": {"calls", "errors", "launches", "operands"},
-    "gradients": {"calls", "errors", "families", "launches", "operands", "upstream"},
-    "upstream": {"activations", "calls", "errors", "families", "launches", "operands"},
+    "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients"},
+    "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands"},
     "testing": {"activations", "device", "plans", "reference"},
 }
 #: what is not the standard library -> the modules that may import it
@@ -197,7 +197,7 @@ def test_what_the_package_offers_is_loaded_when_it_is_asked_for():
     named = {node.name: node for node in ast.walk(ast.parse((SOURCE / "__init__.py").read_text()))
              if isinstance(node, ast.alias)}
     offered = {name for name in named if not name.startswith(("_", "TYPE_CHECKING", "import_module"))}
-    assert offered == {*densegrad.__all__, *densegrad._MODULES} - {"gradients", "prepared", "upstream"}
+    assert offered == {*densegrad.__all__, *densegrad._MODULES} - {"gradients", "output_gradients", "prepared"}
     assert all(getattr(densegrad, name) is not None for name in offered)
     assert offered <= set(dir(densegrad))
     with pytest.raises(AttributeError, match="module 'densegrad' has no attribute 'nonsense'"):

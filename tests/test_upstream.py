@@ -154,7 +154,7 @@ def test_half_types_may_have_a_formula_and_a_bound_of_their_own(monkeypatch, xp)
     monkeypatch.setenv("DENSEGRAD_CACHE_DIR", "")
     monkeypatch.setitem(ENTRIES, "twice", replace(relu, name="twice", half=twice))
     monkeypatch.setattr("densegrad.families.upstream.ACTIVATIONS", (*ACTIVATIONS, "twice"))
-    monkeypatch.setattr("densegrad.upstream.ACTIVATIONS", (*ACTIVATIONS, "twice"))
+    monkeypatch.setattr("densegrad.output_gradients.ACTIVATIONS", (*ACTIVATIONS, "twice"))
     da = data((16, 40), "float32", 50)
     for dtype, factor, roundings, threads in (("bfloat16", 2, 7, 512), ("float32", 1, 0, 1024)):
         one = da.astype(dtype_of(dtype))

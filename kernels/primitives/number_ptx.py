@@ -126,9 +126,9 @@ def backward(activation, dtype, wide, count):
     """(gradient above an activation, its argument, parameter) -> the gradient below it, element by element, in wide."""
     fragment, formula = _fragment_type(wide, count), ENTRIES[activation].formula_of(dtype).backward
 
-    def body(builder, above, z, parameter):
+    def body(builder, gradients, z, parameter):
         parameter, number = _Number(builder, parameter), _Functions(builder)
-        pairs = zip(_numbers(builder, above), _numbers(builder, z), strict=True)
+        pairs = zip(_numbers(builder, gradients), _numbers(builder, z), strict=True)
         return _pack_numbers(builder, [formula(number, gradient, argument, parameter) for gradient, argument in pairs])
 
     return _expand(fragment, (fragment, fragment, _NUMBA[wide]), body)

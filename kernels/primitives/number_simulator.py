@@ -35,7 +35,7 @@ def _stored(dtype):
 def backward(activation, dtype, wide, count):
     """(gradient above an activation, its argument, parameter) -> the gradient below it, element by element, in wide."""
     formula = ENTRIES[activation].formula_of(dtype).backward
-    return _quiet(lambda above, z, parameter: formula(_Arrays, above, z, parameter))
+    return _quiet(lambda gradient, z, parameter: formula(_Arrays, gradient, z, parameter))
 
 
 @cache

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
         weight_bias_grad,
         weight_grad,
     )
+    from .output_gradients import OutputGrads, activation_grad, cross_entropy_grad
     from .prepared import Prepared, prepare
-    from .upstream import OutputGrads, activation_grad, cross_entropy_grad
 else:
     from importlib import import_module as _import_module
 
@@ -50,7 +50,7 @@ else:
         return sorted({*globals(), *__all__, *_MODULES})
 
 #: where the names of __all__ stand, and the modules that are reached as attributes of the package
-_WHERE = ("errors", "gradients", "prepared", "upstream")
+_WHERE = ("errors", "gradients", "output_gradients", "prepared")
 _MODULES = ("calls", "device", "launches", "layers", "plans", "reference", *_WHERE)
 
 __all__ = [

@@ -1,10 +1,10 @@
 """The activations, an entry each: all that the kernels, plans, bounds and the reference in float64 know of them.
 
-To add one, write its formula and its reference, and list it in ENTRIES. A formula takes (number, above, z, parameter)
-and gives the gradient below the activation: above times f'(z). Its values are NumPy arrays in the simulator and the
-compiler's values on the device; both take Python's operators and plain numbers. `number` is the module of functions
-that goes with them: exp, log, erfc and where. A reference takes NumPy instead, `np`: what says what is launched reads
-this file, and loads without NumPy.
+To add one, write its formula and its reference, and list it in ENTRIES. A formula takes (number, gradient, z,
+parameter), where the gradient is that with respect to the activation, and gives it times f'(z). Its values are NumPy
+arrays in the simulator and the compiler's values on the device; both take Python's operators and plain numbers.
+`number` is the module of functions that goes with them: exp, log, erfc and where. A reference takes NumPy instead,
+`np`: what says what is launched reads this file, and loads without NumPy.
 
 Exponentials are only taken of numbers that are not positive, so that they neither overflow nor cancel. Arguments beyond
 which a derivative is constant in every dtype are held there, so that infinite ones give its limit.
@@ -14,7 +14,7 @@ How errors are counted
     units in the last place (NVIDIA's tables say 2, NumPy's say 3), which is 6 u of its result, and erfc by 6, 12 u. In
     float64 exp is off by 1; the rest is left to what the float64 reference is off by itself.
     A formula's `roundings` say how far off f'(z) is: so many roundings of a number of at most 2, each 2 u. They are no
-    less than what the comments beside the entries derive. What above is multiplied by afterwards is counted by
+    less than what the comments beside the entries derive. What the gradient is multiplied by afterwards is counted by
     `testing.dz_bound`.
 
 Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016; Clevert, Unterthiner, Hochreiter, "Fast and accurate
@@ -35,7 +35,7 @@ from typing import Any
 class Formula:
     """How the gradient below an activation is computed, on the device and in the simulator."""
 
-    #: (number, gradient above, z, parameter) -> the gradient below
+    #: (number, gradient, z, parameter) -> the gradient below
     backward: Callable[[Any, Any, Any, Any], Any]
     #: how far off f'(z) is at most: roundings of a number of at most 2
     roundings: int
@@ -57,7 +57,7 @@ class Activation:
 
     name: str
     formula: Formula
-    #: (NumPy, gradient above, z, parameter) -> the gradient below, of arrays of float64
+    #: (NumPy, gradient, z, parameter) -> the gradient below, of arrays of float64
     reference: Callable[[Any, Any, Any, float], Any]
     parameter: Parameter | None = None
     #: the formula for float16 and bfloat16, where it is another one
@@ -77,73 +77,73 @@ SELU_ALPHA = 1.6732632423543772848170429916717
 SOFTPLUS_THRESHOLD = 20
 
 
-def _identity(number, above, z, parameter):
-    """above: without an activation."""
-    return above
+def _identity(number, gradient, z, parameter):
+    """The gradient: without an activation."""
+    return gradient
 
 
-def _relu(number, above, z, parameter):
-    """0 where z <= 0, whatever above is, else above: where z is not a number, too."""
-    return number.where(z <= 0, 0, above)
+def _relu(number, gradient, z, parameter):
+    """0 where z <= 0, whatever the gradient is, else gradient: where z is not a number, too."""
+    return number.where(z <= 0, 0, gradient)
 
 
-def _leaky_relu(number, above, z, slope):
-    """above where z > 0, else slope * above: where z is not a number, too."""
-    return number.where(z > 0, above, above * slope)
+def _leaky_relu(number, gradient, z, slope):
+    """gradient where z > 0, else slope * gradient: where z is not a number, too."""
+    return number.where(z > 0, gradient, gradient * slope)
 
 
-def _sigmoid(number, above, z, parameter):
-    """above * p (1 - p), where p = 1 / (1 + exp(-z))."""
+def _sigmoid(number, gradient, z, parameter):
+    """gradient * p (1 - p), where p = 1 / (1 + exp(-z))."""
     small = number.exp(-abs(z))
     rest = 1 / (1 + small)
-    return above * (small * rest * rest)
+    return gradient * (small * rest * rest)
 
 
-def _tanh(number, above, z, parameter):
-    """above * (1 - tanh(z)²)."""
-    return 4 * _sigmoid(number, above, 2 * z, parameter)
+def _tanh(number, gradient, z, parameter):
+    """gradient * (1 - tanh(z)²)."""
+    return 4 * _sigmoid(number, gradient, 2 * z, parameter)
 
 
-def _silu(number, above, z, parameter):
-    """above * p (1 + z (1 - p)), where p = 1 / (1 + exp(-z))."""
+def _silu(number, gradient, z, parameter):
+    """gradient * p (1 + z (1 - p)), where p = 1 / (1 + exp(-z))."""
     z = _held(number, z, 1000)
     p, q = _logistic(number, z)
-    return above * (p * (1 + z * q))
+    return gradient * (p * (1 + z * q))
 
 
-def _gelu(number, above, z, parameter):
-    """above * (P(z) + z P'(z)), where P is the normal distribution's cumulative function."""
+def _gelu(number, gradient, z, parameter):
+    """gradient * (P(z) + z P'(z)), where P is the normal distribution's cumulative function."""
     z = _held(number, z, 40)
     density = number.exp(z * z * -0.5) * (1 / sqrt(2 * pi))
-    return above * (number.erfc(z * -sqrt(0.5)) * 0.5 + z * density)
+    return gradient * (number.erfc(z * -sqrt(0.5)) * 0.5 + z * density)
 
 
-def _gelu_tanh(number, above, z, parameter):
-    """above * the derivative of z p, where p = 1 / (1 + exp(-2 u)) and u = sqrt(2 / pi) (z + 0.044715 z³)."""
+def _gelu_tanh(number, gradient, z, parameter):
+    """gradient * the derivative of z p, where p = 1 / (1 + exp(-2 u)) and u = sqrt(2 / pi) (z + 0.044715 z³)."""
     z = _held(number, z, 20)
     square = z * z
     p, q = _logistic(number, (z * (square * 0.044715 + 1)) * (2 * sqrt(2 / pi)))
-    return above * (p + z * (p * q) * ((square * (3 * 0.044715) + 1) * (2 * sqrt(2 / pi))))
+    return gradient * (p + z * (p * q) * ((square * (3 * 0.044715) + 1) * (2 * sqrt(2 / pi))))
 
 
-def _softplus(number, above, z, parameter):
-    """above * 1 / (1 + exp(-z)), and above itself beyond the threshold."""
+def _softplus(number, gradient, z, parameter):
+    """gradient * 1 / (1 + exp(-z)), and gradient itself beyond the threshold."""
     p, _ = _logistic(number, z)
-    return number.where(z > SOFTPLUS_THRESHOLD, above, above * p)
+    return number.where(z > SOFTPLUS_THRESHOLD, gradient, gradient * p)
 
 
-def _elu(number, above, z, parameter):
-    """above * exp(z) where z <= 0, else above: where z is not a number, too."""
-    return number.where(z <= 0, above * number.exp(-abs(z)), above)
+def _elu(number, gradient, z, parameter):
+    """gradient * exp(z) where z <= 0, else gradient: where z is not a number, too."""
+    return number.where(z <= 0, gradient * number.exp(-abs(z)), gradient)
 
 
-def _selu(number, above, z, parameter):
-    """above * scale * alpha exp(z) where z <= 0, else above * scale: where z is not a number, too."""
-    return above * number.where(z <= 0, number.exp(-abs(z)) * (SELU_SCALE * SELU_ALPHA), SELU_SCALE)
+def _selu(number, gradient, z, parameter):
+    """gradient * scale * alpha exp(z) where z <= 0, else gradient * scale: where z is not a number, too."""
+    return gradient * number.where(z <= 0, number.exp(-abs(z)) * (SELU_SCALE * SELU_ALPHA), SELU_SCALE)
 
 
-def _mish(number, above, z, parameter):
-    """above * (t + z p (1 - t²)), where t = tanh(log(1 + exp(z))) and p = 1 / (1 + exp(-z)).
+def _mish(number, gradient, z, parameter):
+    """gradient * (t + z p (1 - t²)), where t = tanh(log(1 + exp(z))) and p = 1 / (1 + exp(-z)).
 
     With s = exp(-|z|), t is n / (n + r), where n = s (s + 2) and r = 2 for z < 0, else n = 1 + 2 s and r = 2 s².
     1 - t is r / (n + r), so that nothing cancels.
@@ -154,17 +154,20 @@ def _mish(number, above, z, parameter):
     left = number.where(z < 0, 2, 2 * small * small)
     whole = 1 / (risen + left)
     t, p = risen * whole, number.where(z < 0, small, 1) / (1 + small)
-    return above * (t + z * p * (left * whole) * (1 + t))
+    return gradient * (t + z * p * (left * whole) * (1 + t))
 
 
-def _hardswish(number, above, z, parameter):
-    """0 where z <= -3, whatever above is, above * (z / 3 + 1 / 2) where z < 3, else above: z not a number, too."""
-    return number.where(z <= -3, 0, number.where(z < 3, above * (z * (1 / 3) + 0.5), above))
+def _hardswish(number, gradient, z, parameter):
+    """0 where z <= -3, whatever the gradient is, gradient * (z / 3 + 1 / 2) where z < 3, else gradient.
+
+    So it is where z is not a number.
+    """
+    return number.where(z <= -3, 0, number.where(z < 3, gradient * (z * (1 / 3) + 0.5), gradient))
 
 
-def _relu6(number, above, z, parameter):
-    """0 where z <= 0 or z >= 6, whatever above is, else above: where z is not a number, too."""
-    return number.where(z <= 0, 0, number.where(z >= 6, 0, above))
+def _relu6(number, gradient, z, parameter):
+    """0 where z <= 0 or z >= 6, whatever the gradient is, else gradient: where z is not a number, too."""
+    return number.where(z <= 0, 0, number.where(z >= 6, 0, gradient))
 
 
 def _held(number, z, limit):
@@ -179,13 +182,13 @@ def _logistic(number, z):
 
 
 def _selected(chosen: Callable[[Any], Any]) -> Callable[[Any, Any, Any, float], Any]:
-    """The reference of what lets the gradient above pass where chosen(z), and gives 0 elsewhere, whatever it is."""
-    return lambda np, above, z, parameter: np.where(chosen(z), above, 0.0)
+    """The reference of what lets the gradient pass where chosen(z), and gives 0 elsewhere, whatever it is."""
+    return lambda np, gradient, z, parameter: np.where(chosen(z), gradient, 0.0)
 
 
 def _times(derivative: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any, float], Any]:
-    """The reference of what multiplies the gradient above by derivative(NumPy, z), at z or at most ±1e150."""
-    return lambda np, above, z, parameter: above * derivative(np, np.clip(z, -1e150, 1e150))
+    """The reference of what multiplies the gradient by derivative(NumPy, z), at z or at most ±1e150."""
+    return lambda np, gradient, z, parameter: gradient * derivative(np, np.clip(z, -1e150, 1e150))
 
 
 def normal_tail(np: Any, z: Any) -> Any:
@@ -209,17 +212,17 @@ def _exact_mish(np: Any, z: Any) -> Any:
     return np.tanh(rises) + np.clip(z, -1e150, 300) * _exact_logistic(np, z) / np.cosh(rises) ** 2
 
 
-def _exact_hardswish(np: Any, above: Any, z: Any, parameter: float) -> Any:
+def _exact_hardswish(np: Any, gradient: Any, z: Any, parameter: float) -> Any:
     inside = np.where(np.abs(z) < 3, z, 0.0)
-    return np.where(z <= -3, 0.0, np.where(z < 3, above * (inside / 3 + 0.5), above))
+    return np.where(z <= -3, 0.0, np.where(z < 3, gradient * (inside / 3 + 0.5), gradient))
 
 
 ENTRIES: dict[str, Activation] = {entry.name: entry for entry in (
-    Activation("identity", Formula(_identity, 0), lambda np, above, z, parameter: above),
+    Activation("identity", Formula(_identity, 0), lambda np, gradient, z, parameter: gradient),
     Activation("relu", Formula(_relu, 0), _selected(lambda z: ~(z <= 0))),
     # The slope is rounded to the type of the sums.
     Activation("leaky_relu", Formula(_leaky_relu, 1),
-               lambda np, above, z, slope: above * np.where(z > 0, 1.0, slope), NEGATIVE_SLOPE),
+               lambda np, gradient, z, slope: gradient * np.where(z > 0, 1.0, slope), NEGATIVE_SLOPE),
     # exp 6 u, 1 + exp and its inverse 2 u each, since rest is there twice, two products 2 u: 12 u of at most 1/4.
     Activation("sigmoid", Formula(_sigmoid, 8, 1), _times(
         lambda np, z: _exact_logistic(np, z) * _exact_logistic(np, -z))),
@@ -242,14 +245,14 @@ ENTRIES: dict[str, Activation] = {entry.name: entry for entry in (
     # 1 + exp is off by 4 u, of which exp's 6 u are 3, its inverse by 5 u. Below 0 that is multiplied by exp: 12 u, of
     # at most 1/2. In float64 exp is better by 4 u, and the reference off by as much.
     Activation("softplus", Formula(_softplus, 4, 1),
-               lambda np, above, z, parameter: above * np.where(
+               lambda np, gradient, z, parameter: gradient * np.where(
                    z > SOFTPLUS_THRESHOLD, 1.0, _exact_logistic(np, z))),
     # exp 6 u, of at most 1.
     Activation("elu", Formula(_elu, 3, 1),
-               lambda np, above, z, parameter: above * np.where(z <= 0, np.exp(np.minimum(z, 0)), 1.0)),
+               lambda np, gradient, z, parameter: gradient * np.where(z <= 0, np.exp(np.minimum(z, 0)), 1.0)),
     # exp 6 u, constant and product u each, of at most 1.76. The three products that follow are of 1.76 too, and not of
     # 1: 2.3 u more, 17 u in all.
-    Activation("selu", Formula(_selu, 9, 1), lambda np, above, z, parameter: above * SELU_SCALE * np.where(
+    Activation("selu", Formula(_selu, 9, 1), lambda np, gradient, z, parameter: gradient * SELU_SCALE * np.where(
         z <= 0, SELU_ALPHA * np.exp(np.minimum(z, 0)), 1.0)),
     # z < 0: n 10 u, n + r, of which n is at most 0.6, 7 u, t 19 u, of at most 0.6. z >= 0: n 5 u, r 13 u, n + r 10 u,
     # t 17 u. 1 - t 25 u, 1 + t 13 u, p 11 u, and three products: 52 u of z p (1 - t²), which is at most 0.27. With t's

@@ -27,7 +27,7 @@ from .operands import (
     as_names,
     check_apart,
 )
-from .upstream import accept_activation, parameter_of, stray_slope, upstream_plan
+from .output_gradients import accept_activation, parameter_of, stray_slope, upstream_plan
 
 
 class DenseGrads(NamedTuple):
@@ -392,7 +392,7 @@ def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
         gradient = _like(gradient)
         behind, alone = gradient.end, None
         result = db.result if db is not None else Result(scratch(behind, 1, inputs.out_features, inputs.dtype))
-        launches = upstream.launches(upstream_plan(plans.db, inputs, above), above.upstream(inputs), gradient, result,
+        launches = upstream.launches(upstream_plan(plans.db, inputs, above), above.matrices(inputs), gradient, result,
                                      (ONE, ALPHA), max(behind, result.matrix.end))
     weight_plan = _weight_plan(plans.dw, inputs, precision) if dw is not None else None
     if alone is not None and weight_plan is not None and plans.db is None and bias_rides_along(weight_plan):

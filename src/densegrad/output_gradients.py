@@ -37,7 +37,7 @@ class OutputGrads(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Above:
+class UpstreamArguments:
     """What lies above a layer, checked: an activation, or softmax and cross-entropy, and the weights of the samples."""
 
     name: str
@@ -55,7 +55,7 @@ class Above:
         """The arrays that it reads beside the gradient."""
         return tuple(argument for argument in (self.z, self.weights, self.labels) if argument is not None)
 
-    def upstream(self, inputs: Inputs) -> Upstream:
+    def matrices(self, inputs: Inputs) -> Upstream:
         """What dz is formed from; without an activation's gradient, what the user calls z is what others call dz."""
         source = inputs.dz.matrix
         z, weights, labels = (None if argument is None else argument.matrix
@@ -75,7 +75,7 @@ def stray_slope(activation: Any, negative_slope: Any) -> Any:
 
 
 def accept_activation(inputs: Inputs, activation: tuple[Any, Any], z: Any, batch_axis: int,
-                      sample_weight: Any) -> Above:
+                      sample_weight: Any) -> UpstreamArguments:
     """Check an activation's name and arrays against the gradient above it; (name, stray slope).
 
     Raises
@@ -97,11 +97,11 @@ def accept_activation(inputs: Inputs, activation: tuple[Any, Any], z: Any, batch
         raise TypeError(f'negative_slope is the derivative of "leaky_relu" alone; got {stray!r} with '
                         f"activation={given!r} (leave it out)")
     beside = None if z is None else accept_beside("z", z, inputs, batch_axis)
-    return Above(name, None if name == "identity" else beside,
+    return UpstreamArguments(name, None if name == "identity" else beside,
                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs))
 
 
-def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: Above) -> UpstreamPlan:
+def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: UpstreamArguments) -> UpstreamPlan:
     """The plan that a user passed, checked, or the one for these inputs and what lies above them.
 
     Raises
@@ -290,8 +290,8 @@ def _describe_cross_entropy(arrays: tuple, outs: tuple, options: tuple) -> Recip
     batch_axis = options[0]
     z, labels, sample_weight = arrays
     inputs = accept(dz=z, batch_axis=batch_axis, name="z")
-    above = Above(CROSS_ENTROPY, None, None if sample_weight is None else accept_sample_weight(sample_weight, inputs),
-                  accept_labels(labels, inputs, batch_axis))
+    weights = None if sample_weight is None else accept_sample_weight(sample_weight, inputs)
+    above = UpstreamArguments(CROSS_ENTROPY, None, weights, accept_labels(labels, inputs, batch_axis))
     recipe = _describe(inputs, above, outs, options, (("parameter", "label_smoothing"), ("ignored", "ignore_index")))
     classes = inputs.out_features
 
@@ -302,7 +302,7 @@ def _describe_cross_entropy(arrays: tuple, outs: tuple, options: tuple) -> Recip
     return replace(recipe, in_place=((0, 0),), check_values=check_values)
 
 
-def _describe(inputs: Inputs, above: Above, outs: tuple, options: tuple, numbers: tuple) -> Recipe:
+def _describe(inputs: Inputs, above: UpstreamArguments, outs: tuple, options: tuple, numbers: tuple) -> Recipe:
     batch_axis, keepdims, accumulate, plan = options
     added = accept_outs(OutputGrads(*outs), accumulate, added=("db",))
     inputs = replace(inputs, beside=above.arguments)
@@ -314,4 +314,4 @@ def _describe(inputs: Inputs, above: Above, outs: tuple, options: tuple, numbers
     matrix = dz.matrix.T if batch_axis else dz.matrix
     beside = (above.labels, above.weights) if above.labels else (above.z, above.weights)
     return recipe_of(inputs, (inputs.dz, *beside), (dz, db),
-                     launches(plan, above.upstream(inputs), matrix, db.result, (ALPHA, ONE)), numbers)
+                     launches(plan, above.matrices(inputs), matrix, db.result, (ALPHA, ONE)), numbers)
