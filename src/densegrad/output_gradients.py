@@ -159,7 +159,7 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
         the sums down. `dense_grads` scales its sums only.
     out : OutputGrads of arrays or None, optional
         Where to write dz and db, each as in `bias_grad`. `out.dz` has the dtype of da, and may be da or z itself.
-    accumulate : bool
+    accumulate : bool or "db"
         Whether db is added into `out.db`; dz is overwritten always.
     plan : UpstreamPlan, optional
         How to cut the work, instead of what `plans.plan_upstream` says.

@@ -17,12 +17,11 @@ Bytes and flops
 
 Source: CUDA sample threadFenceReduction.
 """
-from functools import cache
-
 from numba import cuda, int32
 
 from densegrad.kernels import primitives
 from densegrad.kernels.columns import finish_column
+from densegrad.kernels.primitives.factories import cache
 
 from .arrivals import arrive
 
