@@ -144,6 +144,15 @@ def test_out_of_another_dtype(xp, function, dtype, out_dtype):
     Layer(function, (13, 7, 9), dtype).check(xp, out_dtype=out_dtype)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_float64_results_of_float32_are_written_in_at_most_16_bytes(xp, parts):
+    """Wherever they lie: no GPU before compute capability 10.0 has wider accesses."""
+    x, dz = (integers((16, 8), "float32", seed) for seed in (1, 2))
+    out = xp.zeros((8, 8), "float64")
+    densegrad.weight_grad(xp.asarray(x), xp.asarray(dz), out=out, plan=small_plan(8, 8, 16, "float32", parts))
+    check_within(host(out), reference.weight_grad(x, dz), 0)
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize(("dtype", "out_dtype"), [

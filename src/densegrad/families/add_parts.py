@@ -4,10 +4,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..facts import ITEM_BYTES, accumulator_of, wide_of
+from ..facts import ITEM_BYTES, accumulator_of
 from ..launches import ALPHA, Launch, Matrix, Result, Slot
-from ..signatures import AddParts, AddPartsArguments, Epilogue, Scale
-from .common import ceil_div, named
+from ..signatures import AddParts, AddPartsArguments, Scale
+from .common import ceil_div, epilogue_of, named
 
 #: results up to which blocks are small, so that there is one for each of 132 multiprocessors
 SMALL = 64 * 132
@@ -54,9 +54,8 @@ class AddPartsPlan:
 
 def launches(plan: AddPartsPlan, parts: Matrix, result: Result, alpha: Scale = ALPHA) -> tuple[Launch, ...]:
     """result = alpha * the sum of the parts, or that added into result; `parts` is the first of them."""
-    target, accumulator = result.matrix, plan.accumulator
-    epilogue = Epilogue(target.dtype, target.access(plan.vector), wide_of(accumulator, target.dtype), result.accumulate)
-    return (Launch("densegrad.kernels.add_parts", "add_parts", AddParts(accumulator, epilogue, plan.threads),
+    target, epilogue = result.matrix, epilogue_of(result, plan.vector, plan.accumulator)
+    return (Launch("densegrad.kernels.add_parts", "add_parts", AddParts(plan.accumulator, epilogue, plan.threads),
                    AddPartsArguments(parts.address, plan.parts, plan.rows * plan.pitch, plan.pitch, target.at,
                                      plan.rows, plan.cols, alpha), plan.grid, plan.threads, plan=plan),)
 
@@ -65,7 +64,7 @@ def variants() -> Iterator[tuple[str, Launch]]:
     """The kernels for parts of all types, overwriting and adding, by name."""
     for dtype in ITEM_BYTES:
         accumulator = accumulator_of(dtype)
-        for result in dict.fromkeys((dtype, accumulator)):
+        for result in dict.fromkeys((dtype, accumulator, "float64")):
             for accumulate in (False, True):
                 plan = AddPartsPlan(4, 1024, 1024, 1024, accumulator)
                 title = "-".join([accumulator, f"to-{result}"] + ["accumulate"] * accumulate)

@@ -418,11 +418,14 @@ def variants() -> Iterator[tuple[str, Launch]]:
     for dtype in ITEM_BYTES:
         for samples, outputs, layout in ((8192, 3072, "rows"), (33, 50257, "rows"), (64, 10, "rows"),
                                          (65536, 10, "flat"), (64, 10, "flat"), (8192, 3072, "features_first"),
-                                         (64, 10, "features_first")):
+                                         (64, 10, "features_first"), (8191, 3071, "rows"), (33, 23, "flat"),
+                                         (33, 23, "rows"), (8191, 3071, "features_first")):
             yield from _variant(plan_batch_sum(samples, outputs, dtype, layout))
         for layout in LAYOUTS:
             plan = plan_batch_sum(65536, 10, dtype, layout, compensated=True)
             yield from _variant(plan, plan.accumulator, accumulate=True)
+            yield from _variant(plan_batch_sum(33, 7, dtype, layout), "float64", accumulate=True)
+            yield from _variant(plan_batch_sum(33, 7, dtype, layout, compensated=True), "float32")
 
 
 def _variant(plan: BatchSumPlan, result: str = "", accumulate: bool = False) -> Iterator[tuple[str, Launch]]:

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from ..errors import PlanError
-from ..launches import Launch
+from ..facts import SIZES, wide_of
+from ..launches import Launch, Result
+from ..signatures import Epilogue
 
 Record = TypeVar("Record", bound=tuple)
 
@@ -17,6 +19,13 @@ def constants_of(kind: type[Record], plan: Any, others: dict[str, Any]) -> Recor
     """A kernel's constants: those that have the names of others from there, the rest from the plan."""
     fields = kind._fields  # type: ignore[attr-defined]
     return kind(**{name: others[name] if name in others else getattr(plan, name) for name in fields})
+
+
+def epilogue_of(result: Result, vector: int, accumulator: str) -> Epilogue:
+    """What a kernel does with alpha times its sums, in accesses of at most vector elements and 16 bytes."""
+    target = result.matrix
+    access = target.access(min(vector, 16 // SIZES[target.dtype]))
+    return Epilogue(target.dtype, access, wide_of(accumulator, target.dtype), result.accumulate)
 
 
 def named(title: str, launches: Iterable[Launch]) -> Iterator[tuple[str, Launch]]:

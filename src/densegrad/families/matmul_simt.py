@@ -9,8 +9,8 @@ from ..errors import PlanError
 from ..facts import ITEM_BYTES, accumulator_of
 from ..launches import Launch, Result
 from ..signatures import MatmulArguments, MatmulSimt
-from .common import check_choice, check_sizes, constants_of, named
-from .tiling import ORIENTATIONS, Product, Tiling, epilogue_of, square
+from .common import ceil_div, check_choice, check_sizes, constants_of, epilogue_of, named
+from .tiling import FAR, ORIENTATIONS, Product, Tiling, square
 
 #: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols), from large to small; their transposes are tried too
 MATMUL_TILES = (
@@ -105,7 +105,7 @@ class MatmulPlan(Tiling):
         """
         sums = self.thread_rows * self.thread_cols * ITEM_BYTES[self.accumulator] // 4
         resident = 256 if sums > 64 else 512 if self.threads >= 256 else 384
-        return max(min(resident // self.threads, 16), 1)
+        return max(min(resident // (32 * ceil_div(self.threads, 32)), 16), 1)
 
     @property
     def shared_bytes(self) -> int:
@@ -157,9 +157,16 @@ def variants() -> Iterator[tuple[str, Launch]]:
         for how in ({"sums": True}, {"accumulate": True}, {"accumulate": True, "sums": True,
                                                            "result": accumulator_of(dtype)}):
             yield from _variant(dtype, medium, how=how)
-    for tile in MATMUL_TILES:
-        yield from _variant("float32", tile)
-        yield from _variant("float32", transposed_tile(tile))
+        for along_depth in ORIENTATIONS:
+            yield from _variant(dtype, MATMUL_TILES[-1], along_depth, 1023, {"accumulate": True, "sums": True,
+                                                                             "result": "float64"})
+            yield from _variant(dtype, medium, along_depth, 1023, {"sums": True, "pitch": FAR})
+        yield from _variant(dtype, large, how={"pitch": FAR})
+        for tile in MATMUL_TILES:
+            if dtype == "float32" or (dtype == "float64" and tile[3] * tile[4] <= 32):
+                for turned in (tile, transposed_tile(tile)):
+                    yield from _variant(dtype, turned)
+                    yield from _variant(dtype, turned, length=1023)
 
 
 def _variant(dtype: str, tile: tuple[int, ...], along_depth: tuple[bool, bool] = (False, False), length: int = 1024,

@@ -9,8 +9,8 @@ from ..errors import PlanError
 from ..facts import ITEM_BYTES
 from ..launches import Launch, Result
 from ..signatures import MatmulArguments, MatmulTensorCore
-from .common import check_choice, check_sizes, constants_of, named
-from .tiling import ORIENTATIONS, Product, Tiling, epilogue_of, square
+from .common import check_choice, check_sizes, constants_of, epilogue_of, named
+from .tiling import FAR, ORIENTATIONS, Product, Tiling, square
 
 #: how float32 can be multiplied on tensor cores
 TF32 = ("tf32", "tf32x3")
@@ -192,9 +192,8 @@ class TensorCorePlan(Tiling):
     def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments) -> Launch:
         """The launch of the kernel, with these arguments."""
         (left, _), (right, _) = product.sides(16 // ITEM_BYTES[self.dtype])
-        result_vector = 16 // ITEM_BYTES[target.matrix.dtype]
         constants = constants_of(MatmulTensorCore, self, {
-            "left": left, "right": right, "result": epilogue_of(target, result_vector, self.accumulator),
+            "left": left, "right": right, "result": epilogue_of(target, 8, self.accumulator),
             "sums_of": product.sums_of, "sums": sums and epilogue_of(sums, 1, self.accumulator),
             "offset_bits": product.offset_bits(self)})
         return Launch("densegrad.kernels.matmul_tensor_core", "matmul_tensor_core", constants, arguments, self.grid,
@@ -221,6 +220,10 @@ def variants() -> Iterator[tuple[str, Launch]]:
             yield from _variant((dtype, precision), large, along_depth)
             if along_depth[0] == along_depth[1]:
                 yield from _variant((dtype, precision), large, along_depth, how={"sums": True})
+                yield from _variant((dtype, precision), large, along_depth, 1023)
+            yield from _variant((dtype, precision), small, along_depth, 1023, {"accumulate": True, "sums": True,
+                                                                               "result": "float64"})
+        yield from _variant((dtype, precision), large, how={"pitch": FAR})
         yield from _variant((dtype, precision), small, length=1023)
         yield from _variant((dtype, precision), small, how={"result": "float32", "accumulate": True, "sums": True})
     for tile in TENSOR_CORE_TILES:

@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import PlanError
-from ..facts import ITEM_BYTES, accumulator_of, wide_of
+from ..facts import ITEM_BYTES, accumulator_of
 from ..launches import ALPHA, ONE, Launch, Matrix, Result, Slot, scratch
-from ..signatures import NO_COLUMN, ColumnAt, Epilogue, MatmulArguments, Side
+from ..signatures import NO_COLUMN, ColumnAt, MatmulArguments, Side
 from . import add_parts
 from .common import GRID_Y, ceil_div
 from .cost import MULTIPROCESSORS, ORDERS, cost_of, group_of
@@ -193,12 +193,6 @@ def _side(operand: Matrix, vector: int) -> tuple[Side, int]:
     return Side(True, operand.access(vector)), operand.row_stride if operand.rows > 1 else 0
 
 
-def epilogue_of(result: Result, vector: int, accumulator: str) -> Epilogue:
-    """What a kernel does with alpha times its sums, in accesses of at most vector elements of the result."""
-    target = result.matrix
-    return Epilogue(target.dtype, target.access(vector), wide_of(accumulator, target.dtype), result.accumulate)
-
-
 def launches(plan: Tiling, product: Product, result: Result, sums: Result | None = None,
              workspace_at: int = 0) -> tuple[Launch, ...]:
     """result = alpha * left @ right, and sums (1, cols) = alpha * the sum of the rows of right on the way.
@@ -243,19 +237,23 @@ def _launch(plan: Tiling, product: Product, result: Result, sums: Result | None)
 def square(plan: Tiling, along_depth: tuple[bool, bool], how: dict[str, Any]) -> tuple[str, tuple[Launch, ...]]:
     """A title and the launches of a product of square operands, contiguous along the depth or the other axis.
 
-    `how` may name another dtype of the "result", whether to "accumulate", and whether "sums" ride along.
+    `how` may name another dtype of the "result", whether to "accumulate", whether "sums" ride along, and how far rows
+    lie apart, as "pitch".
     """
     result, accumulate, sums = how.get("result", plan.dtype), how.get("accumulate", False), how.get("sums", False)
     length, (left_along, right_along) = plan.depth, along_depth
-    left, right, target = (Matrix(Slot(name), dtype, length, length, length, 1)
+    pitch = how.get("pitch", length)
+    left, right, target = (Matrix(Slot(name), dtype, length, length, pitch, 1)
                            for name, dtype in (("left", plan.dtype), ("right", plan.dtype), ("result", result)))
     product = Product(left if left_along else left.T, right.T if right_along else right)
     title = "-".join(["depth" if left_along else "rows", "depth" if right_along else "cols"]
                      + [f"to-{result}"] * (result != plan.dtype) + ["odd"] * (length % 2)
-                     + ["accumulate"] * accumulate + ["sums"] * sums)
+                     + ["far"] * (pitch > length) + ["accumulate"] * accumulate + ["sums"] * sums)
     summed = Result(Matrix(Slot("sums"), result, 1, length, length, 1), accumulate) if sums else None
     return title, launches(plan, product, Result(target, accumulate), summed)
 
 
+#: elements from row to row, so many that 32 bits do not count the bytes of a tile
+FAR = 2 ** 30
 #: whether the left and the right operand are contiguous along the depth
 ORIENTATIONS = ((False, False), (True, True), (True, False), (False, True))

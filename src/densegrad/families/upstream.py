@@ -102,13 +102,16 @@ class UpstreamPlan:
     def blocks_per_multiprocessor(self) -> int:
         """How many blocks the registers have to leave room for.
 
-        Exponentials of eight elements take many registers, one matrix alone takes few.
+        Exponentials of eight elements take many registers, float64 takes a few more than 64, one matrix alone few.
         """
+        threads = 32 * ceil_div(self.threads, 32)
         if self.above == "identity" and self.elements < 8 and not self.features_first:
-            resident = min(16 * self.threads, 1536)
+            resident = min(16 * threads, 1536)
+        elif self.sum.accumulator == "float64":
+            resident = 768
         else:
             resident = 512 if self.elements >= 8 and self._takes_exponentials else 1024
-        return max(1, resident // self.threads)
+        return max(1, resident // threads)
 
     @property
     def _takes_exponentials(self) -> bool:
@@ -278,21 +281,29 @@ def variants() -> Iterator[tuple[str, Launch]]:
             for above, weights in (("relu", ""), ("gelu", ""), ("gelu_tanh", "float32"), (CROSS_ENTROPY, ""),
                                    ("identity", "bool")):
                 yield from _variant(plan_upstream(8192, 3072, dtype, layout, above), weights)
+            for above, weights in (("silu", "float16"), (CROSS_ENTROPY, "bool"), ("leaky_relu", "bfloat16")):
+                yield from _variant(plan_upstream(8191, 3071, dtype, layout, above), weights)
+            for above, weights in (("tanh", "bool"), (CROSS_ENTROPY, "float32"), ("identity", "float16")):
+                yield from _variant(plan_upstream(33, 11, dtype, layout, above), weights, accumulate=True)
         yield from _variant(plan_upstream(65536, 10, dtype, "flat", "silu"))
+        yield from _variant(plan_upstream(64, 10, dtype, "flat", "sigmoid"))
     for above in ACTIVATIONS:
-        # Eight elements a thread, which take most registers.
-        yield from _variant(plan_upstream(8192, 3072, "bfloat16", "flat", above))
+        # Eight elements a thread, which take most registers, and float64.
+        for dtype in ("bfloat16", "float64"):
+            yield from _variant(plan_upstream(8192, 3072, dtype, "flat", above))
 
 
-def _variant(plan: UpstreamPlan, weights: str = "") -> Iterator[tuple[str, Launch]]:
+def _variant(plan: UpstreamPlan, weights: str = "", accumulate: bool = False) -> Iterator[tuple[str, Launch]]:
+    """The launches of a plan; those that add do so in the type of the sums."""
     cut, turned, labels = plan.sum, plan.features_first, plan.above == CROSS_ENTROPY
     strides = (1, cut.samples) if turned else (cut.outputs, 1)
     matrix = Matrix(Slot("dz"), cut.dtype, cut.samples, cut.outputs, *strides)
     column = Matrix(Slot("column"), weights or "int64", cut.samples, 1, 1, 1)
     formed = Upstream(None if labels else matrix, None if plan.above == "identity" else matrix,
-                      column if weights else None, column if labels else None)
-    result = Result(Matrix(Slot("db"), cut.dtype, 1, cut.outputs, cut.outputs, 1))
+                      column if weights else None, replace(column, dtype="int64") if labels else None)
+    target = cut.accumulator if accumulate else cut.dtype
+    result = Result(Matrix(Slot("db"), target, 1, cut.outputs, cut.outputs, 1), accumulate)
     layout = "features_first" if turned else "rows"
     title = "-".join([cut.dtype, plan.above, f"{cut.samples}x{cut.outputs}", layout] + [f"weights-{weights}"] * bool(
-        weights))
+        weights) + ["accumulate"] * accumulate)
     return named(title, launches(plan, formed, matrix, result, (ALPHA, ONE)))
