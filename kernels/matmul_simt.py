@@ -83,19 +83,19 @@ def make_matmul_simt(constants):
     both_stages = primitives.shared_array("stages", accumulator, 2 * stage_size)
     multiply = primitives.multiply_tile(accumulator, tile_depth, left_copy.layout, right_copy.layout)
     zeros = primitives.zeros(accumulator, sums_count)
-    again = primitives.again()
+    again, turns = primitives.again(), left_copy.turns or right_copy.turns
 
     # The way of the results from registers to memory.
     access, accumulate = epilogue.access, epilogue.accumulate
     col_groups, stores = thread_cols // vector, vector // access
     through_shared = access == 1 and lanes_down * tile_cols <= 2 * stage_size
     line = Line(accumulator, tile_cols, min(32, threads, tile_cols), accumulate)
-    line_of, lines, line_flip = primitives.split(line.lanes), threads // line.lanes, line.flip
+    line_of, lines = primitives.split(line.lanes), threads // line.lanes
     store_line = primitives.store_line(line, epilogue.dtype, epilogue.wide)
     place_of_result = primitives.place(epilogue.dtype)
-    first_vector = primitives.head(accumulator, sums_count, vector)
-    turn_vector = primitives.rotate(accumulator, sums_count, vector)
-    store_vector, load_one = primitives.store_shared(accumulator, vector), primitives.load_shared(accumulator, 1)
+    fill_line = primitives.fill_line(line, col_groups, vector, col_spacing)
+    first_row_of = primitives.head(accumulator, sums_count, thread_cols)
+    turn_row, load_one = primitives.rotate(accumulator, sums_count, thread_cols), primitives.load_shared(accumulator, 1)
     first = primitives.head(accumulator, sums_count, access)
     turn = primitives.rotate(accumulator, sums_count, access)
     convert = primitives.convert(accumulator, epilogue.wide, access)
@@ -182,8 +182,9 @@ def make_matmul_simt(constants):
             done = int32(done + tile_depth)
             left_to, right_to = left_deeper(left_at, done, left_stride), right_deeper(right_at, done, right_stride)
             depth_left = depth_here - done
-            # Where turned rows end is computed in each step, for which there are no registers beside the sums.
-            left_turn, right_turn = again(left_turn), again(right_turn)
+            if turns:
+                # Where turned rows end is computed in each step: there are no registers for it beside the sums.
+                left_turn, right_turn, thread = again(left_turn), again(right_turn), again(thread)
             left_next = load_left(left_to, left_offset, left_stride, left_turn, rows_left, depth_left, thread)
             right_next = load_right(right_to, right_offset, right_stride, right_turn, cols_left, depth_left, thread)
             if has_sums and sums_here:
@@ -222,12 +223,10 @@ def make_matmul_simt(constants):
             if through_shared:
                 # Where the result takes no vectors, its rows pass through shared memory, so that neighbouring threads
                 # write neighbouring elements, from whole sectors on.
-                for j in range(col_groups):
-                    place = down * tile_cols + (first_col + j * col_spacing ^ down % 2 * line_flip)
-                    store_vector(stages, place, first_vector(sums))
-                    sums = turn_vector(sums)
+                fill_line(stages, down, first_col, first_row_of(sums))
+                sums = turn_row(sums)
                 cuda.syncthreads()
-                first_line, line_lane = line_of(thread)
+                first_line, line_lane = line_of(again(thread))
                 for number in range(first_line, lanes_down, lines):
                     r = row + number * vector + below
                     place = place_of_result(result, r * result_down + col * result_across)

@@ -87,6 +87,29 @@ def split(size):
 
 
 @cache
+def fill_line(line, groups, vector, spacing):
+    """(array, number, first, fragment): stores `groups` vectors in this Line, `spacing` apart, from `first` on."""
+
+    def body(builder, array, number, first, fragment):
+        def constant(value):
+            return ir.Constant(_INT32, value)
+
+        values = _unpack(builder, fragment)
+        row = builder.mul(number, constant(line.length))
+        flip = builder.mul(builder.and_(number, constant(1)), constant(line.flip))
+        for group in range(groups):
+            # Whole periods of the flip apart, groups lie at constant distances.
+            apart = group * spacing if line.flip and spacing % (2 * line.flip) == 0 else 0
+            column = builder.add(first, constant(group * spacing - apart))
+            place = builder.add(builder.add(row, builder.xor(column, flip)), constant(apart))
+            _store_shared(builder, _shared_pointer(builder, array, place, line.dtype), line.dtype,
+                          values[group * vector:(group + 1) * vector])
+
+    return _expand(types.none, (types.int32, types.int32, types.int32, _fragment_type(line.dtype, groups * vector)),
+                   body)
+
+
+@cache
 def store_line(line, dtype, wide):
     """(array, number, place, step, lane, left, factor): stores a thread's elements of a Line in shared memory.
 
@@ -149,14 +172,16 @@ def tile_offset(copy):
         near, far = (depth, outer) if copy.along_depth else (outer, depth)
         element = builder.add(near, builder.mul(far, stride))
         byte = builder.mul(element, ir.Constant(_INT64, _BYTES[copy.dtype]))
-        return builder.trunc(byte, _INT32) if kind == types.uint32 else byte
+        return byte if kind == types.int64 else builder.trunc(byte, _INT32)
 
     return _expand(kind, (types.int64, types.int32, types.int32), body)
 
 
 def _offset_type(copy):
     """The type of such offsets; turned rows may begin before the operand."""
-    return types.uint32 if copy.offset_bits == 32 and not copy.turns else types.int64
+    if copy.offset_bits == 64:
+        return types.int64
+    return types.int32 if copy.turns else types.uint32
 
 
 @cache
@@ -213,7 +238,8 @@ def _load_places(builder, copy, place, offset, stride, turn, thread, bounds):
     """The thread's accesses, of those whose bounds hold. Only whole rows and turned ones lie at runtime distances."""
     first, _ = _first_access(builder, copy, thread)
     has_share = _has_share(builder, copy, thread) if copy.partial else None
-    place, size = builder.add(place, builder.zext(offset, _INT64)), _BYTES[copy.dtype]
+    widen, size = builder.sext if copy.turns else builder.zext, _BYTES[copy.dtype]
+    place = builder.add(place, widen(offset, _INT64))
     values = []
     for step, pairs in zip(copy.steps(), bounds, strict=True):
         base, further = _outer(builder, copy, step, stride, turn, thread)

@@ -51,6 +51,18 @@ def split(size):
 
 
 @cache
+def fill_line(line, groups, vector, spacing):
+    """(array, number, first, fragment): stores `groups` vectors in this Line, `spacing` apart, from `first` on."""
+
+    def run(array, number, first, fragment):
+        for group in range(groups):
+            place = number * line.length + (first + group * spacing ^ number % 2 * line.flip)
+            array.span(place, vector)[:] = fragment[group * vector:(group + 1) * vector]
+
+    return run
+
+
+@cache
 def store_line(line, dtype, wide):
     """(array, number, place, step, lane, left, factor): stores a thread's elements of a Line in shared memory.
 
