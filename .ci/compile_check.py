@@ -1,79 +1,187 @@
-"""Compiles every kernel variant and assembles it, without a GPU.
+"""Judges the machine code of kernels, compiled and linked as launches do it, without a GPU.
 
-Each variant is compiled to PTX for the least compute capability that has its instructions, which is refused if it has
-local memory, or float64 where neither operands nor result are. ptxas then assembles it for two of the architectures
-from there on in turn, for all of them with --all, and spills are refused.
+The kernels are those of densegrad.catalogue, and those that the random calls of the tests launch. Refused are local
+memory (spills), float64 arithmetic where neither operands nor results are float64, and what does not fit the launch:
+its threads, its blocks' registers, its shared memory.
+
+Each is judged for one compute capability in turn, for all of them with --all. Machine code that is kept is not made
+again; what is made here is not kept, since a rehearsal could not execute it.
 """
+from __future__ import annotations
+
 import argparse
 import os
 import pathlib
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+from unittest import mock
 
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+import numpy as np
+from cuda.bindings import nvjitlink
+from numba.cuda.cudadrv import nvvm
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks.host import Unlaunched
+from densegrad import cache
+from densegrad.catalogue import kernel_variants
+from densegrad.compiler import compile_launch, kernel_of, key_of
+from densegrad.launches import Launch
+from tests.random_calls import FUNCTIONS, Call
+
+CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+#: those that the rehearsed tests compile for
+REHEARSED = ((8, 0), (9, 0))
+#: threads that a multiprocessor holds where it is not 1,536
+RESIDENT = {(7, 5): 1024, (8, 0): 2048, (9, 0): 2048, (10, 0): 2048}
+#: random calls of each function, as many as the tests make
+SEEDS = range(30)
+#: arithmetic and conversions in SASS
+FLOAT64 = re.compile(r"\s(U?D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|[A-Z0-9.]+(\.F64|64H)\b)[^;]*")
 
 
-def check(name: str, architectures: list[str]) -> str:
-    """What is wrong with a variant, or an empty string."""
-    from numba import cuda
+class Used(NamedTuple):
+    """What a kernel takes of a multiprocessor."""
 
-    variant = variants()[name]
-    ptx, _ = cuda.compile(variant.kernel.py_func, variant.signature, cc=variant.min_cc, output="ptx", device=False,
-                          abi="numba", launch_bounds=(variant.threads, 1))
-    ptx = ptx if isinstance(ptx, str) else ptx.decode()
-    code = "\n".join(line.split("//")[0] for line in ptx.splitlines())
-    if ".local" in code:
-        return "local memory"
-    if "float64" not in name and re.search(r"\.f64\b", code):
-        return "float64 arithmetic"
-    with tempfile.TemporaryDirectory() as folder:
-        source = pathlib.Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        major, minor = variant.min_cc
-        able = [name for name in architectures if int(name.removeprefix("sm_")) >= 10 * major + minor]
-        for architecture in able:
-            done = subprocess.run([assembler(), "-v", f"-arch={architecture}", source, "-o", f"{folder}/out"],
-                                  capture_output=True, text=True)
-            if done.returncode:
-                return f"{architecture}: {done.stderr.strip()}"
-            if re.search(r"[1-9]\d* bytes spill", done.stderr):
-                return f"{architecture}: spills"
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+
+
+def used_by(cubin: bytes) -> Used:
+    """What the ELF file of one kernel says: the attributes REGCOUNT and FRAME_SIZE, and memory that starts empty.
+
+    Raises
+    ------
+    ValueError
+        If it does not say how many registers it takes.
+    """
+    at, = struct.unpack_from("<Q", cubin, 0x28)
+    count, = struct.unpack_from("<H", cubin, 0x3C)
+    found, shared_bytes = {0x2F: 0, 0x11: 0}, 0
+    for header in range(at, at + 64 * count, 64):
+        kind, _, _, place, size = struct.unpack_from("<IQQQQ", cubin, header + 4)
+        if kind == 8:  # without content: shared memory
+            shared_bytes += size
+        end = place + size if kind == 0x70000000 else 0  # attributes
+        while place < end:
+            form, attribute, length = struct.unpack_from("<BBH", cubin, place)
+            if form == 4 and attribute in found:  # of a function, whose index comes first
+                found[attribute] = max(found[attribute], struct.unpack_from("<I", cubin, place + 8)[0])
+            place += 4 + (length if form == 4 else 0)
+    registers, local_bytes = found.values()
+    if not registers:
+        raise ValueError("this machine code does not say how many registers it takes")
+    return Used(registers, local_bytes, shared_bytes)
+
+
+def judge(launch: Launch, capabilities: list[tuple[int, int]]) -> str:
+    """What is wrong with a launch's kernel, or an empty string. Float64 is looked for once, in the first code."""
+    problems = []
+    for number, capability in enumerate(capabilities):
+        try:
+            code = cache.load(cache.name_of(launch, capability)) or compile_launch(launch, capability)
+        except (nvvm.nvvmError, nvjitlink.nvJitLinkError) as error:
+            problems.append("{}.{}: {}".format(*capability, " ".join(str(error).split())[:300]))
+            continue
+        problem = misfit(launch, capability, used_by(code.cubin))
+        if not problem and not number and "float64" not in str(launch.constants):
+            found = FLOAT64.search(disassembled(code.cubin))
+            problem = f"float64 arithmetic: {found.group().strip()}" if found else ""
+        if problem:
+            problems.append("{}.{}: {}".format(*capability, problem))
+    return "; ".join(problems)
+
+
+def misfit(launch: Launch, capability: tuple[int, int], used: Used) -> str:
+    """What of the launch the kernel does not fit."""
+    threads, blocks = kernel_of(launch.module, launch.kernel, launch.constants).targetoptions["launch_bounds"]
+    whole = -(-threads // 32) * 32  # warps
+    registers = min(blocks, RESIDENT.get(capability, 1536) // whole) * whole * -(-used.registers // 8) * 8
+    shared_bytes = used.shared_bytes + launch.shared_bytes
+    if used.local_bytes:
+        return f"{used.local_bytes} bytes of local memory beside {used.registers} registers"
+    if threads != launch.block:
+        return f"compiled for {threads} threads, launched with {launch.block}"
+    if registers > 65536:
+        return f"{blocks} blocks of {threads} threads with {used.registers} registers do not fit on a multiprocessor"
+    if shared_bytes > (64 if capability < (8, 0) else 99) * 1024:
+        return f"{shared_bytes} bytes of shared memory"
     return ""
 
 
-def variants():
-    from densegrad.catalogue import kernel_variants
+def disassembled(cubin: bytes) -> str:
+    """The SASS of machine code, by nvdisasm: on PATH, or in the wheel nvidia-cuda-nvdisasm."""
+    wheels = [path for folder in sys.path for path in pathlib.Path(folder).glob("nvidia/*/bin/nvdisasm")]
+    tool = wheels[0] if wheels else shutil.which("nvdisasm")
+    if not tool:
+        sys.exit("nvdisasm was not found: pip install nvidia-cuda-nvdisasm")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
 
-    return kernel_variants()
+
+class Aligned(Unlaunched):
+    """A GPU whose memory is aligned as CuPy's, wherever NumPy's lies."""
+
+    def capability(self, place: str) -> tuple[int, int]:
+        """Which has all instructions."""
+        return 9, 0
+
+    def address(self, array: np.ndarray) -> int:
+        """Sixteen times where the array's memory begins, and on to its first element."""
+        memory, owner = array, array
+        while (owner := getattr(owner, "base", None)) is not None:
+            memory = owner if isinstance(owner, np.ndarray) else memory
+        begin = super().address(memory)
+        return 16 * begin + super().address(array) - begin
 
 
-def assembler() -> str:
-    """The path of ptxas: on PATH, or in the wheel nvidia-cuda-nvcc."""
-    found = shutil.which("ptxas")
-    wheels = [path for folder in sys.path for path in pathlib.Path(folder).glob("nvidia/*/bin/ptxas")]
-    if not wheels and not found:
-        sys.exit("ptxas was not found: pip install nvidia-cuda-nvcc")
-    return str(wheels[0] if wheels else found)
+def launched_by_random_calls() -> dict[str, Launch]:
+    """The launches of the tests' random calls, one for each kernel, by the first call that makes it."""
+    found: dict[str, Launch] = {}
+    seen = set()
+    with mock.patch("densegrad.device.current", return_value=Aligned()):
+        for function in FUNCTIONS:
+            for seed in SEEDS:
+                _, launches = Call(function, seed).run(np) or ({}, [])
+                for number, launch in enumerate(launches):
+                    if key_of(launch) not in seen:
+                        seen.add(key_of(launch))
+                        found[f"{launch.kernel}, launch {number + 1} of {function}, seed {seed}"] = launch
+    return found
 
 
 def main() -> None:
+    """Judge all kernels, and say which have problems."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="assemble every variant for every architecture")
-    everything = parser.parse_args().all
-    names = list(variants())
-    chosen = [ARCHITECTURES if everything else [ARCHITECTURES[n % 7], ARCHITECTURES[(n + 3) % 7]]
-              for n in range(len(names))]
+    parser.add_argument("--all", action="store_true", help="for every compute capability, instead of one in turn")
+    parser.add_argument("--capability", choices=["{}.{}".format(*one) for one in CAPABILITIES], action="append",
+                        help="for this one; may be repeated")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="kernels whose name contains this")
+    options = parser.parse_args()
+    asked = [one for one in CAPABILITIES if "{}.{}".format(*one) in (options.capability or [])]
+    jobs = {}
+    for kernels, capabilities in ((kernel_variants(), CAPABILITIES), (launched_by_random_calls(), REHEARSED)):
+        for number, (name, launch) in enumerate(kernels.items()):
+            able = [capability for capability in asked or capabilities if capability >= launch.capability]
+            jobs[name] = launch, able if asked or options.all else [able[number % len(able)]]
+    jobs = {name: (launch, able) for name, (launch, able) in jobs.items() if able and options.only in name}
+    failed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(check, names, chosen))
-    for name, problem in zip(names, found, strict=True):
-        if problem:
-            print(f"FAIL {name}: {problem}")
-    print(f"{len(names)} kernel variants, {sum(map(bool, found))} with problems")
-    sys.exit(any(found))
+        for name, problem in zip(jobs, pool.map(judge, *zip(*jobs.values(), strict=True)), strict=True):
+            if problem:
+                failed += 1
+                print(f"FAIL {name}: {problem}", flush=True)
+    print(f"{len(jobs)} kernels, {failed} with problems")
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":
