@@ -23,8 +23,6 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
-from cuda.bindings import nvjitlink
-from numba.cuda.cudadrv import nvvm
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
@@ -83,6 +81,9 @@ def used_by(cubin: bytes) -> Used:
 
 def judge(launch: Launch, capabilities: list[tuple[int, int]]) -> str:
     """What is wrong with a launch's kernel, or an empty string. Float64 is looked for once, in the first code."""
+    from cuda.bindings import nvjitlink
+    from numba.cuda.cudadrv import nvvm
+
     problems = []
     for number, capability in enumerate(capabilities):
         try:

@@ -492,6 +492,33 @@ def test_lines_are_stored_from_any_place_in_a_sector(xp, dtype, length, lanes, a
         same(result, wanted)
 
 
+@pytest.mark.parametrize(("dtype", "length", "groups"), [
+    ("float32", 128, 2), ("float32", 32, 2), ("float32", 8, 1), ("float64", 16, 2), ("float64", 64, 2)])
+def test_lines_are_filled_flipped(xp, dtype, length, groups):
+    """Threads beside one another have neighbouring vectors of each group; of odd lines c lies at c ^ flip."""
+    vector, spacing = 16 // np.dtype(dtype).itemsize, length // groups
+    line, count, lanes = Line(dtype, length, 1, False), groups * vector, spacing // vector
+    array, lane_of = primitives.shared_array("lines", dtype, 2 * length), primitives.split(lanes)
+    load, fill = primitives.load_each(dtype, count, dtype), primitives.fill_line(line, groups, vector, spacing)
+    one, put = primitives.load_shared(dtype, 1), primitives.store_vector(dtype, 1, dtype)
+
+    @primitives.jit(2 * lanes)
+    def kernel(fragments, out):
+        thread = cuda.threadIdx.x
+        shared = array()
+        number, lane = lane_of(thread)
+        fill(shared, number, lane * vector, load(fragments, thread * count, 1, count))
+        cuda.syncthreads()
+        for index in range(thread, 2 * length, 2 * lanes):
+            put(out, index, one(shared, index))
+
+    values = integers((2, length), dtype, 6)
+    fragments = values.reshape(2, groups, lanes, vector).transpose(0, 2, 1, 3)
+    out = xp.zeros((2, length), dtype)
+    run(kernel, xp.asarray(np.ascontiguousarray(fragments)), out, threads=2 * lanes)
+    same(out, np.stack([values[0], values[1][np.arange(length) ^ line.flip]]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "offsets", "stride"), [
     (4, (0, 12), 1), (2, (0, 8, 16), 1), (1, (0, 3, 5), 2), (1, (0, 3), -1)])
