@@ -75,12 +75,9 @@ def somewhere() -> Iterator[tuple[Any, str]]:
 
         yield cupy, device.current().name
         return
-    found, stand_in = device.current, Unlaunched()
-    device.current = lambda: stand_in  # type: ignore[assignment]
-    try:
+    stand_in = Unlaunched()
+    with device.standing_in(stand_in):
         yield np, stand_in.name
-    finally:
-        device.current = found
 
 
 def calls(module: Any) -> dict[str, Callable[[], Any]]:

@@ -18,7 +18,7 @@ OF_LAUNCHES = {".errors", ".facts", ".launches", ".signatures"}
 #: module -> those beside it that it may import, and with a dot those beside its folder; kernels are one more of them
 ARROWS = {
     "__init__": {"calls", "device", "errors", "gradients", "launches", "layers", "plans", "prepared", "reference",
-                 "output_gradients"},
+                 "output_gradients", "warming"},
     "__main__": {"commands"},
     "errors": set(),
     "activations": set(),
@@ -47,11 +47,12 @@ ARROWS = {
     "prepared": {"calls", "errors", "launches", "operands"},
     "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands"},
+    "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches", "output_gradients"},
     "testing": {"activations", "device", "plans", "reference"},
 }
 #: what is not the standard library -> the modules that may import it
 OUTSIDE = {
-    "numpy": {"device", "operands", "reference", "testing"},
+    "numpy": {"device", "operands", "reference", "testing", "warming"},
     "ml_dtypes": {"device"},
     "cupy": {"device"},
     "cuda": {"cache", "device"},
@@ -197,7 +198,7 @@ def test_what_the_package_offers_is_loaded_when_it_is_asked_for():
     named = {node.name: node for node in ast.walk(ast.parse((SOURCE / "__init__.py").read_text()))
              if isinstance(node, ast.alias)}
     offered = {name for name in named if not name.startswith(("_", "TYPE_CHECKING", "import_module"))}
-    assert offered == {*densegrad.__all__, *densegrad._MODULES} - {"gradients", "output_gradients", "prepared"}
+    assert offered == {*densegrad.__all__, *densegrad._MODULES} - {"gradients", "output_gradients", "prepared", "warming"}
     assert all(getattr(densegrad, name) is not None for name in offered)
     assert offered <= set(dir(densegrad))
     with pytest.raises(AttributeError, match="module 'densegrad' has no attribute 'nonsense'"):

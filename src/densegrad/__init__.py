@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from .output_gradients import OutputGrads, activation_grad, cross_entropy_grad
     from .prepared import Prepared, prepare
+    from .warming import Warmed, warmup
 else:
     from importlib import import_module as _import_module
 
@@ -50,7 +51,7 @@ else:
         return sorted({*globals(), *__all__, *_MODULES})
 
 #: where the names of __all__ stand, and the modules that are reached as attributes of the package
-_WHERE = ("errors", "gradients", "output_gradients", "prepared")
+_WHERE = ("errors", "gradients", "output_gradients", "prepared", "warming")
 _MODULES = ("calls", "device", "launches", "layers", "plans", "reference", *_WHERE)
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "PrepareError",
     "Prepared",
     "ShapeError",
+    "Warmed",
     "WeightBiasGrads",
     "activation_grad",
     "bias_grad",
@@ -72,6 +74,7 @@ __all__ = [
     "dense_grads",
     "input_grad",
     "prepare",
+    "warmup",
     "weight_bias_grad",
     "weight_grad",
 ]

@@ -113,6 +113,11 @@ def keep(name: str, code: Code) -> None:
         _say_once(f"compiled kernels cannot be kept in {place}: {error.strerror}")
 
 
+def usable() -> bool:
+    """Whether there is a folder that kernels can be kept in; if not, the log says why."""
+    return _usable(make=True) is not None
+
+
 class Kept(NamedTuple):
     """A file of the cache."""
 

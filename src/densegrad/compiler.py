@@ -79,9 +79,20 @@ def ptx_of(launch: Launch, capability: tuple[int, int]) -> str:
     ValueError
         If the compiler does not know the compute capability.
     """
+    check_capability(capability)
+    with _compiling:
+        return library_of(launch, capability).get_lto_ptx(capability)
+
+
+def check_capability(capability: tuple[int, int]) -> None:
+    """Hold a compute capability to those that the compiler makes code for.
+
+    Raises
+    ------
+    ValueError
+        If it knows it not.
+    """
     from numba.cuda.cudadrv.nvrtc import get_supported_ccs
 
     if capability not in get_supported_ccs():
         raise ValueError("the compiler that is installed makes no code for sm_{}{}".format(*capability))
-    with _compiling:
-        return library_of(launch, capability).get_lto_ptx(capability)

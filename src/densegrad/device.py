@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -44,16 +45,33 @@ def _place(device_id: int | str) -> str:
     return f"GPU {device_id}"
 
 
-@cache
-def current() -> Gpu | Simulator:
-    """The device of this process.
+_instead: ContextVar[Any] = ContextVar("densegrad_device", default=None)
+
+
+def current() -> Any:
+    """The device of this process, or what stands in for it.
 
     Raises
     ------
     DeviceError
         If there is neither a GPU nor the simulator.
     """
+    return _instead.get() or _own()
+
+
+@cache
+def _own() -> Gpu | Simulator:
     return Simulator() if simulated() else _gpu()
+
+
+@contextlib.contextmanager
+def standing_in(other: Any) -> Iterator[None]:
+    """Another device in the with block, for this thread: one with the methods of these."""
+    token = _instead.set(other)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
 
 
 def simulated() -> bool:
@@ -62,6 +80,11 @@ def simulated() -> bool:
     if numba is not None:
         return bool(numba.config.ENABLE_CUDASIM)
     return os.environ.get("NUMBA_ENABLE_CUDASIM", "").strip() not in ("", "0")
+
+
+def environment_of_compilers() -> dict[str, str]:
+    """The environment of processes in which Numba compiles, whatever it does in this one."""
+    return {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
 
 
 def _gpu() -> Gpu:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import device, errors
+from . import kept
 from .files import is_standard_output, written
 from .terminal import notes, progress, remark, results, suit_encoding, table, verdict, waiting
 
@@ -350,6 +351,7 @@ def info() -> None:
     compiler = _missing_libraries()
     made.add_row("compiler", "NVVM and nvJitLink found" if not compiler else f"not found: {', '.join(compiler)}")
     runs = "simulator" if reason or _simulator_is_on() else device.current().name
+    made.add_row("kernels kept", kept.summary())
     made.add_row("runs on", "Numba's CUDA simulator, on the CPU" if runs == "simulator" else runs)
     out.print(made)
     for what, cures in _cures(reason, cupy, compiler):
@@ -463,7 +465,7 @@ def ptx(
         densegrad ptx matmul_simt
         densegrad ptx NAME --cc 8.0 -o kernel.ptx
     """
-    capability = _capability(cc)
+    capability = kept.capability_of(cc)
     if _simulator_is_on():
         remark(f"{SIMULATOR} is left aside: the simulator compiles nothing.", style="dim")
         del os.environ[SIMULATOR]
@@ -486,13 +488,6 @@ def ptx(
     with written(output, force) as file:
         file.write(_compiled(variants[kernel], capability).encode())
     remark(f"Wrote {output}")
-
-
-def _capability(cc: str) -> tuple[int, int]:
-    major, _, minor = cc.partition(".")
-    if not (major.isdecimal() and minor.isdecimal() and cc.isascii()):
-        raise ValueError(f"--cc must be a compute capability such as 9.0; got {cc}")
-    return int(major), int(minor)
 
 
 def _show_variants(variants: dict[str, Launch], kernel: str | None) -> None:
@@ -518,3 +513,6 @@ def _compiled(launch: Launch, capability: tuple[int, int]) -> str:
     with waiting("Compiling"):
         return ptx_of(launch, capability)
 
+
+for command in (kept.cache, kept.warmup):
+    app.command()(command)
