@@ -249,7 +249,7 @@ def _described(key: Any, recipe: Recipe, where: Any, numbers: tuple) -> _Kept:
     for number, value in zip(recipe.numbers, numbers, strict=True):
         _checked(where, recipe, number, value)
     with where.using(None, recipe.place):
-        loaded = tuple([where.load(launch, recipe.place) for launch in recipe.launches])
+        loaded = where.loaded(recipe.launches, recipe.place)
     kept = _Kept(recipe, loaded, bool(recipe.workspace_bytes or recipe.copied), recipe.workspace_bytes,
                  any(made.given for made in recipe.made),
                  tuple((number.slot, LARGEST.get(number.dtype, -1.0)) for number in recipe.numbers))

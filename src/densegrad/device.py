@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import sys
 import threading
@@ -22,7 +23,10 @@ import numpy as np
 
 from . import compiler
 from .errors import DeviceError
+from .estimate import duration, simulated_seconds
 from .launches import ALIGNMENT, OPERAND_ALIGNMENT, Clear, Launch, Room, Slot
+
+log = logging.getLogger("densegrad")
 
 NO_DEVICE = ("densegrad found no GPU ({reason}): install CuPy on a machine with one (pip install 'numba-cuda[cu13]' "
              "cupy-cuda13x), or set NUMBA_ENABLE_CUDASIM=1 before Python starts to run on the CPU in Numba's CUDA "
@@ -36,6 +40,9 @@ MOST_FUNCTIONS = 1024
 
 #: how long a thread of the simulator runs before another does, where Python's own 5 ms make barriers slow
 TURN_SECONDS = 2e-4
+
+#: from which estimate on the simulator says how long a call will take
+PATIENCE_SECONDS = 10
 
 #: the place of NumPy arrays on a machine whose kernels run on a GPU
 HOST = "the host"
@@ -251,9 +258,25 @@ class Simulator:
         """The compute capability whose instructions the simulator's kernels are made of."""
         return 8, 0
 
+    def loaded(self, launches: tuple[Launch | Clear, ...], place: str) -> tuple[Any, ...]:
+        """The launches of a call, ready for many calls; those that take long say so before they begin."""
+        seconds = simulated_seconds(launches)
+        before = (_Announcement(seconds),) if seconds > PATIENCE_SECONDS else ()
+        return (*before, *(self.load(launch, place) for launch in launches))
+
     def load(self, launch: Launch | Clear, place: str) -> Any:
         """The launch, ready for many calls: with values of its slots and a stream."""
         return _SimulatedClear(launch) if isinstance(launch, Clear) else _SimulatedLaunch(launch)
+
+
+class _Announcement:
+    """What is said of a call before its launches begin."""
+
+    def __init__(self, seconds: float):
+        self.words = f"the simulator will take about {duration(seconds)} for this call, which a GPU is made for"
+
+    def __call__(self, values: Mapping[str, Any], stream: int) -> None:
+        log.warning("%s", self.words)
 
 
 class _SimulatedClear:
@@ -486,6 +509,10 @@ class Gpu:
             properties = self.cupy.cuda.runtime.getDeviceProperties(device_id)
             self._capabilities[device_id] = properties["major"], properties["minor"]
         return self._capabilities[device_id]
+
+    def loaded(self, launches: tuple[Launch | Clear, ...], place: str) -> tuple[Any, ...]:
+        """The launches of a call, ready for many calls."""
+        return tuple([self.load(launch, place) for launch in launches])
 
     def load(self, launch: Launch | Clear, place: str) -> Any:
         """The launch, ready for many calls: with values of its slots and the pointer of a stream.

@@ -242,11 +242,10 @@ class _Foreseen:
         """The compute capability that was stated."""
         return self._capability
 
-    def load(self, launch: Launch | Clear, place: str) -> Callable[[Any, int], None]:
-        """Keep the launch; it does nothing."""
-        if isinstance(launch, Launch):
-            self.launches.append(launch)
-        return lambda values, stream: None
+    def loaded(self, launches: tuple[Launch | Clear, ...], place: str) -> tuple[()]:
+        """Keep the launches: there is nothing to launch."""
+        self.launches += [launch for launch in launches if isinstance(launch, Launch)]
+        return ()
 
 
 def _compile(launches: list[Launch], capability: tuple[int, int], processes: int,

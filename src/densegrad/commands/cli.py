@@ -21,7 +21,7 @@ from rich.text import Text
 from .. import device, errors
 from . import kept
 from .files import is_standard_output, written
-from .terminal import notes, progress, remark, results, suit_encoding, table, verdict, waiting
+from .terminal import hear_the_log, notes, progress, remark, results, suit_encoding, table, verdict, waiting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,6 +112,7 @@ def _options(
 
     On a machine without a GPU the commands run the same kernels in Numba's CUDA simulator.
     """
+    hear_the_log()
 
 
 @app.command()

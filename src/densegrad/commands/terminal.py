@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import sys
 from io import TextIOWrapper
 from typing import Any
@@ -50,6 +51,20 @@ def remark(words: str | Text, style: str = "") -> None:
     """Say something on stderr: in lines as wide as the terminal, or in one line if it goes elsewhere."""
     console = notes()
     console.print(words, style=style, markup=False, soft_wrap=not console.is_terminal)
+
+
+class _Remarks(logging.Handler):
+    """What the package says of its work, as remarks."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        remark(self.format(record), style="yellow")
+
+
+def hear_the_log() -> None:
+    """Show what the package warns of, once, however many commands run in this process."""
+    log = logging.getLogger("densegrad")
+    if not any(isinstance(handler, _Remarks) for handler in log.handlers):
+        log.addHandler(_Remarks(logging.WARNING))
 
 
 def waiting(what: str) -> Status:
