@@ -48,7 +48,8 @@ ARROWS = {
     "prepared": {"calls", "errors", "launches", "operands"},
     "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands"},
-    "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches", "output_gradients"},
+    "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches",
+                "output_gradients"},
     "testing": {"activations", "device", "plans", "reference"},
 }
 #: what is not the standard library -> the modules that may import it
@@ -199,7 +200,8 @@ def test_what_the_package_offers_is_loaded_when_it_is_asked_for():
     named = {node.name: node for node in ast.walk(ast.parse((SOURCE / "__init__.py").read_text()))
              if isinstance(node, ast.alias)}
     offered = {name for name in named if not name.startswith(("_", "TYPE_CHECKING", "import_module"))}
-    assert offered == {*densegrad.__all__, *densegrad._MODULES} - {"gradients", "output_gradients", "prepared", "warming"}
+    of_functions = {"gradients", "output_gradients", "prepared", "warming"}
+    assert offered == {*densegrad.__all__, *densegrad._MODULES} - of_functions
     assert all(getattr(densegrad, name) is not None for name in offered)
     assert offered <= set(dir(densegrad))
     with pytest.raises(AttributeError, match="module 'densegrad' has no attribute 'nonsense'"):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import cache, device, gradients, upstream
+from . import cache, device, gradients, output_gradients
 from .compiler import check_capability, key_of
 from .errors import DeviceError
 from .facts import ITEM_BYTES, accumulator_of
@@ -160,11 +160,11 @@ def _call(arrays: dict[str, Any], options: dict[str, Any], activations: list[str
     gradients.weight_bias_grad(x, dz, **options, **both, out=gradients.WeightBiasGrads(dw, db))
     gradients.dense_grads(x, w, dz, **options, **both, out=gradients.DenseGrads(dx, dw, db))
     for name in activations:
-        into = upstream.OutputGrads(dz if out else None, db)
+        into = output_gradients.OutputGrads(dz if out else None, db)
         if name == CROSS_ENTROPY:
-            upstream.cross_entropy_grad(dz, labels, **axis, **alone, out=into)
+            output_gradients.cross_entropy_grad(dz, labels, **axis, **alone, out=into)
         else:
-            upstream.activation_grad(dz, z, name, **axis, **alone, out=into)
+            output_gradients.activation_grad(dz, z, name, **axis, **alone, out=into)
             gradients.dense_grads(x, w, dz, activation=name, z=z, **options, **both,
                                   out=gradients.DenseGrads(dx, dw, db))
 
