@@ -116,8 +116,8 @@ def too_many(text, exempt, *, commands=False):
 
 def test_nobody_counts_arguments():
     exempt = records() | OTHERS
-    found = {path.relative_to(path.parents[2]).as_posix(): too_many(path.read_text(), exempt, commands=path.parent == COMMANDS)
-             for path in FILES}
+    found = {path.relative_to(path.parents[2]).as_posix(): too_many(
+        path.read_text(), exempt, commands=path.parent == COMMANDS) for path in FILES}
     assert not {path: lines for path, lines in found.items() if lines}
 
 
