@@ -387,3 +387,13 @@ def test_results_in_float64_are_stored_in_accesses_of_16_bytes(xp):
             densegrad.weight_grad(x, dz, out=xp.zeros((16, 16), "float64"),
                                   plan=small_plan(16, 16, 40, "float32", parts))
         assert launches[-1].constants.result.access == 2
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 3), (5, 4, 0)])
+def test_without_samples_or_outputs_dz_is_formed_in_no_memory(sizes, xp):
+    """What has no elements lies in the workspace all the same."""
+    samples, inputs, outputs = sizes
+    x, w, dz = (xp.ones(shape, "float32") for shape in ((samples, inputs), (inputs, outputs), (samples, outputs)))
+    found = densegrad.dense_grads(x, w, dz, activation="relu", z=dz)
+    assert [gradient.shape for gradient in found] == [(samples, inputs), (inputs, outputs), (outputs,)]
+    assert not any(host(gradient).any() for gradient in found)

@@ -24,7 +24,7 @@ from .facts import accumulator_of
 from .launches import Clear, Launch, workspace_bytes
 from .operands import LARGEST, Argument, Inputs, Target, accept_integer, accept_number, alpha_type, extent, overlap
 
-#: how many layouts of calls are kept, those used last
+#: how many layouts of calls are kept, those that were met last
 MOST_LAYOUTS = 4096
 
 

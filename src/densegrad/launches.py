@@ -36,7 +36,8 @@ class Room(NamedTuple):
     @property
     def end(self) -> int:
         """The byte of the workspace where the next room may begin."""
-        return self.offset + -(-self.items * SIZES[self.dtype] // ALIGNMENT) * ALIGNMENT
+        # One without items has an address, too.
+        return self.offset + max(-(-self.items * SIZES[self.dtype] // ALIGNMENT), 1) * ALIGNMENT
 
 
 #: what results are multiplied by: a number of the host's times, unless its address is 0, one on the device
