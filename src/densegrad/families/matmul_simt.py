@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import PlanError
 from ..facts import ITEM_BYTES, accumulator_of
 from ..launches import Launch, Result
-from ..signatures import MatmulArguments, MatmulSimt
+from ..signatures import MatmulArguments, MatmulSimt, Side
 from .common import ceil_div, check_choice, check_sizes, constants_of, epilogue_of, named
 from .tiling import FAR, ORIENTATIONS, Product, Tiling, square
 
@@ -107,6 +107,16 @@ class MatmulPlan(Tiling):
         resident = 256 if sums > 64 else 512 if self.threads >= 256 else 384
         return max(min(resident // (32 * ceil_div(self.threads, 32)), 16), 1)
 
+    def _blocks_for(self, *sides: Side) -> int:
+        """As many, but 256 threads of float64 and of single warps where rows of memory do not begin with a sector.
+
+        Such rows are turned, which takes registers that these have not.
+        """
+        turned = any(not side.along_depth and side.access * ITEM_BYTES[self.dtype] < 16 for side in sides)
+        if turned and (self.accumulator == "float64" or self.threads <= 32):
+            return max(min(self.blocks_per_multiprocessor, 8 // ceil_div(self.threads, 32)), 1)
+        return self.blocks_per_multiprocessor
+
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: two stages of both tiles."""
@@ -134,7 +144,7 @@ class MatmulPlan(Tiling):
         constants = constants_of(MatmulSimt, self, {
             "left": left, "right": right, "result": epilogue_of(target, vector, self.accumulator),
             "sums_of": product.sums_of, "sums": sums and epilogue_of(sums, 1, self.accumulator),
-            "offset_bits": product.offset_bits(self)})
+            "offset_bits": product.offset_bits(self), "blocks_per_multiprocessor": self._blocks_for(left, right)})
         return Launch("densegrad.kernels.matmul_simt", "matmul_simt", constants, arguments, self.grid, self.threads,
                       plan=self)
 
