@@ -34,6 +34,8 @@ EXTRAS = {'pip install -e ".[cuda12]"': "cuda12", 'pip install -e ".[cuda13]"': 
 HERE = {
     "bash .ci/run": "bash -n .ci/run",
     ".ci/compile_check.py --all": "python .ci/compile_check.py --help",
+    "densegrad cache": "densegrad cache",
+    "densegrad cache --clear": "densegrad cache --help",
     "densegrad check": "densegrad check --help",
     "densegrad demo": "densegrad demo --steps 1",
     "densegrad explain": "densegrad explain",
@@ -41,6 +43,9 @@ HERE = {
     "densegrad grads": "densegrad grads --help",
     "densegrad info": "densegrad info",
     "densegrad ptx": "densegrad ptx --help",
+    "densegrad warmup": "densegrad warmup --help",
+    "densegrad warmup --layers layers.txt --dtype bfloat16 --activation gelu --accumulate --cc 9.0":
+        "densegrad warmup --help",
     "pytest --lane simulator": "pytest --lane simulator --collect-only -q tests/test_layering.py",
     "python -m benchmarks.host": "python -m benchmarks.host --rounds 2 --repeats 2",
     "python -m benchmarks.report": "python -m benchmarks.report --check",
@@ -49,6 +54,7 @@ HERE = {
 }
 #: commands that need a GPU -> how far they go without one
 ON_A_GPU = {
+    "densegrad warmup 128,784,512 128,512,10": "densegrad warmup --help",
     "pytest --lane gpu": "pytest --help",
     "python -m benchmarks.counted --ncu": "python -m benchmarks.counted --help",
     "python -m benchmarks.run": "python -m benchmarks.run --help",
