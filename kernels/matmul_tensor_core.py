@@ -99,6 +99,8 @@ def make_matmul_tensor_core(constants):
 
     shared_bytes = primitives.shared_bytes(all_bytes)
     left_place = right_place = primitives.place(dtype)
+    # Where both operands lie along the depth registers are scarcest.
+    again = primitives.again() if left_along_depth and right_along_depth else _same
     asynchronous = kind != "float16k8"
     left_copy = ChunkCopy(left_layout.tile, item_bytes, left_side.access, left_along_depth, threads, offset_bits,
                           asynchronous)
@@ -260,7 +262,11 @@ def make_matmul_tensor_core(constants):
             sums, _ = walk(shared, tiles, left_at, left_stride, left_step, rows_left, left_places, right_at,
                            right_stride, right_step, cols_left, right_places, (), thread)
 
-        # 8. Each warp stores its results from registers.
+        # 8. Each warp stores its results from registers. Where it is in the tile may be computed again, so that it took
+        #    no registers up to here.
+        thread = again(cuda.threadIdx.x)
+        lane, warp = thread % LANES, thread // LANES
+        warp_row, warp_col = warp // warps_across * warp_rows, warp % warps_across * warp_cols
         index = part * part_stride + (row + warp_row) * result_down + (col + warp_col) * result_across
         store(result, index, result_down, result_across, rows_left - warp_row, cols_left - warp_col,
               result_number(alpha_at(alpha, alpha_address)), lane, settle(tidy(sums)))
