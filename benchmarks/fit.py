@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy.optimize import nnls
 
 from densegrad.families.cost import SHARED_TERMS, TILE_TERMS, terms, tile_name
 
@@ -112,6 +111,8 @@ def fit(rows: Sequence[Row]) -> Model:
 
 def _resident_alone(rows: Sequence[Row]) -> int:
     """How many blocks of a tile share a multiprocessor, as its own rows say."""
+    from scipy.optimize import nnls
+
     def error(resident: int) -> float:
         lines = np.array([sum(terms(row, ORDER[row.operation], resident), ()) for row in rows])
         us = np.array([row.us for row in rows])
@@ -130,6 +131,8 @@ def _score(rows: Sequence[Row], model: Model) -> float:
 
 
 def _solve(rows: Sequence[Row], residents: dict[str, int]) -> Model:
+    from scipy.optimize import nnls
+
     names, own, shared = list(residents), len(TILE_TERMS), len(SHARED_TERMS)
     places = {name: own * number for number, name in enumerate(names)}
     matrix, us = np.zeros((len(rows), own * len(names) + shared)), np.array([row.us for row in rows])
@@ -206,7 +209,7 @@ def _rounded(number: float) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fit, print and, if asked, save."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fit", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fit", description=f"{__doc__}\nNeeds scipy.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="a file of measured plans")
     parser.add_argument("--leave-out", action="store_true", help="fit without each layer in turn, too (some minutes)")

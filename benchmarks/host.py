@@ -70,6 +70,10 @@ class Unlaunched(Simulator):
         """Undefined bytes."""
         return np.empty(size, np.uint8)
 
+    def pointer(self, stream: Any) -> int:
+        """No stream, whichever is asked for."""
+        return 0
+
 
 @contextlib.contextmanager
 def somewhere() -> Iterator[tuple[Any, str]]:

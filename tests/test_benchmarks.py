@@ -1,5 +1,6 @@
 """The benchmark scripts: that they run to their end, never time what is wrong, and keep their rows."""
 import csv
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -356,6 +357,16 @@ def test_python_is_timed_where_there_is_no_gpu_and_kept_only_if_asked(capsys, tm
     assert not host.RESULTS.exists()
     assert host.main(["--rounds", "3", "--repeats", "2", "--save"]) == 0
     assert "bias_grad(dz)" in {row["call"] for row in records.read(host.RESULTS)}
+
+
+@pytest.mark.only("simulator")
+def test_python_is_timed_where_neither_a_gpu_nor_the_simulator_is():
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    found = subprocess.run([sys.executable, "-m", "benchmarks.host", "--rounds", "2", "--repeats", "2"], cwd=ROOT,
+                           env=environment, capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "prepared dense_grads" in found.stdout
+    assert "open" in found.stdout
 
 
 @pytest.mark.only("simulator")

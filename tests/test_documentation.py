@@ -34,6 +34,8 @@ EXTRAS = {'pip install -e ".[cuda12]"': "cuda12", 'pip install -e ".[cuda13]"': 
 HERE = {
     "bash .ci/run": "bash -n .ci/run",
     ".ci/compile_check.py --all": "python .ci/compile_check.py --help",
+    "python -m benchmarks.fit benchmarks/results/nvidia-h200-2026-11-27-05b0320-plans.csv":
+        "python -m benchmarks.fit --help",
     "densegrad cache": "densegrad cache",
     "densegrad cache --clear": "densegrad cache --help",
     "densegrad check": "densegrad check --help",
