@@ -1,4 +1,5 @@
 """What commands write: whole or not at all, through links, into pipes and devices, and over files only by force."""
+import contextlib
 import io
 import os
 import resource
@@ -193,18 +194,23 @@ def test_a_file_without_permission_is_refused_before_anything_is_computed(open_f
     assert names(open_folder) == ["old"]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file may grow beyond 1,000 bytes: the system refuses as it does where the disk is full."""
+    """No file may grow beyond 1,000 bytes: the system refuses as it does where the disk is full.
+
+    Not as a fixture: pytest's own words may go to a file, too.
+    """
     before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_a_full_disk_leaves_the_old_file(old, small_files):
-    with pytest.raises(OSError, match="File too large") as refused:
+def test_a_full_disk_leaves_the_old_file(old):
+    with pytest.raises(OSError, match="File too large") as refused, small_files():
         write(old, NEW * 1000, force=True)
     assert refused.value.filename == str(old)
     assert old.read_bytes() == OLD
