@@ -105,6 +105,11 @@ def test_the_folder_is_the_platforms_unless_it_is_named(monkeypatch, tmp_path):
     assert cache.folder() == tmp_path / "mine"
 
 
+def test_a_name_that_no_folder_can_have_holds_nothing(monkeypatch):
+    monkeypatch.setenv("DENSEGRAD_CACHE_DIR", "/tmp/" + 300 * "a")
+    assert (cache.kept(), cache.clear()) == ([], [])
+
+
 def test_without_a_folder_nothing_is_kept(monkeypatch, tmp_path, compiled, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("DENSEGRAD_CACHE_DIR", "")

@@ -1,7 +1,10 @@
 """What is accepted and what is refused: containers, streams, outputs, and errors that say what to do."""
 import sys
+import warnings
 from dataclasses import replace
+from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -157,6 +160,32 @@ def test_alpha_is_a_number_of_what_it_is_multiplied_in(xp, alpha):
     np.testing.assert_array_equal(host(wide), [2 * alpha] * 3)
     if not np.isfinite(alpha):
         np.testing.assert_array_equal(host(densegrad.bias_grad(dz, alpha=alpha)), [alpha] * 3)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """Those of few bits, too, in which the largest float64 is infinite; huge integers are out of range."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for two in (np.float16(2), np.float32(2), np.array(2, "int8"), np.array(2, ml_dtypes.bfloat16), Fraction(2)):
+            assert densegrad.bias_grad(DZ + 1, alpha=two).tolist() == [2 * DZ.shape[0]] * 3
+    refused(lambda: densegrad.bias_grad(DZ, alpha=10 ** 400), ValueError, None, ["alpha must be within 3.4e+38 of 0"])
+
+
+@pytest.mark.parametrize("alpha", [np.ma.masked, np.ma.array(1.0), np.array(True), np.array(1j), np.array("1")])
+def test_what_is_no_number(alpha):
+    refused(lambda: densegrad.bias_grad(DZ, alpha=alpha), TypeError, None, ["alpha must be a number", "got"])
+
+
+def test_options_without_a_hash():
+    """An array of one number is an index as good as its number; lists within lists are no names."""
+    assert densegrad.bias_grad(DZ + 1, batch_axis=np.array(0)).tolist() == [DZ.shape[0]] * 3
+    for names in (np.array(0), [["dx"]], [3]):
+        refused(lambda need=names: densegrad.dense_grads(X, W, DZ, need=need), ValueError, None,
+                ["need must name some of"])
+    refused(lambda: densegrad.dense_grads(X, W, DZ, accumulate=np.array(0)), TypeError, None,
+            ["accumulate must be True or False"])
+    refused(lambda: densegrad.dense_grads(X, W, DZ, accumulate=[["dx"]]), ValueError, None,
+            ["accumulate must be True, False or names among dx, dw, db"])
 
 
 def test_float64_does_not_go_into_half(xp):

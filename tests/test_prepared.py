@@ -407,7 +407,9 @@ def test_a_workspace_of_ones_own_may_hold_anything(xp, name, byte):
 
 def test_a_call_without_one_takes_one(xp):
     dz = arrays_of(xp)["dz"]
-    prepared = prepare(bias_grad, dz, workspace=memory_at(xp, 16))
+    memory = memory_at(xp, 16)
+    assert prepare(bias_grad, dz, workspace=memory_at(xp, 16, 1)[:0]).workspace_bytes == 0
+    prepared = prepare(bias_grad, dz, workspace=memory)
     assert prepared.workspace_bytes == 0
     assert same_bits(prepared(), bias_grad(dz))
 
@@ -667,6 +669,28 @@ def test_alpha_apart_from_the_results(xp):
     prepared.rebind(alpha=elsewhere[:1].reshape(()))
     with pytest.raises(OutError, match="out overlaps alpha"):
         prepared.rebind(out=elsewhere)
+
+
+def test_results_of_its_own_apart_from_what_is_bound_to_it(xp):
+    arrays = arrays_of(xp)
+    prepared = prepare(weight_bias_grad, arrays["x"], arrays["dz"],
+                       out=WeightBiasGrads(db=placed(xp, np.zeros(OUTPUTS + 1, "float32"))[1:]))
+    dw = prepared.result.dw
+    for change in ({"alpha": dw[0, 1:2].reshape(())}, {"out": WeightBiasGrads(db=dw[0])}):
+        with pytest.raises(OutError, match="overlaps a result of this call in memory"):
+            prepared.rebind(**change)
+    square = placed(xp, np.ones((4, 3), "float32"))[1:]
+    prepared = prepare(weight_grad, square, square)
+    with pytest.raises(OutError, match="x overlaps a result of this call in memory"):
+        prepared.rebind(x=prepared.result)
+    assert same_bits(prepared(), weight_grad(square, square))
+
+
+def test_an_out_has_no_name_of_its_own(xp):
+    arrays = arrays_of(xp)
+    prepared = prepare(weight_bias_grad, arrays["x"], arrays["dz"])
+    with pytest.raises(PrepareError, match=r"out.dw cannot be bound by that name \(pass out=WeightBiasGrads"):
+        prepared.rebind(**{"out.dw": prepared.result.dw})
 
 
 @pytest.mark.only("gpu")

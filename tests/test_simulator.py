@@ -3,7 +3,7 @@ import logging
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -116,6 +116,23 @@ def test_many_threads_call_compile_and_prepare_at_once(xp, monkeypatch):
         found, expected = zip(*pool.map(work, range(40)), strict=True)
     assert found == expected
     assert len(calls._kept) <= 3
+
+
+@pytest.mark.only("simulator")
+def test_a_kernel_is_not_built_while_another_runs():
+    """The simulator puts a stand-in for `cuda` into the modules of what runs, which makes no kernels."""
+    with calls.recorded() as launches:
+        densegrad.bias_grad(np.ones((2, 3), "float32"))
+    running, going_on, ended = device.current().load(launches[0], "the simulator"), threading.Event(), threading.Event()
+    running.arguments = ()
+    running.kernel = {running.shape: lambda: going_on.set() or ended.wait(60)}
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(running, {}, 0)
+        assert going_on.wait(60)
+        built = pool.submit(device.current().load, launches[0], "the simulator")
+        assert not wait([built], 0.2).done
+        ended.set()
+        assert built.result(60).kernel
 
 
 @pytest.mark.only("simulator")

@@ -129,7 +129,7 @@ class Kept(NamedTuple):
 def kept() -> list[Kept]:
     """The files of the cache, those used last at the end; what else lies in the folder is none of them."""
     place = folder()
-    return sorted(_files(place)) if place is not None and place.is_dir() else []
+    return sorted(_files(place)) if place is not None and os.path.isdir(place) else []
 
 
 def _files(place: Path) -> Iterator[Kept]:

@@ -24,7 +24,7 @@ from .facts import accumulator_of
 from .launches import Clear, Launch, workspace_bytes
 from .operands import LARGEST, Argument, Inputs, Target, accept_integer, accept_number, alpha_type, extent, overlap
 
-#: how many layouts of calls are kept, those that were met last
+#: how many layouts of calls are kept; when another is met, the one that was described first leaves
 MOST_LAYOUTS = 4096
 
 
@@ -156,11 +156,11 @@ def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: t
     where = device.current()
     look = where.seen
     seen = [None if array is None else look(array) or Seen((object(),), 0) for array in arrays + outs]
-    key = (where, describe, options, *map(type, options), *[None if one is None else one[0] for one in seen])
+    key: Any = (where, describe, options, *map(type, options), *[None if one is None else one[0] for one in seen])
     try:
         kept = _kept.get(key)
-    except TypeError:  # an option that cannot be one, which describing says
-        kept = None
+    except TypeError:  # an option that has no hash: describing refuses it, or each call describes anew
+        key = kept = None
     if kept is None or (kept.watches and not _as_described(kept.recipe, arrays, seen)):
         kept = _described(key, describe(arrays, outs, options), where, numbers)
     recipe, values = kept.recipe, {}
@@ -245,7 +245,7 @@ def _as_described(recipe: Recipe, arrays: tuple, seen: list[Any]) -> bool:
 
 
 def _described(key: Any, recipe: Recipe, where: Any, numbers: tuple) -> _Kept:
-    """A recipe, its values checked before its kernels are compiled, and kept for later calls of the layout."""
+    """A recipe, its values checked before its kernels are compiled, and kept for later calls unless it has no key."""
     for number, value in zip(recipe.numbers, numbers, strict=True):
         _checked(where, recipe, number, value)
     with where.using(None, recipe.place):
@@ -253,10 +253,11 @@ def _described(key: Any, recipe: Recipe, where: Any, numbers: tuple) -> _Kept:
     kept = _Kept(recipe, loaded, bool(recipe.workspace_bytes or recipe.copied), recipe.workspace_bytes,
                  any(made.given for made in recipe.made),
                  tuple((number.slot, LARGEST.get(number.dtype, -1.0)) for number in recipe.numbers))
-    with _keeping:
-        _kept[key] = kept
-        if len(_kept) > MOST_LAYOUTS:
-            _kept.popitem(last=False)
+    if key is not None:
+        with _keeping:
+            _kept[key] = kept
+            if len(_kept) > MOST_LAYOUTS:
+                _kept.popitem(last=False)
     return kept
 
 
@@ -395,6 +396,8 @@ class Bound:
         alpha = values.get("alpha", self.hold.get("alpha", 1.0))
         if type(alpha) is not float:
             _check_apart(self.where, "alpha", alpha, recipe, outs)
+        self._check_apart_from_results({name: value for name, value in changes.items() if name in places}
+                                       | ({} if type(alpha) is float else {"alpha": alpha}))
         if recipe.check_values is not None:
             now = {**self.values, **values}
             recipe.check_values(arrays, tuple(now[number.slot] for number in recipe.numbers))
@@ -405,6 +408,13 @@ class Bound:
             self.put_number(slot, value)
         for name in changes.keys() & places.keys():
             self.put_array(name, operands[places[name]], seen[places[name]], False)
+
+    def _check_apart_from_results(self, arrays: dict[str, Any]) -> None:
+        """Hold arrays apart from the results that the call allocated."""
+        for made in self.recipe.made:
+            for name, array in arrays.items():
+                if not made.given and overlap(self.where.memory(self.results[made.position]), self.where.memory(array)):
+                    raise OutError(f"{name} overlaps a result of this call in memory (pass another array)")
 
     def _check_names(self, changes: dict[str, Any], known: list[str]) -> None:
         made = {one.slot for one in self.recipe.made}

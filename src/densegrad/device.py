@@ -236,7 +236,7 @@ class Simulator:
 
     def number_memory(self, value: Any, accumulator: str) -> Memory | None:
         """Where a number lies that kernels can read as one of this type, or None if it is one of the host's."""
-        on_device = isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype == accumulator
+        on_device = type(value) is np.ndarray and value.ndim == 0 and value.dtype == accumulator
         return self.memory(value) if on_device else None
 
     def pointer(self, stream: Any) -> int:
@@ -290,12 +290,14 @@ class _SimulatedClear:
 
 
 class _SimulatedLaunch:
-    """A launch in the simulator. Launches of several threads take turns: the simulator's state is the process's."""
+    """A launch in the simulator. Several threads take turns at building and launching: the simulator's state is the
+    process's."""
 
     _turn = threading.RLock()
 
     def __init__(self, launch: Launch):
-        self.kernel = compiler.kernel_of(launch.module, launch.kernel, launch.constants)
+        with self._turn:
+            self.kernel = compiler.kernel_of(launch.module, launch.kernel, launch.constants)
         self.shape = launch.grid, launch.block, 0, launch.shared_bytes
         self.arguments = tuple(zip(launch.values, launch.types, strict=True))
 

@@ -24,6 +24,7 @@ from .operands import (
     accept_out,
     accept_outs,
     accept_tuple,
+    are_names,
     as_names,
     check_apart,
 )
@@ -415,10 +416,9 @@ def _like(matrix: Matrix) -> Matrix:
 
 
 def _needed(need: Any, x: Any, w: Any) -> set[str]:
-    needed = set(need) if isinstance(need, tuple) else {need}
-    unknown = needed - set(DenseGrads._fields)
-    if unknown or not needed:
+    if not isinstance(need, tuple) or not need or not are_names(need, DenseGrads._fields):
         raise ValueError(f'need must name some of "dx", "dw" and "db"; got {need!r}')
+    needed = set(need)
     for name, gradient, array in (("x", "dw", x), ("w", "dx", w)):
         if array is None and gradient in needed:
             raise TypeError(f"{name} must be an array, since {gradient} is needed; got None (leave {gradient} out of "

@@ -1,6 +1,7 @@
 """Users' arrays -> what kernels take. All validation is here, and happens before anything is copied or launched."""
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import numbers
@@ -356,15 +357,21 @@ def accept_number(name: str, value: Any, dtype: str = "float64") -> float:
     ValueError
         If it is finite, but infinite to the kernels.
     """
-    scalar = isinstance(value, numbers.Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
-    if not scalar or isinstance(value, (bool, np.bool_)):
+    if isinstance(value, np.ndarray):
+        scalar = value.ndim == 0 and not isinstance(value, np.ma.MaskedArray) and (
+            value.dtype.kind in "iuf" or value.dtype.name in DTYPES)
+    else:
+        scalar = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+    if not scalar:
         raise TypeError(f"{name} must be a number; got {type(value).__name__} (bring one from a GPU to the host with "
                         f"float({name}))")
-    if LARGEST[dtype] < abs(value) < math.inf:
-        cure = "scale the inputs instead" + ", or convert them to float64" * (dtype == "float32")
-        raise ValueError(f"{name} must be within {LARGEST[dtype]:.2g} of 0, the range of {dtype} that it is multiplied "
-                         f"in, or infinite; got {value!s:.20} ({cure})")
-    return float(value)
+    with contextlib.suppress(OverflowError):
+        number = float(value)
+        if not abs(number) > LARGEST[dtype] or abs(value) == math.inf:
+            return number
+    cure = "scale the inputs instead" + ", or convert them to float64" * (dtype == "float32")
+    raise ValueError(f"{name} must be within {LARGEST[dtype]:.2g} of 0, the range of {dtype} that it is multiplied "
+                     f"in, or infinite; got {value!s:.20} ({cure})")
 
 
 def accept_flag(name: str, value: Any) -> bool:
@@ -509,7 +516,15 @@ def as_names(value: Any) -> Any:
     """Names as a tuple, which a call can be looked up by; what is none, a flag for example, as it is."""
     if isinstance(value, str):
         return (value,)
-    return tuple(value) if isinstance(value, Iterable) else value
+    try:
+        return tuple(value)
+    except TypeError:
+        return value
+
+
+def are_names(values: tuple, known: Iterable[str]) -> bool:
+    """Whether all of the values are among these names."""
+    return all(isinstance(value, str) for value in values) and set(values) <= set(known)
 
 
 def accept_outs(outs: tuple, accumulate: Any, needed: Iterable[str] | None = None,
@@ -528,7 +543,7 @@ def accept_outs(outs: tuple, accumulate: Any, needed: Iterable[str] | None = Non
     needed = set(fields if needed is None else needed)
     able = [field for field in fields if field in (needed if added is None else added)]
     if isinstance(accumulate, tuple):
-        if not set(accumulate) <= set(able):
+        if not are_names(accumulate, able):
             raise ValueError(f"accumulate must be True, False or names among {', '.join(able)}; got {accumulate}")
     else:
         accumulate = able if accept_flag("accumulate", accumulate) else ()

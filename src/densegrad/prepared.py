@@ -67,6 +67,9 @@ class Prepared:
             As the function: if arrays overlap, an out is read-only, labels are no classes or numbers out of range.
         """
         several = isinstance(self.result, tuple)
+        for name in arrays:
+            if "." in name:
+                raise PrepareError(f"{name} cannot be bound by that name (pass out={type(self.result).__name__}(...))")
         if out is None:
             outs = {}
         elif several:
@@ -156,6 +159,8 @@ def _check_workspace(bound: Bound, workspace: Any) -> None:
     memory, needed = bound.where.memory(workspace), bound.recipe.workspace_bytes
     if memory is None:
         raise PrepareError(f"workspace must be {bound.where.array_kinds}; got {type(workspace).__name__}")
+    if not needed:
+        return
     size = memory.dtype.itemsize
     for length in memory.shape:
         size *= length
