@@ -12,7 +12,7 @@ from .families.batch_sum import BatchSumPlan, plan_batch_sum
 from .families.common import check_plan
 from .families.matmul_simt import MatmulPlan
 from .families.matmul_tensor_core import TensorCorePlan
-from .families.product import ProductPlan, bias_rides_along, check_precision, plan_product
+from .families.product import ProductPlan, bias_rides_along, check_known, check_precision, plan_product
 from .families.tiling import Product
 from .launches import ALPHA, ONE, Launch, Matrix, Result, scratch
 from .operands import (
@@ -377,6 +377,12 @@ def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     needed = _needed(need, x, w)
     added = accept_outs(DenseGrads(*outs), accumulate, needed)
     plans = accept_tuple("plan", plan, DenseGrads)
+    # Below an activation the plan for db forms dz, which all of them are made of.
+    planned = needed | {"db"} if activation or sample_weight is not None else needed
+    for field, one in zip(DenseGrads._fields, plans, strict=True):
+        if one is not None and field not in planned:
+            raise PlanError(f"plan.{field} was given, but {field} is not needed (name it in need=, or leave it out)")
+    check_known(precision)
     inputs = accept(x=x, w=w, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
     above = accept_activation(inputs, (activation, stray), z, batch_axis, sample_weight)
     inputs = replace(inputs, beside=above.arguments)

@@ -184,7 +184,8 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
     others may differ in their last bits between the simulator and GPUs. Where a derivative jumps, it is PyTorch's: 0 at
     0 for relu, at 0 and 6 for relu6, at -3 for hardswish. Where z is NaN, relu, relu6, hardswish and elu pass da on,
     leaky_relu and selu scale it, as PyTorch's do on GPUs, and the others give NaN. Where z is infinite, all give their
-    limit. A new dz has the memory order of da; z or `out.dz` in another order are touched element by element.
+    limit. A new dz is in C order, or features first where da is; z or `out.dz` in another order are touched element by
+    element.
     Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5; Hendrycks, Gimpel, "Gaussian Error Linear
     Units", 2016.
 

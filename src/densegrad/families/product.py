@@ -101,8 +101,7 @@ def _check_capability(capability: tuple[int, int]) -> None:
 def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, int]) -> bool:
     half = dtype in ("float16", "bfloat16")
     able = capability >= (FLOAT16_CAPABILITY if dtype == "float16" else TENSOR_CORE_CAPABILITY)
-    if precision not in (None, "ieee", *TF32):
-        raise ValueError(f'precision must be None, "ieee", "tf32" or "tf32x3"; got {precision!r}')
+    check_known(precision)
     if precision not in TF32:
         return precision is None and half and able
     if dtype != "float32":
@@ -113,6 +112,18 @@ def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, i
         raise PlanError(f'precision="{precision}" needs compute capability 8.0 or newer; this GPU has '
                         f'{capability[0]}.{capability[1]} (take precision="ieee")')
     return True
+
+
+def check_known(precision: str | None) -> None:
+    """Hold a precision to those that there are.
+
+    Raises
+    ------
+    ValueError
+        If it is none of them.
+    """
+    if precision not in (None, "ieee", *TF32):
+        raise ValueError(f'precision must be None, "ieee", "tf32" or "tf32x3"; got {precision!r}')
 
 
 def check_precision(plan: ProductPlan, precision: str | None, capability: tuple[int, int]) -> None:
