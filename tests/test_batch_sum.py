@@ -276,3 +276,5 @@ def test_a_plan_that_no_kernel_can_carry_out_is_refused(wrong):
 
 def test_sums_of_halves_are_kept_in_float32():
     assert [accumulator_of(dtype) for dtype in DTYPES] == ["float32", "float32", "float32", "float64"]
+    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, float64; got 'float31'"):
+        accumulator_of("float31")

@@ -10,6 +10,7 @@ MAKERS = {
     "plan_batch_sum": (plans.plan_batch_sum, {"samples": 64, "outputs": 10, "dtype": "float32", "layout": "flat"}),
     "plan_upstream": (plans.plan_upstream, {"samples": 64, "outputs": 10, "dtype": "float32", "layout": "flat",
                                             "above": "relu"}),
+    "log_sum_exp_block": (plans.log_sum_exp_block, {"samples": 64, "outputs": 10, "features_first": False}),
     "plan_matmul": (plans.plan_matmul, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32"}),
     "plan_tensor_core": (plans.plan_tensor_core, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32",
                                                   "precision": "tf32", "capability": (8, 0)}),

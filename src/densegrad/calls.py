@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -136,14 +136,19 @@ _preparing: ContextVar[list[Bound] | None] = ContextVar("densegrad_preparing", d
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """A list that receives every launch made in the with block."""
-    launches: list[Launch] = []
-    token = _record.set(launches)
+def _collected(variable: ContextVar[list[Any] | None]) -> Iterator[list[Any]]:
+    """A new list in the variable for as long as the with block lasts."""
+    collected: list[Any] = []
+    token = variable.set(collected)
     try:
-        yield launches
+        yield collected
     finally:
-        _record.reset(token)
+        variable.reset(token)
+
+
+def recorded() -> AbstractContextManager[list[Launch]]:
+    """A list that receives every launch made in the with block."""
+    return _collected(_record)
 
 
 def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: tuple, numbers: tuple,
@@ -261,15 +266,9 @@ def _described(key: Any, recipe: Recipe, where: Any, numbers: tuple) -> _Kept:
     return kept
 
 
-@contextmanager
-def as_prepared() -> Iterator[list[Bound]]:
+def as_prepared() -> AbstractContextManager[list[Bound]]:
     """A list that receives every call made in the with block, which is filled in and not launched."""
-    found: list[Bound] = []
-    token = _preparing.set(found)
-    try:
-        yield found
-    finally:
-        _preparing.reset(token)
+    return _collected(_preparing)
 
 
 class Bound:

@@ -7,7 +7,15 @@ SIZES = {**ITEM_BYTES, "bool": 1, "int32": 4, "int64": 8}
 
 
 def accumulator_of(dtype: str) -> str:
-    """The type that sums of this dtype are kept in."""
+    """The type that sums of this dtype are kept in.
+
+    Raises
+    ------
+    ValueError
+        If it is none of ITEM_BYTES.
+    """
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"dtype must be one of {', '.join(ITEM_BYTES)}; got {dtype!r}")
     return "float64" if dtype == "float64" else "float32"
 
 

@@ -278,7 +278,7 @@ def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensa
     tiles, shifted_tiles = ceil_div(outputs, plan.tile), ceil_div(outputs, plan.tile - plan.sector)
     most = _most_blocks(samples * outputs, dtype, compensated)
     steps = steps_of_a_part(ceil_div(samples, plan.lanes), ceil_div(worthy_blocks(samples * outputs, most), tiles),
-                 max(most // shifted_tiles, LEAST_BLOCKS // tiles))
+                            max(most // shifted_tiles, LEAST_BLOCKS // tiles))
     return replace(plan, samples_per_part=min(samples, steps * plan.lanes), in_flight=min(plan.in_flight, steps))
 
 

@@ -164,6 +164,7 @@ class UpstreamPlan:
 @lru_cache(maxsize=4096)
 def log_sum_exp_block(samples: int, outputs: int, features_first: bool) -> tuple[int, int]:
     """(threads that add up one sample, samples of a block) for the log-sum-exp: more threads where samples are few."""
+    check_sizes(samples=samples, outputs=outputs)
     few = samples < 2048 and outputs >= 2048
     if features_first:
         return (32, 8) if few else (8, 32)
