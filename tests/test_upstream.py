@@ -517,7 +517,7 @@ WRONG = {
     "ignore_index": (TypeError, "ignore_index must be an integer of 64 bits; got 1.5",
                      lambda a: dg.cross_entropy_grad(a, a[:, 0].astype("int32"), ignore_index=1.5)),
     "alpha": (TypeError, "alpha must be a number; got NoneType", lambda a: dg.activation_grad(a, alpha=None)),
-    "alphas": (TypeError, "alpha must be a number", lambda a: dg.bias_grad(a, alpha=a[0])),
+    "alphas": (TypeError, "alpha must be a number", lambda a: dg.bias_grad(a, alpha=host(a[0]))),
     "slope": (TypeError, "negative_slope must be a number",
               lambda a: dg.activation_grad(a, a, "leaky_relu", negative_slope="1")),
     "smoothing": (ValueError, "label_smoothing must be between 0 and 1; got 2",
