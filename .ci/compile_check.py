@@ -39,7 +39,7 @@ REHEARSED = ((8, 0), (9, 0))
 #: threads that a multiprocessor holds where it is not 1,536
 RESIDENT = {(7, 5): 1024, (8, 0): 2048, (9, 0): 2048, (10, 0): 2048}
 #: random calls of each function, as many as the tests make
-SEEDS = range(30)
+SEEDS = range(12)
 #: arithmetic and conversions in SASS
 FLOAT64 = re.compile(r"\s(U?D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|[A-Z0-9.]+(\.F64|64H)\b)[^;]*")
 

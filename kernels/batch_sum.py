@@ -2,8 +2,8 @@
 
     result[m] = sum over s of source[s, m]      source (samples, outputs); for dL/db it is dZ
 
-Two kernels. `sum_strided` adds rows whose elements lie side by side, `sum_contiguous` adds runs along which the batch
-lies side by side.
+Three kernels. `sum_strided` adds rows whose elements lie side by side, `sum_flat` a narrow matrix without gaps as one
+run, `sum_runs` the runs of outputs whose samples lie side by side.
 
 How the work is cut
     Every element is read once, in vectors of 16 bytes. Threads that sit side by side read memory that lies side by
@@ -30,8 +30,10 @@ from numba import cuda, int32
 from . import primitives
 from .columns import finish_column
 from .primitives.factories import cache
-from .primitives.layout import ITEM_BYTES, SECTOR, WIDEST
+from .primitives.layout import ITEM_BYTES, LANES, SECTOR, WIDEST
 
+#: Cells of shared memory under way where their number is the launch's.
+CELLS = 4
 #: Elements under way where they are picked singly: few, since that takes registers.
 EDGE_ELEMENTS = 8
 
@@ -52,7 +54,7 @@ def make_sum_strided(constants):
         lanes * threads_x * vectors accumulators of 16 / itemsize each; twice that for compensated sums.
     """
     (dtype, accumulator, result, threads_x, lanes, vectors, in_flight, blocks_per_multiprocessor, accumulate,
-     compensated, partial) = constants
+     compensated, keeps_lost) = constants
     item = ITEM_BYTES[dtype]
     vector, sector = WIDEST // item, SECTOR // item
     threads, spacing = threads_x * lanes, threads_x * vector
@@ -69,7 +71,7 @@ def make_sum_strided(constants):
     zero = primitives.zeros(accumulator, halves)
     plus = primitives.plus(accumulator, 1, compensated)
     tidy = primitives.tidy(accumulator, vector * vectors, compensated)
-    finish = finish_column(accumulator, result, accumulate, compensated, partial)
+    finish = finish_column(accumulator, result, accumulate, compensated, keeps_lost)
     alpha_at = primitives.scale_at(constants.number, accumulator)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
@@ -119,59 +121,172 @@ def make_sum_strided(constants):
     return sum_strided
 
 
-@cache
-def make_sum_contiguous(constants):
-    """The kernel that adds along runs: element i of run r belongs to column r * period + i % period.
+def walk_run(dtype, accumulator, in_flight, compensated):
+    """(sums, source, index, line, position, ahead, end) -> sums plus a thread's elements of a run, line after line.
 
-    It lies at r * run_stride + i. With period 1 a run is one output's batch; with one run and period = outputs it is a
-    whole matrix in C order.
+    Its first vector lies at index, `ahead` elements behind `position`, the first place of its warp's; those in [0, end)
+    count. So a warp takes one way, and not one after the other.
+    """
+    vector = WIDEST // ITEM_BYTES[dtype]
+    add_lines = primitives.add_vectors(dtype, vector, accumulator, in_flight, 1, 0, compensated)
+    add_edge = primitives.add_inside(dtype, vector, accumulator, 1, 1, 0, compensated)
+
+    @cuda.jit(device=True, inline="always")
+    def walk(sums, source, index, line, position, ahead, end):
+        last, step = int32(end - (in_flight - 1) * line - LANES * vector), int(line)
+        while int32(position + ahead) < end:
+            if position >= 0:
+                while position <= last:
+                    sums = add_lines(sums, source, index, step)
+                    index += in_flight * step
+                    position = int32(position + in_flight * line)
+            if int32(position + ahead) < end:
+                sums = add_edge(sums, source, index, step, 1, position + ahead, end)
+                index += step
+                position = int32(position + line)
+        return sums
+
+    return walk
+
+
+@cache
+def make_sum_flat(constants):
+    """The kernel that adds a whole matrix in C order as one run: element i belongs to column i % period.
 
     Threads
-        threads_x side by side on a run, times lanes, each of which has a run of its own. A line is what a lane reads at
-        once, a multiple of the period: a thread meets the same columns in every line. It adds the lines of its part in
+        As many as the launch says: the kernel is the same for all numbers of outputs. A line is what they read at once,
+        a multiple of the period: a thread meets the same columns in every line. It adds the lines of its part in
         ascending order, `in_flight` at a time. A shifted thread's first elements may belong to the line before; they
         are left out at the start of the part and made up for at its end.
     Folding
-        `folders` threads add every folders-th of a column's copies in a line, then one adds what the folders came to.
+        A column's copies in a line are added by `folders` threads, each every folders-th of them, in place; then one
+        adds what the folders came to.
+    Grid
+        (1, parts).
+    Shared memory
+        line_pitch accumulators, a line of most_threads and what is behind it; twice that for compensated sums.
+    """
+    (dtype, accumulator, result, most_threads, in_flight, line_pitch, blocks_per_multiprocessor, accumulate,
+     compensated, keeps_lost) = constants
+    item = ITEM_BYTES[dtype]
+    vector, sector = WIDEST // item, SECTOR // item
+    halves = 1 + compensated
+    zeros = primitives.zeros(accumulator, vector * halves)
+    walk = walk_run(dtype, accumulator, in_flight, compensated)
+    line_array = primitives.shared_array("line", accumulator, line_pitch * halves)
+    store_sums = primitives.store_spread(accumulator, vector, halves, line_pitch)
+    store_sum = primitives.store_shared(accumulator, 1)
+    zero = primitives.zeros(accumulator, halves)
+    add_cells = primitives.add_shared(accumulator, CELLS, compensated, line_pitch)
+    add_cell = primitives.add_shared(accumulator, 1, compensated, line_pitch)
+    tidy, tidy_one = (primitives.tidy(accumulator, count, compensated) for count in (vector, 1))
+    first, turn = primitives.head(accumulator, halves, 1), primitives.rotate(accumulator, halves, 1)
+    finish = finish_column(accumulator, result, accumulate, compensated, keeps_lost)
+    alpha_at = primitives.scale_at(constants.number, accumulator)
+
+    @cuda.jit(device=True, inline="always")
+    def add_copies(cells, cell, step, count):
+        total = zero()
+        while count >= CELLS:
+            total = add_cells(total, cells, cell, step)
+            cell, count = int32(cell + CELLS * step), int32(count - CELLS)
+        while count > 0:
+            total = add_cell(total, cells, cell, step)
+            cell, count = int32(cell + step), int32(count - 1)
+        return total
+
+    @primitives.jit(most_threads, blocks_per_multiprocessor)
+    def sum_flat(source, length, length_per_part, period, folders, copies, target, part_stride, col_stride, lost_step,
+                 alpha, alpha_address):
+        thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+        line, across, ahead = int32(threads * vector), int32(thread * vector), int32(thread % LANES * vector)
+
+        # 1. This block's part of the run, and how far it begins behind a multiple of 32 bytes.
+        part = cuda.blockIdx.y
+        start = part * length_per_part
+        end = int32(min(length - start, length_per_part))
+        shift = int32(int(source) // item + start & sector - 1)
+
+        # 2. sums[j] is the sum over the lines at across + j - shift, of the elements inside the part.
+        sums = walk(zeros(), source, start + int(across - shift), line, int32(across - ahead - shift), ahead, end)
+        sums = tidy(sums)
+        cells = line_array()
+        store_sums(cells, across, sums, thread)
+        if across < sector:
+            # What the shift has moved to the front is read behind the end, where it belongs.
+            store_sums(cells, line + across, sums, thread)
+        cuda.syncthreads()
+
+        # 3. Cell f behind the shift becomes the sum of f, f + folded, ...; f % period is their column.
+        folded = int32(folders * period)
+        each = int32(copies)
+        more = int32(line - each * folded)
+        fold = thread
+        while fold < folded:
+            total = tidy_one(add_copies(cells, int32(shift + fold), folded, int32(each + 1 if fold < more else each)))
+            for half in range(halves):
+                store_sum(cells, shift + fold + half * line_pitch, first(total))
+                total = turn(total)
+            fold += threads
+        cuda.syncthreads()
+
+        # 4. A column is the sum of its folds.
+        alpha = alpha_at(alpha, alpha_address)
+        column = thread
+        while column < period:
+            total = add_copies(cells, int32(shift + column), int32(period), int32(folders))
+            finish(total, target, part * part_stride + column * col_stride, lost_step, alpha)
+            column += threads
+
+    return sum_flat
+
+
+@cache
+def make_sum_runs(constants):
+    """The kernel that adds runs: element s of run r, at r * run_stride + s, is sample s of output r.
+
+    Threads
+        threads_x side by side on a run, times as many lanes as the launch says, each of which has a run of its own. A
+        line is what a lane reads at once. It adds the lines of its part as sum_flat does.
+    Folding
+        `folders` threads add every folders-th of a line's sums, then one adds what the folders came to.
     Grid
         (groups of runs_per_block runs, parts).
     Shared memory
-        lanes * line_pitch and folders * period * fold_pitch accumulators; twice that for compensated sums. The pitches
-        are such that accesses which are served together meet different banks.
+        For most_lanes lanes, line_pitch and folders * fold_pitch / most_lanes accumulators each; twice that for
+        compensated sums. The pitches are such that accesses which are served together meet different banks.
     """
-    (dtype, accumulator, result, period, threads_x, lanes, in_flight, folders, line_pitch, fold_pitch,
-     blocks_per_multiprocessor, accumulate, compensated, partial) = constants
+    (dtype, accumulator, result, threads_x, most_lanes, in_flight, folders, line_pitch, fold_pitch,
+     blocks_per_multiprocessor, accumulate, compensated, keeps_lost) = constants
     item = ITEM_BYTES[dtype]
     vector, sector = WIDEST // item, SECTOR // item
-    threads, line = threads_x * lanes, threads_x * vector
-    warp_width = min(32, threads_x) * vector
-    folded = folders * period
+    line = threads_x * vector
     halves = 1 + compensated
-    pitch, fold_size = line_pitch * halves, folded * fold_pitch
+    pitch, fold_size = line_pitch * halves, folders * fold_pitch
     # Every fold has as many places, some have one more.
-    places, more = line // folded, line % folded
+    places, more = line // folders, line % folders
     zeros = primitives.zeros(accumulator, vector * halves)
-    add_lines = primitives.add_vectors(dtype, vector, accumulator, in_flight, 1, 0, compensated)
-    add_edge = primitives.add_inside(dtype, vector, accumulator, 1, 1, 0, compensated, line)
-    line_array = primitives.shared_array("lines", accumulator, lanes * pitch)
+    walk = walk_run(dtype, accumulator, in_flight, compensated)
+    line_array = primitives.shared_array("lines", accumulator, most_lanes * pitch)
     fold_array = primitives.shared_array("folds", accumulator, fold_size * halves)
     store_sums = primitives.store_spread(accumulator, vector, halves, line_pitch)
     store_sum = primitives.store_shared(accumulator, 1)
     zero = primitives.zeros(accumulator, halves)
-    add_places = primitives.add_shared(accumulator, places, folded, compensated, line_pitch)
-    add_place = primitives.add_shared(accumulator, 1, folded, compensated, line_pitch)
-    add_folds = primitives.add_shared(accumulator, folders, period * fold_pitch, compensated, fold_size)
+    add_places = primitives.add_shared(accumulator, places, compensated, line_pitch)
+    add_place = primitives.add_shared(accumulator, 1, compensated, line_pitch)
+    add_folds = primitives.add_shared(accumulator, folders, compensated, fold_size)
     tidy, tidy_one = (primitives.tidy(accumulator, count, compensated) for count in (vector, 1))
     first, turn = primitives.head(accumulator, halves, 1), primitives.rotate(accumulator, halves, 1)
-    finish = finish_column(accumulator, result, accumulate, compensated, partial)
+    finish = finish_column(accumulator, result, accumulate, compensated, keeps_lost)
     alpha_at = primitives.scale_at(constants.number, accumulator)
 
-    @primitives.jit(threads, blocks_per_multiprocessor)
-    def sum_contiguous(source, run_stride, run_length, runs, runs_per_block, length_per_part, target, part_stride,
-                       col_stride, lost_step, alpha, alpha_address):
-        thread = cuda.threadIdx.x
-        lane, across = (thread // threads_x, thread % threads_x * vector) if lanes > 1 else (0, thread * vector)
-        ahead = int32(across % warp_width)
+    @primitives.jit(threads_x * most_lanes, blocks_per_multiprocessor)
+    def sum_runs(source, run_stride, run_length, runs, runs_per_block, length_per_part, target, part_stride, col_stride,
+                 lost_step, alpha, alpha_address):
+        thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+        lanes = threads // threads_x if most_lanes > 1 else 1
+        lane, across = (thread // threads_x, thread % threads_x * vector) if most_lanes > 1 else (0, thread * vector)
+        ahead = int32(across % (LANES * vector))
 
         # 1. This block's part of every run, and its runs.
         part = cuda.blockIdx.y
@@ -181,24 +296,14 @@ def make_sum_contiguous(constants):
         first_run = cuda.blockIdx.x * runs_per_block
         alpha = alpha_at(alpha, alpha_address)
         lines, folds = line_array(), fold_array()
-        for base in range(first_run, min(first_run + runs_per_block, runs), lanes):
+        base, end_run = first_run, min(first_run + runs_per_block, runs)
+        while base < end_run:
             run = base + lane
 
             # 2. sums[j] is the sum over the lines at across + j - shift, of the elements inside the part.
-            sums = zeros()
             position = int32(across - ahead - (origin + run * run_stride & sector - 1))
             index = run * run_stride + start + int(position + ahead)
-            end = length if run < runs else int32(0)
-            while int32(position + ahead) < end:
-                # position is that of the warp's first thread: so a warp takes one way, and not one after the other.
-                if position >= 0 and int32(position + (in_flight - 1) * line + warp_width) <= end:
-                    sums = add_lines(sums, source, index, line)
-                    index += in_flight * line
-                    position = int32(position + in_flight * line)
-                else:
-                    sums = add_edge(sums, source, index, line, 1, position + ahead, end)
-                    index += line
-                    position = int32(position + line)
+            sums = walk(zeros(), source, index, line, position, ahead, length if run < runs else int32(0))
             sums = tidy(sums)
             store_sums(lines, lane * pitch + across, sums, thread)
             if across < sector:
@@ -206,23 +311,25 @@ def make_sum_contiguous(constants):
                 store_sums(lines, lane * pitch + line + across, sums, thread)
             cuda.syncthreads()
 
-            # 3. folds[f] of a lane is the sum of places f, f + folded, ... of its line; f % period is their column.
-            for fold in range(thread, lanes * folded, threads):
-                y, f = (fold // folded, fold % folded) if lanes > 1 else (0, fold)
+            # 3. folds[f] of a lane is the sum of places f, f + folders, ... of its line.
+            fold = thread
+            while fold < lanes * folders:
+                y, f = (fold // folders, fold % folders) if most_lanes > 1 else (0, fold)
                 cell = y * pitch + f + (origin + (base + y) * run_stride & sector - 1)
-                total = add_places(zero(), lines, cell)
+                total = add_places(zero(), lines, cell, folders)
                 if f < more:
-                    total = add_place(total, lines, cell + places * folded)
+                    total = add_place(total, lines, cell + places * folders, folders)
                 total = tidy_one(total)
                 for half in range(halves):
                     store_sum(folds, half * fold_size + f * fold_pitch + y, first(total))
                     total = turn(total)
+                fold += threads
             cuda.syncthreads()
 
-            # 4. A column is the sum of its folds.
-            for column in range(thread, min(lanes, runs - base) * period, threads):
-                y, c = (column, 0) if period == 1 else (0, column)
-                total = add_folds(zero(), folds, c * fold_pitch + y)
-                finish(total, target, part * part_stride + (base * period + column) * col_stride, lost_step, alpha)
+            # 4. An output is the sum of its folds.
+            if thread < min(lanes, runs - base):
+                total = add_folds(zero(), folds, thread, fold_pitch)
+                finish(total, target, part * part_stride + (base + thread) * col_stride, lost_step, alpha)
+            base += lanes
 
-    return sum_contiguous
+    return sum_runs

@@ -8,12 +8,15 @@ from .primitives.factories import cache
 
 
 @cache
-def finish_column(accumulator, result, accumulate, compensated, partial):
-    """(sums of one column, target, index, lost step, alpha): writes alpha times the result, or what a part sums to."""
+def finish_column(accumulator, result, accumulate, compensated=False, keeps_lost=False):
+    """(sums of one column, target, index, lost step, alpha): writes alpha times the result.
+
+    If keeps_lost, it writes the sum and, a lost step further, what it lost.
+    """
     values = 1 + compensated
-    wide = accumulator if partial else wide_of(accumulator, result)
+    wide = wide_of(accumulator, result)
     tidy = primitives.tidy(wide, 1, compensated)
-    if partial:
+    if keeps_lost:
         keep = primitives.store_each(accumulator, values, accumulator)
 
         @cuda.jit(device=True, inline="always")

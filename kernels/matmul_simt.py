@@ -112,9 +112,9 @@ def make_matmul_simt(constants):
     add_tile, no_sums = primitives.add_tile(share), primitives.zeros(accumulator, share.count)
     store_tile_sums = primitives.store_tile_sums(share)
     add_sum, no_sum = primitives.add(accumulator, 1), primitives.zeros(accumulator, 1)
-    finish_sum = (finish_column(accumulator, sums_epilogue.dtype, sums_epilogue.accumulate, False, False)
-                  if sums_epilogue else finish_column(accumulator, accumulator, False, False, True))
-    sum_number = primitives.typed(sums_epilogue.wide if sums_epilogue else accumulator)
+    of_sums = sums_epilogue or epilogue
+    finish_sum = finish_column(accumulator, of_sums.dtype, of_sums.accumulate)
+    sum_number = primitives.typed(of_sums.wide)
     sums_outer = summed.outer_size
 
     @primitives.jit(threads, blocks_per_multiprocessor)

@@ -66,13 +66,10 @@ performance", 2022.
 
 from numba import cuda, int32
 
-from ..signatures import Epilogue
 from . import primitives
 from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, LANES, TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
 
-#: what becomes of a part's sums
-KEPT = Epilogue("float32", 1, "float32", False)
 #: outer indices of which a warp adds up the depths, at the least
 LEAST_SHARE = 32
 
@@ -127,7 +124,7 @@ def make_matmul_tensor_core(constants):
     # dL/db rides along in the blocks of the first tile row (or column): their warps share dZ's tile among them, and
     # read it once more, as a left operand.
     alpha_at = primitives.scale_at(constants.number, "float32")
-    result_number, sum_number = (primitives.typed(one.wide) for one in (epilogue, sums_epilogue or KEPT))
+    result_number, sum_number = (primitives.typed(one.wide) for one in (epilogue, sums_epilogue or epilogue))
     has_sums, of_left = bool(sums_of), sums_of == "left"
     summed_size, summed_along_depth = (tile_rows, left_along_depth) if of_left else (tile_cols, right_along_depth)
     share_size = max(LEAST_SHARE, summed_size * LANES // threads)
@@ -137,7 +134,7 @@ def make_matmul_tensor_core(constants):
     load_share, load_share_second = (primitives.load_fragments(share, step) for step in (0, 1))
     no_totals = primitives.zeros("float32", share.blocks * 4 // item_bytes)
     add_depths, store_totals = primitives.add_depths(kind, share), primitives.store_depth_sums(
-        kind, share, *(sums_epilogue or KEPT))
+        kind, share, *(sums_epilogue or epilogue))
 
     @cuda.jit(device=True, inline="always")
     def add_share(shared, stage, places, totals):

@@ -101,7 +101,7 @@ def make_upstream_sum(constants):
     weights_width is how many weights an access takes, all of a piece or 1.
     """
     (above, dtype, accumulator, result, elements, width, threads_x, lanes, features_first, blocks_per_multiprocessor,
-     weights, weights_width, labels, accumulate, partial) = constants
+     weights, weights_width, labels, accumulate) = constants
     threads, spacing, line = threads_x * lanes, threads_x * width, threads_x * elements
     tile, step = (lanes, line) if features_first else (line, lanes)
     pieces = tuple(piece * spacing for piece in range(elements // width))
@@ -130,10 +130,10 @@ def make_upstream_sum(constants):
     first, turn = primitives.head(accumulator, elements, width), primitives.rotate(accumulator, elements, width)
     store_sums = primitives.store_spread(accumulator, width, 1, 0)
     store_sum, zero = primitives.store_shared(accumulator, 1), primitives.zeros(accumulator, 1)
-    add_lanes = primitives.add_shared(accumulator, lanes, line)
-    add_places = primitives.add_shared(accumulator, elements, threads_x)
-    add_folds = primitives.add_shared(accumulator, threads_x, 1)
-    finish = finish_column(accumulator, result, accumulate, False, partial)
+    add_lanes = primitives.add_shared(accumulator, lanes)
+    add_places = primitives.add_shared(accumulator, elements)
+    add_folds = primitives.add_shared(accumulator, threads_x)
+    finish = finish_column(accumulator, result, accumulate)
     number, alpha_at = primitives.typed(accumulator), primitives.scale_at(constants.number, accumulator)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
@@ -191,14 +191,14 @@ def make_upstream_sum(constants):
         # 3. An output is the sum of its lanes, or of its line, of which folds[f] has the places f, f + threads_x, ...
         if features_first:
             folds, fold = fold_array(), thread % threads_x
-            store_sum(folds, lane * (threads_x + 1) + fold, add_places(zero(), lines, lane * line + fold))
+            store_sum(folds, lane * (threads_x + 1) + fold, add_places(zero(), lines, lane * line + fold, threads_x))
             cuda.syncthreads()
             for row in range(thread, min(lanes, outputs - first_output), threads):
-                total = add_folds(zero(), folds, row * (threads_x + 1))
+                total = add_folds(zero(), folds, row * (threads_x + 1), 1)
                 finish(total, target, part * part_stride + (first_output + row) * col_stride, 0, sum_alpha)
         else:
             for column in range(thread, min(line, outputs - first_output), threads):
-                total = add_lanes(zero(), lines, column)
+                total = add_lanes(zero(), lines, column, line)
                 finish(total, target, part * part_stride + (first_output + column) * col_stride, 0, sum_alpha)
 
     return upstream_sum

@@ -596,7 +596,7 @@ ALPHA = 0.75
     ("float32", ("bfloat16", "float64", "float32")), ("bfloat16", ("bfloat16", "float32", "float32"))])
 @pytest.mark.parametrize("name", SEVERAL)
 def test_results_each_their_own_way(xp, name, dtype, out_dtypes):
-    """Every mix of overwritten and added, in these dtypes, by an alpha as a number and on the device.
+    """Every mix of overwritten and added, in these dtypes, by an alpha as a number or on the device.
 
     Those that are overwritten have the bits of a call that overwrites all, which other tests hold to float64; those
     that are added to are the old value more, but for roundings.
@@ -617,9 +617,9 @@ def test_results_each_their_own_way(xp, name, dtype, out_dtypes):
         for added in itertools.combinations(able, count):
             outs = {field: xp.full(array.shape, 2 if field in added else xp.nan, array.dtype)
                     for field, array in wide.items()}
-            again = {field: array.copy() for field, array in outs.items()}
+            alpha = xp.asarray(np.array(ALPHA, "float32")) if (len(added) + out_dtypes.index("float32")) % 2 else ALPHA
             with recorded() as launches:
-                result = function(*given_arrays, alpha=ALPHA, out=kind(**outs), accumulate=added, **options)
+                result = function(*given_arrays, alpha=alpha, out=kind(**outs), accumulate=added, **options)
             assert [one.kernel for one in launches] == [one.kernel for one in plain_launches]
             for field in kind._fields:
                 now, exact = host(getattr(result, field)), host(getattr(scaled, field))
@@ -631,9 +631,6 @@ def test_results_each_their_own_way(xp, name, dtype, out_dtypes):
                     now, exact = now.astype("float64"), exact.astype("float64")
                     roundings = 2 * ROUNDOFF[host(wide[field]).dtype.name] + ROUNDOFF["float32"]
                     assert (np.abs(now - 2 - exact) <= roundings * (np.abs(exact) + np.abs(now))).all(), (field, added)
-            on_device = function(*given_arrays, alpha=xp.asarray(np.array(ALPHA, "float32")), out=kind(**again),
-                                 accumulate=added, **options)
-            assert same_bits(on_device, result), added
 
 
 @pytest.mark.parametrize("name", EVERY_CALL)

@@ -1,4 +1,4 @@
-"""Some 30 random calls of every public function; `python -m tests.random_calls` makes as many as one likes."""
+"""Some 12 random calls of every public function; `python -m tests.random_calls` makes as many as one likes."""
 import itertools
 
 import numpy as np
@@ -12,7 +12,7 @@ from tests.random_calls import FUNCTIONS, Call
 SUMS = ("bias_grad", "weight_grad", "weight_bias_grad", "input_grad", "dense_grads")
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_random_calls(function, seed, xp):
     Call(function, seed).check(xp)
@@ -42,7 +42,7 @@ def test_alpha_scales_sums_and_their_errors(function, dtype, xp):
                     sample_weight=weights, axes=1, sizes=((9,), 6, 10))
         _, launches = call.run(xp)
         exactly = call.expected(launches)
-        for power in (0, 3 + seed, 20):
+        for power in (3 + seed, 20):
             alpha = 2.0 ** -power
             found, _ = call.run(xp, alpha)
             for name, (exact, bound) in exactly.items():

@@ -32,8 +32,14 @@ def test_durations_are_words(time, words):
     assert duration(time) == words
 
 
+def cpu_seconds(call):
+    begun = time.process_time()
+    call()
+    return time.process_time() - begun
+
+
 @pytest.mark.only("simulator")
-@pytest.mark.parametrize("call", [lambda: densegrad.bias_grad(np.ones((1024, 64), "float32")),
+@pytest.mark.parametrize("call", [lambda: densegrad.bias_grad(np.ones((256, 16), "float32")),
                                   lambda: densegrad.weight_grad(*np.ones((2, 64, 32), "float32")),
                                   lambda: densegrad.weight_grad(*np.ones((2, 128, 32), "float16"))],
                          ids=["sum", "fma", "tensor_cores"])
@@ -41,10 +47,8 @@ def test_the_estimate_is_of_the_right_magnitude(call):
     """Ten times more or less would tell a user nothing; CPU time, since other processes take their share."""
     call()
     with calls.recorded() as launches:
-        begun = time.process_time()
-        call()
-        taken = time.process_time() - begun
-    assert taken / 8 < simulated_seconds(launches) < 8 * taken
+        taken = min(cpu_seconds(call) for _ in range(3))
+    assert taken / 8 < simulated_seconds(launches) / 3 < 8 * taken
 
 
 @pytest.mark.only("simulator")

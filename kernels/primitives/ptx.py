@@ -605,24 +605,26 @@ def store_shared(dtype, count):
 
 
 @cache
-def add_shared(dtype, count, step, compensated=False, lost=0):
-    """(sums of one column, array, index) -> sums plus the cells at index, index + step, ..., added in that order.
+def add_shared(dtype, count, compensated=False, lost=0):
+    """(sums of one column, array, index, step) -> sums plus the cells at index, index + step, ..., in that order.
 
-    If compensated, each of them is followed by what was lost, `lost` cells further.
+    If compensated, each of them is followed by what was lost, `lost` cells further. A step that is known when the
+    kernel is compiled takes no registers.
     """
 
-    def body(builder, sums, array, index):
+    def body(builder, sums, array, index, step):
         totals, start = _unpack(builder, sums), _shared_pointer(builder, array, index, dtype)
         for cell in range(count):
+            place = builder.mul(step, ir.Constant(_INT32, cell))
             for offset in (0, lost) if compensated else (0,):
-                # Constant distances from one address, so that they take no registers.
-                distance = ir.Constant(_INT64, cell * step + offset)
-                pointer = builder.gep(start, [distance], inbounds=True, source_etype=_STORED[dtype])
+                pointer = start
+                for distance in (place, ir.Constant(_INT32, offset)):
+                    pointer = builder.gep(pointer, [distance], inbounds=True, source_etype=_STORED[dtype])
                 totals = _plus(builder, totals, _load_shared(builder, pointer, dtype, 1), compensated)
         return _pack(builder, totals)
 
     fragment = _fragment_type(dtype, 1 + compensated)
-    return _expand(fragment, (fragment, types.int32, types.int32), body)
+    return _expand(fragment, (fragment, types.int32, types.int32, types.int32), body)
 
 
 @cache

@@ -287,13 +287,13 @@ def store_shared(dtype, count):
 
 
 @cache
-def add_shared(dtype, count, step, compensated=False, lost=0):
-    """(sums of one column, array, index) -> sums plus the cells at index, index + step, ..., added in that order.
+def add_shared(dtype, count, compensated=False, lost=0):
+    """(sums of one column, array, index, step) -> sums plus the cells at index, index + step, ..., in that order.
 
     If compensated, each of them is followed by what was lost, `lost` cells further.
     """
 
-    def run(sums, array, index):
+    def run(sums, array, index, step):
         for cell in range(count):
             for offset in (0, lost) if compensated else (0,):
                 sums = _plus(sums, array.span(index + cell * step + offset, 1), compensated)

@@ -38,8 +38,9 @@ SHARED_BYTES_UNASKED = 49152
 #: how many kernels are kept loaded, those used last
 MOST_FUNCTIONS = 1024
 
-#: how long a thread of the simulator runs before another does, where Python's own 5 ms make barriers slow
-TURN_SECONDS = 2e-4
+#: how long a thread of the simulator runs before another does: Python's own 5 ms make barriers slow, and in much less
+#: those that wait take turns in vain
+TURN_SECONDS = 2e-3
 
 #: from which estimate on the simulator says how long a call will take
 PATIENCE_SECONDS = 10

@@ -69,7 +69,7 @@ class SumStrided(NamedTuple):
 
     dtype: str  # of the source
     accumulator: str  # type of the sums
-    result: str  # dtype of the result, or the accumulator's if partial
+    result: str  # dtype of the result, or the accumulator's for another launch to add
     threads_x: int  # side by side along a row
     lanes: int  # of such threads in a block
     vectors: int  # of 16 bytes a thread, in each row
@@ -77,12 +77,12 @@ class SumStrided(NamedTuple):
     blocks_per_multiprocessor: int  # that registers leave room for
     accumulate: bool  # whether the result is added to
     compensated: bool  # whether what additions lose is added up beside the sums
-    partial: bool  # whether each part's sums are kept, and what they lost, for another launch to add
+    keeps_lost: bool  # whether what each sum lost is kept beside it, for another launch to add
 
     @property
     def number(self) -> str:
         """The type of numbers among the arguments."""
-        return self.accumulator if self.partial else wide_of(self.accumulator, self.result)
+        return wide_of(self.accumulator, self.result)
 
 
 class SumStridedArguments(NamedTuple):
@@ -101,32 +101,67 @@ class SumStridedArguments(NamedTuple):
     alpha: Scale
 
 
-class SumContiguous(NamedTuple):
-    """The sum along runs in which the batch lies side by side."""
+class SumFlat(NamedTuple):
+    """The sum of a matrix in C order along one run."""
 
     dtype: str
     accumulator: str
     result: str
-    period: int  # elements after which the columns repeat along a run
-    threads_x: int  # side by side along a run
-    lanes: int  # runs of a block at a time
+    most_threads: int  # of a block
     in_flight: int  # lines under way
-    folders: int  # threads that fold the sums of a column
+    line_pitch: int  # cells of shared memory that a line has room for
+    blocks_per_multiprocessor: int
+    accumulate: bool
+    compensated: bool
+    keeps_lost: bool
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return wide_of(self.accumulator, self.result)
+
+
+class SumFlatArguments(NamedTuple):
+    """Element i of the run belongs to column i % period."""
+
+    source: Address
+    length: Integer  # elements of the run
+    length_per_part: Integer
+    period: Integer  # elements after which the columns repeat: the outputs
+    folders: Integer  # threads that fold the sums of a column
+    copies: Integer  # of a column in a line that each of them adds at the least
+    target: Address
+    part_stride: Integer
+    col_stride: Integer
+    lost_step: Integer
+    alpha: Scale
+
+
+class SumRuns(NamedTuple):
+    """The sum along runs in which the samples lie side by side."""
+
+    dtype: str
+    accumulator: str
+    result: str
+    threads_x: int  # side by side along a run
+    most_lanes: int  # runs of a block at a time
+    in_flight: int  # lines under way
+    folders: int  # threads that fold the sums of a run
     line_pitch: int  # cells of shared memory from one lane's line to the next
     fold_pitch: int  # cells from one folder's sums to the next
     blocks_per_multiprocessor: int
     accumulate: bool
     compensated: bool
-    partial: bool
+    keeps_lost: bool
 
     @property
     def number(self) -> str:
         """The type of numbers among the arguments."""
-        return self.accumulator if self.partial else wide_of(self.accumulator, self.result)
+        return wide_of(self.accumulator, self.result)
 
 
-class SumContiguousArguments(NamedTuple):
-    """Element i of run r lies at r * run_stride + i and belongs to column r * period + i % period."""
+class SumRunsArguments(NamedTuple):
+    """Sample s of run r lies at r * run_stride + s."""
 
     source: Address
     run_stride: Integer  # elements
@@ -189,7 +224,7 @@ class MatmulSimt(NamedTuple):
     right: Side
     result: Epilogue
     sums_of: str  # "left" or "right": that operand is added up along the depth, too; or ""
-    sums: Epilogue | None  # what becomes of those sums; None if they are kept part by part
+    sums: Epilogue | None  # what becomes of those sums; None if there are none
 
     @property
     def number(self) -> str:
@@ -279,12 +314,11 @@ class UpstreamSum(NamedTuple):
     weights_width: int  # weights of an access: all of a piece, or 1
     labels: str  # dtype, or ""
     accumulate: bool
-    partial: bool
 
     @property
     def number(self) -> str:
         """The type of numbers among the arguments."""
-        return self.accumulator if self.partial else wide_of(self.accumulator, self.result)
+        return wide_of(self.accumulator, self.result)
 
 
 class UpstreamSumArguments(NamedTuple):

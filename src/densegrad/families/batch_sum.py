@@ -9,12 +9,22 @@ from math import gcd, isqrt
 from ..errors import PlanError
 from ..facts import ITEM_BYTES, accumulator_of
 from ..launches import ALPHA, ONE, Launch, Matrix, Result, Slot, scratch
-from ..signatures import Scale, SumContiguous, SumContiguousArguments, SumStrided, SumStridedArguments
+from ..signatures import (
+    Scale,
+    SumFlat,
+    SumFlatArguments,
+    SumRuns,
+    SumRunsArguments,
+    SumStrided,
+    SumStridedArguments,
+)
 from .common import ceil_div, check_choice, check_sizes, constants_of, named, nth, power_of_two
 
 #: where the kernels' factories stand
 KERNELS = "densegrad.kernels.batch_sum"
 
+#: Threads of the largest block that plans choose
+MOST_THREADS = 256
 #: How the matrix of (samples, outputs) lies in memory: outputs side by side; that without gaps between the samples;
 #: samples side by side. plan_batch_sum says when each applies.
 LAYOUTS = ("rows", "flat", "features_first")
@@ -104,7 +114,21 @@ class BatchSumPlan:
         sums = self.vectors * self.vector * (1 + self.compensated) * ITEM_BYTES[self.accumulator] // 4
         light = sums <= 8 and _light(self.dtype, self.compensated)
         resident = 1536 if light else 1024 if sums <= 16 else 768 if sums <= 32 else 512
-        return min(16, ceil_div(resident, 32 * ceil_div(self.threads, 32)))
+        return min(16, ceil_div(resident, 32 * ceil_div(self.most_threads, 32)))
+
+    @property
+    def most_lanes(self) -> int:
+        """Lanes that the kernel has room for: in "features_first" as many as make a block of the most threads."""
+        return max(self.lanes, MOST_THREADS // self.threads_x) if self.layout == "features_first" else self.lanes
+
+    @property
+    def most_threads(self) -> int:
+        """Threads of the largest block that the kernel can be launched with: how many there are is up to the launch.
+
+        "rows" has a kernel for each number of threads.
+        """
+        threads = self.threads_x * self.most_lanes
+        return max(threads, MOST_THREADS) if self.layout == "flat" else threads
 
     @property
     def tile(self) -> int:
@@ -151,9 +175,9 @@ class BatchSumPlan:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        cells = self.lanes * self.line_pitch
-        if self.layout != "rows":
-            cells += self.folders * self.period * self.fold_pitch
+        cells = self.most_lanes * self.line_pitch
+        if self.layout == "features_first":
+            cells += self.folders * self.fold_pitch
         return cells * (1 + self.compensated) * ITEM_BYTES[self.accumulator]
 
     @property
@@ -165,18 +189,18 @@ class BatchSumPlan:
         """
         if self.layout == "rows":
             return self.tile
-        banks, folded = 128 // ITEM_BYTES[self.accumulator], self.folders * self.period
-        if self.lanes == 1:
-            return self.tile + self.sector
-        return self.tile + folded + max(0, ceil_div(self.sector - folded, banks)) * banks
+        if self.most_lanes == 1:
+            return self.most_threads * self.vector + self.sector
+        banks = 128 // ITEM_BYTES[self.accumulator]
+        return self.tile + self.folders + max(0, ceil_div(self.sector - self.folders, banks)) * banks
 
     @property
     def fold_pitch(self) -> int:
         """Cells from one folder's sums to the next folder's, likewise."""
-        if self.lanes == 1:
+        if self.most_lanes == 1:
             return 1
         together = max(1, 128 // ITEM_BYTES[self.accumulator] // self.folders)
-        return together * (ceil_div(self.lanes, together) | 1)
+        return together * (ceil_div(self.most_lanes, together) | 1)
 
     @property
     def chain(self) -> int:
@@ -279,7 +303,7 @@ def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensa
     most = _most_blocks(samples * outputs, dtype, compensated)
     steps = steps_of_a_part(ceil_div(samples, plan.lanes), ceil_div(worthy_blocks(samples * outputs, most), tiles),
                             max(most // shifted_tiles, LEAST_BLOCKS // tiles))
-    return replace(plan, samples_per_part=min(samples, steps * plan.lanes), in_flight=min(plan.in_flight, steps))
+    return replace(plan, samples_per_part=min(samples, steps * plan.lanes), in_flight=_under_way(steps))
 
 
 def _light(dtype: str, compensated: bool) -> bool:
@@ -320,7 +344,7 @@ def _one_part(samples: int, outputs: int, dtype: str, compensated: bool) -> Batc
     threads_x = min(max(4, needed), threads // max(sector, 8))
     lanes = threads // threads_x
     return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, samples_per_part=samples,
-                        in_flight=min(ceil_div(samples, lanes), IN_FLIGHT), compensated=compensated)
+                        in_flight=_under_way(ceil_div(samples, lanes)), compensated=compensated)
 
 
 def _plan_runs(samples: int, outputs: int, dtype: str, compensated: bool) -> BatchSumPlan:
@@ -335,7 +359,7 @@ def _plan_runs(samples: int, outputs: int, dtype: str, compensated: bool) -> Bat
     most = _most_blocks(samples * outputs, dtype, compensated)
     if not small:
         lines = steps_of_a_part(lines, ceil_div(worthy_blocks(samples * outputs, most), groups), most // groups)
-    return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, in_flight=min(lines, IN_FLIGHT),
+    return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, in_flight=_under_way(lines),
                         samples_per_part=min(samples, lines * tile),
                         runs_per_block=ceil_div(groups, 32 if small else most) * lanes, folders=_folders(tile),
                         compensated=compensated)
@@ -348,7 +372,7 @@ def _plan_flat(samples: int, outputs: int, dtype: str, threads: int, compensated
     if samples * outputs > SMALL:
         most = _most_blocks(samples * outputs, dtype, compensated)
         lines = steps_of_a_part(lines, worthy_blocks(samples * outputs, most), most)
-    return BatchSumPlan(samples, outputs, dtype, "flat", threads, lanes=1, in_flight=min(lines, IN_FLIGHT),
+    return BatchSumPlan(samples, outputs, dtype, "flat", threads, lanes=1, in_flight=_under_way(lines),
                         samples_per_part=min(samples, lines * tile // outputs), folders=_folders(tile // outputs),
                         compensated=compensated)
 
@@ -363,6 +387,11 @@ def _flat_threads(samples: int, outputs: int, dtype: str) -> int:
     # Eight warps; an odd number of threads only if need be, since every other line then begins inside of 32 bytes.
     fitting = [256 // step * step for step in (unit * (1 + unit % 2), unit)]
     return next((threads for threads in fitting if threads > 7 * 32), 0)
+
+
+def _under_way(steps: int) -> int:
+    """As many loads as there are steps, up to IN_FLIGHT; a power of two, so that kernels are few."""
+    return min(IN_FLIGHT, 1 << steps.bit_length() - 1)
 
 
 def _folders(copies: int) -> int:
@@ -397,7 +426,8 @@ def add_parts_of(plan: BatchSumPlan, result: Result, alpha: Scale, workspace_at:
 def _launch(plan: BatchSumPlan, source: Matrix, result: Result, alpha: Scale, *, partial: bool = False) -> Launch:
     """Writes the sum or, if partial, each part's sums and what they lost."""
     target = result.matrix
-    of_call = {"result": target.dtype, "accumulate": result.accumulate, "partial": partial}
+    of_call = {"result": target.dtype, "accumulate": result.accumulate,
+               "keeps_lost": partial and plan.compensated}
     written = (target.address, target.row_stride * (1 + plan.compensated) if partial else 0, target.col_stride,
                target.row_stride, alpha)
     if plan.layout == "rows":
@@ -407,10 +437,13 @@ def _launch(plan: BatchSumPlan, source: Matrix, result: Result, alpha: Scale, *,
         return Launch(KERNELS, "sum_strided", constants_of(SumStrided, plan, of_call), SumStridedArguments(
             source.address, source.row_stride, plan.samples, plan.outputs, plan.samples_per_part, tile_cols, *written),
             (ceil_div(plan.outputs, tile_cols), plan.parts), plan.threads, plan=plan)
-    period = plan.period
-    return Launch(KERNELS, "sum_contiguous", constants_of(SumContiguous, plan, of_call), SumContiguousArguments(
-        source.address, source.col_stride, plan.samples * period, plan.outputs // period, plan.runs_per_block,
-        plan.samples_per_part * period, *written), plan.grid, plan.threads, plan=plan)
+    if plan.layout == "flat":
+        return Launch(KERNELS, "sum_flat", constants_of(SumFlat, plan, of_call), SumFlatArguments(
+            source.address, plan.samples * plan.outputs, plan.samples_per_part * plan.outputs, plan.outputs,
+            plan.folders, plan.tile // (plan.folders * plan.outputs), *written), plan.grid, plan.threads, plan=plan)
+    return Launch(KERNELS, "sum_runs", constants_of(SumRuns, plan, of_call), SumRunsArguments(
+        source.address, source.col_stride, plan.samples, plan.outputs, plan.runs_per_block, plan.samples_per_part,
+        *written), plan.grid, plan.threads, plan=plan)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:

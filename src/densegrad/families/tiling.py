@@ -228,7 +228,7 @@ def _launch(plan: Tiling, product: Product, result: Result, sums: Result | None)
     if sums is not None:
         summed = ColumnAt(sums.matrix.address, sums.matrix.col_stride)
         sums_part_stride = sums.matrix.row_stride if partial else 0
-    return plan.launch(product, result, None if partial else sums, MatmulArguments(
+    return plan.launch(product, result, sums, MatmulArguments(
         product.left.address, left[1], product.right.address, right[1], target.at, target.rows * target.row_stride,
         plan.rows, plan.cols, plan.depth, plan.depth_per_part, plan.group_bits, ONE if partial else ALPHA, summed,
         sums_part_stride))

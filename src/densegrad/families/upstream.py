@@ -242,7 +242,7 @@ def launches(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result,
         before = (_log_sum_exp(plan, upstream.z, totals),)
     partial = cut.second is not None
     target = Result(parts_of(cut, workspace_at)) if partial else result
-    constants = _constants(plan, upstream, dz, target, partial)
+    constants = _constants(plan, upstream, dz, target)
     gradient, z = (NO_MATRIX if matrix is None else matrix.at for matrix in (upstream.gradient, upstream.z))
     weights, labels = (NO_COLUMN if column is None else ColumnAt(column.address, column.row_stride)
                        for column in (upstream.weights, upstream.labels))
@@ -256,7 +256,7 @@ def launches(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result,
     return *before, launch, *add_parts_of(cut, result, scales[1], workspace_at)
 
 
-def _constants(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, target: Result, partial: bool) -> UpstreamSum:
+def _constants(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, target: Result) -> UpstreamSum:
     """Accesses are as wide as every matrix allows; weights come in such pieces, too, or one by one."""
     features_first, weights, labels = plan.features_first, upstream.weights, upstream.labels
     width = min((matrix.T if features_first else matrix).access(plan.elements)
@@ -265,7 +265,7 @@ def _constants(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, target: Resul
     return UpstreamSum(plan.above, plan.sum.dtype, plan.sum.accumulator, target.matrix.dtype, plan.elements, width,
                        plan.sum.threads_x, plan.sum.lanes, features_first, plan.blocks_per_multiprocessor,
                        weights.dtype if weights else "", width if of_pieces else 1, labels.dtype if labels else "",
-                       target.accumulate, partial)
+                       target.accumulate)
 
 
 def _log_sum_exp(plan: UpstreamPlan, z: Matrix, totals: Matrix) -> Launch:
