@@ -38,8 +38,8 @@ CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 REHEARSED = ((8, 0), (9, 0))
 #: threads that a multiprocessor holds where it is not 1,536
 RESIDENT = {(7, 5): 1024, (8, 0): 2048, (9, 0): 2048, (10, 0): 2048}
-#: random calls of each function, as many as the tests make
-SEEDS = range(12)
+#: random calls of each function, the first of those that the tests make
+SEEDS = range(6)
 #: arithmetic and conversions in SASS
 FLOAT64 = re.compile(r"\s(U?D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|[A-Z0-9.]+(\.F64|64H)\b)[^;]*")
 
@@ -108,8 +108,8 @@ def misfit(launch: Launch, capability: tuple[int, int], used: Used) -> str:
     shared_bytes = used.shared_bytes + launch.shared_bytes
     if used.local_bytes:
         return f"{used.local_bytes} bytes of local memory beside {used.registers} registers"
-    if threads != launch.block:
-        return f"compiled for {threads} threads, launched with {launch.block}"
+    if threads < launch.block:
+        return f"compiled for at most {threads} threads, launched with {launch.block}"
     if registers > 65536:
         return f"{blocks} blocks of {threads} threads with {used.registers} registers do not fit on a multiprocessor"
     if shared_bytes > (64 if capability < (8, 0) else 99) * 1024:

@@ -25,7 +25,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
 IN_CI = {
     "pip install -e .": "pip install -q -e .",
     "pip install -e . && densegrad demo": "pip install -q -e . && densegrad demo",
-    'pip install -e ".[test]" && pytest': 'pip install -q -e ".[test]" && pytest',
+    'pip install -e ".[test]" && pytest -n auto': 'pip install -q -e ".[test]" && pytest -n auto',
     'pip install -e ".[dev]"': 'pip install -q -e ".[dev]"',
 }
 #: commands that install an extra -> the extra

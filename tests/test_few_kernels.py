@@ -63,10 +63,9 @@ def test_gradients_below_an_activation(dtype, layout):
     held(found, BELOW_AN_ACTIVATION, f"form {dtype} below an activation, {layout}")
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [(dtype, None) for dtype in DTYPES] + [("float32", "tf32"),
-                                                                                      ("float32", "tf32x3")])
-def test_products(dtype, precision):
-    """dL/dW with dL/db, and dL/dX, of 2,000 layers in C order."""
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_products(dtype):
+    """dL/dW with dL/db, and dL/dX, of 2,000 layers in C order; other dtypes and precisions have fewer tiles."""
     found, draw = set(), np.random.default_rng(0)
     for _ in range(2000):
         samples, features, outputs = map(int, draw.integers(1, [65536, 4096, 4096], endpoint=True))
@@ -75,10 +74,10 @@ def test_products(dtype, precision):
         for product, result, sums in ((Product(x.T, dz), "dw", Result(matrix("db", dtype, 1, outputs))),
                                       (Product(dz, w.T), "dx", None)):
             rows, depth, cols = product.left.rows, product.left.cols, product.right.cols
-            plan = plan_product(rows, cols, depth, dtype, precision, order=product.order)
+            plan = plan_product(rows, cols, depth, dtype, order=product.order)
             launches = tiling.launches(plan, product, Result(matrix(result, dtype, rows, cols)), sums)
             found |= {launch.constants for launch in launches if launch.plan is plan}
-    held(found, PRODUCTS, f"multiply {dtype}{f' as {precision}' if precision else ''}")
+    held(found, PRODUCTS, f"multiply {dtype}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
