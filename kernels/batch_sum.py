@@ -121,11 +121,11 @@ def make_sum_strided(constants):
     return sum_strided
 
 
-def walk_run(dtype, accumulator, in_flight, compensated):
+def walk_run(dtype, accumulator, in_flight, compensated, width):
     """(sums, source, index, line, position, ahead, end) -> sums plus a thread's elements of a run, line after line.
 
-    Its first vector lies at index, `ahead` elements behind `position`, the first place of its warp's; those in [0, end)
-    count. So a warp takes one way, and not one after the other.
+    Its first vector lies at index, `ahead` elements behind `position`, the first of the `width` places that its warp
+    has side by side; those in [0, end) count. So a warp takes one way, and not one after the other.
     """
     vector = WIDEST // ITEM_BYTES[dtype]
     add_lines = primitives.add_vectors(dtype, vector, accumulator, in_flight, 1, 0, compensated)
@@ -133,7 +133,7 @@ def walk_run(dtype, accumulator, in_flight, compensated):
 
     @cuda.jit(device=True, inline="always")
     def walk(sums, source, index, line, position, ahead, end):
-        last, step = int32(end - (in_flight - 1) * line - LANES * vector), int(line)
+        last, step = int32(end - (in_flight - 1) * line - width), int(line)
         while int32(position + ahead) < end:
             if position >= 0:
                 while position <= last:
@@ -170,9 +170,9 @@ def make_sum_flat(constants):
      compensated, keeps_lost) = constants
     item = ITEM_BYTES[dtype]
     vector, sector = WIDEST // item, SECTOR // item
-    halves = 1 + compensated
+    halves, width = 1 + compensated, LANES * vector
     zeros = primitives.zeros(accumulator, vector * halves)
-    walk = walk_run(dtype, accumulator, in_flight, compensated)
+    walk = walk_run(dtype, accumulator, in_flight, compensated, width)
     line_array = primitives.shared_array("line", accumulator, line_pitch * halves)
     store_sums = primitives.store_spread(accumulator, vector, halves, line_pitch)
     store_sum = primitives.store_shared(accumulator, 1)
@@ -199,7 +199,8 @@ def make_sum_flat(constants):
     def sum_flat(source, length, length_per_part, period, folders, copies, target, part_stride, col_stride, lost_step,
                  alpha, alpha_address):
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-        line, across, ahead = int32(threads * vector), int32(thread * vector), int32(thread % LANES * vector)
+        line, across = int32(threads * vector), int32(thread * vector)
+        ahead = int32(across % width)
 
         # 1. This block's part of the run, and how far it begins behind a multiple of 32 bytes.
         part = cuda.blockIdx.y
@@ -260,13 +261,13 @@ def make_sum_runs(constants):
      blocks_per_multiprocessor, accumulate, compensated, keeps_lost) = constants
     item = ITEM_BYTES[dtype]
     vector, sector = WIDEST // item, SECTOR // item
-    line = threads_x * vector
+    line, width = threads_x * vector, min(LANES, threads_x) * vector
     halves = 1 + compensated
     pitch, fold_size = line_pitch * halves, folders * fold_pitch
     # Every fold has as many places, some have one more.
     places, more = line // folders, line % folders
     zeros = primitives.zeros(accumulator, vector * halves)
-    walk = walk_run(dtype, accumulator, in_flight, compensated)
+    walk = walk_run(dtype, accumulator, in_flight, compensated, width)
     line_array = primitives.shared_array("lines", accumulator, most_lanes * pitch)
     fold_array = primitives.shared_array("folds", accumulator, fold_size * halves)
     store_sums = primitives.store_spread(accumulator, vector, halves, line_pitch)
@@ -286,7 +287,7 @@ def make_sum_runs(constants):
         thread, threads = cuda.threadIdx.x, cuda.blockDim.x
         lanes = threads // threads_x if most_lanes > 1 else 1
         lane, across = (thread // threads_x, thread % threads_x * vector) if most_lanes > 1 else (0, thread * vector)
-        ahead = int32(across % (LANES * vector))
+        ahead = int32(across % width)
 
         # 1. This block's part of every run, and its runs.
         part = cuda.blockIdx.y
