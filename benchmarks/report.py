@@ -264,8 +264,8 @@ def first_look(folder: Path, pictures: str) -> tuple[str, dict[str, str]]:
         "until the work is queued; open: not measured.",
     ]
     if last.products:
-        lines += ["Beside torch.mm: the plans that densegrad chooses, from a sweep of all plans on the same day. Over "
-                  f"the layers in `densegrad.layers` the speed over cuBLAS is, in geometric means, {means(last)}."]
+        lines += ["Beside torch.mm: the plans that densegrad chose then, from a sweep of all plans on the same day. "
+                  f"Over the layers in `densegrad.layers` the speed over cuBLAS is, in geometric means, {means(last)}."]
     return "\n".join([*lines, ""]), {file: plot}
 
 
@@ -295,10 +295,11 @@ def products_part(measured: Measured) -> list[str]:
                      " x ".join(row[name] for name in "SDM"), f"{unit}, {row['parts']}",
                      f"{us:.1f}{' (disturbed)' if int(row['disturbed']) else ''}", f"{flops / us / 1e6:.1f}",
                      *((f"{peer:.1f}", f"{peer / us:.2f} x") if peer else ("-", "-"))])
-    return ["", f"**Products on {measured.gpu}, the plan that densegrad chooses** ({measured.when}). Plans were timed "
-            "by CUDA events behind queued work, with cold L2; the sweep is not a command of this repository. cuBLAS is "
-            "torch.mm on the same layers, for tf32 with TF32 on. Disturbed: another process used the GPU meanwhile; "
-            f"these rows are left out of means. Geometric means of the speed over cuBLAS: {means(measured)}.", "",
+    return ["", f"**Products on {measured.gpu}, the plan that densegrad chose then** ({measured.when}). Plans were "
+            "timed by CUDA events behind queued work, with cold L2; the sweep is not a command of this repository. "
+            "cuBLAS is torch.mm on the same layers, for tf32 with TF32 on. Disturbed: another process used the GPU "
+            "meanwhile; these rows are left out of means. Geometric means of the speed over cuBLAS: "
+            f"{means(measured)}.", "",
             *table(["gradient", "kind", "layer", "S x D x M", "tile, parts", "us", "TFLOP/s", "cuBLAS, us",
                     "speed over it"], body)]
 

@@ -128,22 +128,24 @@ def walk_run(dtype, accumulator, in_flight, compensated, width):
     has side by side; those in [0, end) count. So a warp takes one way, and not one after the other.
     """
     vector = WIDEST // ITEM_BYTES[dtype]
-    add_lines = primitives.add_vectors(dtype, vector, accumulator, in_flight, 1, 0, compensated)
+    add_lines, add_one = (primitives.add_vectors(dtype, vector, accumulator, lines, 1, 0, compensated)
+                          for lines in (in_flight, 1))
     add_edge = primitives.add_inside(dtype, vector, accumulator, 1, 1, 0, compensated)
 
     @cuda.jit(device=True, inline="always")
     def walk(sums, source, index, line, position, ahead, end):
-        last, step = int32(end - (in_flight - 1) * line - width), int(line)
+        step, last = int(line), int32(end - width)
         while int32(position + ahead) < end:
-            if position >= 0:
-                while position <= last:
-                    sums = add_lines(sums, source, index, step)
-                    index += in_flight * step
-                    position = int32(position + in_flight * line)
-            if int32(position + ahead) < end:
+            while position >= 0 and position <= int32(last - (in_flight - 1) * line):
+                sums = add_lines(sums, source, index, step)
+                index += in_flight * step
+                position = int32(position + in_flight * line)
+            if position >= 0 and position <= last:
+                sums = add_one(sums, source, index, step)
+            elif int32(position + ahead) < end:
                 sums = add_edge(sums, source, index, step, 1, position + ahead, end)
-                index += step
-                position = int32(position + line)
+            index += step
+            position = int32(position + line)
         return sums
 
     return walk

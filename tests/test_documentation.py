@@ -26,6 +26,8 @@ IN_CI = {
     "pip install -e .": "pip install -q -e .",
     "pip install -e . && densegrad demo": "pip install -q -e . && densegrad demo",
     'pip install -e ".[test]" && pytest -n auto': 'pip install -q -e ".[test]" && pytest -n auto',
+    'pip install -e ".[docs]"': 'pip install -q -e ".[dev]"',  # which has it
+    "python -m mkdocs build --strict -f .mkdocs.yml": "python -m mkdocs build --strict -f .mkdocs.yml",
     'pip install -e ".[dev]"': 'pip install -q -e ".[dev]"',
 }
 #: commands that install an extra -> the extra

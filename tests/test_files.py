@@ -6,6 +6,8 @@ import resource
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -305,3 +307,39 @@ def test_every_command_that_is_interrupted_leaves_the_old_file(command, old, err
     assert "Traceback" not in result.output
     assert old.read_bytes() == OLD
     assert names(old.parent) == before
+
+
+def test_an_archive_goes_into_a_device_and_behind_what_standard_output_has(tmp_path):
+    for name in ("x", "dz"):
+        np.save(tmp_path / f"{name}.npy", np.ones((2, 3), "float32"))
+    command = [sys.executable, "-m", "densegrad", "grads", "--x", "x.npy", "--dz", "dz.npy", "--out"]
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    subprocess.run([*command, "/dev/null"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    (tmp_path / "appended").write_bytes(OLD)
+    with (tmp_path / "appended").open("ab") as output:
+        subprocess.run([*command, "/dev/stdout"], cwd=tmp_path, env=environment, check=True, stdout=output)
+    content = (tmp_path / "appended").read_bytes()
+    assert content.startswith(OLD)
+    with np.load(io.BytesIO(content[len(OLD):])) as archive:
+        np.testing.assert_array_equal(archive["db"], [2, 2, 2])
+
+
+def test_a_command_that_is_asked_to_end_leaves_nothing_half_written(old):
+    script = ("import os, signal, sys; from pathlib import Path; from densegrad.commands import cli, files\n"
+              "def app():\n"
+              "    with files.written(Path(sys.argv[1]), force=True):\n"
+              "        os.kill(os.getpid(), signal.SIGTERM)\n"
+              "cli.app = app; cli.main()")
+    ended = subprocess.run([sys.executable, "-c", script, str(old)])
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert old.read_bytes() == OLD
+    assert names(old.parent) == ["old"]
+
+
+@pytest.mark.parametrize("kernel", [[], ["matmul_simt"]])
+def test_a_list_of_kernels_is_not_what_output_is_for(kernel, tmp_path):
+    path = tmp_path / "kernel.ptx"
+    found = CliRunner().invoke(cli.app, ["ptx", *kernel, "-o", str(path)])
+    assert found.exit_code == 1
+    assert "--output takes one variant's PTX" in found.output
+    assert not path.exists()

@@ -81,7 +81,7 @@ def ptx_of(launch: Launch, capability: tuple[int, int]) -> str:
     """
     check_capability(capability)
     with _compiling:
-        return library_of(launch, capability).get_lto_ptx(capability)
+        return library_of(launch, capability).get_lto_ptx(capability).rstrip("\0")
 
 
 def check_capability(capability: tuple[int, int]) -> None:

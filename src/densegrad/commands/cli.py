@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -65,7 +66,8 @@ app = typer.Typer(cls=_OneLineErrors, rich_markup_mode="markdown", no_args_is_he
 
 
 def main() -> None:
-    """The entry point."""
+    """The entry point. Being asked to end is an end like others: what is half-written goes."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     suit_encoding()
     app()
 
@@ -474,6 +476,8 @@ def ptx(
 
     variants = kernel_variants()
     if kernel is None or any(launch.kernel == kernel for launch in variants.values()):
+        if output is not None:
+            raise ValueError("--output takes one variant's PTX; name it (densegrad ptx KERNEL lists them)")
         _show_variants(variants, kernel)
         return
     if kernel not in variants:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 import stat
@@ -20,7 +21,7 @@ def written(path: Path, force: bool = False) -> Iterator[BinaryIO]:
 
     A regular file is written beside its place and moved there at the end of the block; if the block fails, or is
     interrupted, what was there before stays. It keeps the permissions of the file that it replaces, and symbolic links
-    to it stay links. Pipes and devices are written into.
+    to it stay links. Pipes, devices and standard output, whatever it is, are written into.
 
     Raises
     ------
@@ -35,23 +36,36 @@ def written(path: Path, force: bool = False) -> Iterator[BinaryIO]:
         found = None
     if found is not None and stat.S_ISDIR(found.st_mode):
         raise ValueError(f"{path} is a folder (name a file in it)")
-    streams = found is not None and (stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode))
+    standard_output = is_standard_output(path)
+    streams = found is not None and (standard_output or stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode))
     if found is not None and not (streams or force):
         raise ValueError(f"{path} exists (--force overwrites it)")
     place = Path(os.path.realpath(path))
     if found is None and not place.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {place.parent}")
     try:
-        if found is None or stat.S_ISREG(found.st_mode):
+        if found is None or (stat.S_ISREG(found.st_mode) and not standard_output):
             with _moved_into(place, found, force) as file:
                 yield file
         else:
-            with path.open("wb") as file:
+            with io.BufferedWriter(_Stream(os.dup(1) if standard_output else path, "w")) as file:
                 yield file
     except OSError as error:
         if error.filename is None and error.errno in _NO_ROOM:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+class _Stream(io.FileIO):
+    """What is written once from front to back, though devices may say that they can be read anywhere."""
+
+    def seekable(self) -> bool:
+        """Never."""
+        return False
+
+    def tell(self) -> int:
+        """Refused, so that nobody counts on coming back."""
+        raise io.UnsupportedOperation("this is written from front to back")
 
 
 @contextmanager

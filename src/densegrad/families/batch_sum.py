@@ -117,6 +117,11 @@ class BatchSumPlan:
         return min(16, ceil_div(resident, 32 * ceil_div(self.most_threads, 32)))
 
     @property
+    def in_runs(self) -> bool:
+        """Whether the samples of an output lie side by side; those of a single one do in a flat matrix, too."""
+        return self.layout == "features_first" or (self.layout == "flat" and self.outputs == 1)
+
+    @property
     def most_lanes(self) -> int:
         """Lanes that the kernel has room for: in "features_first" as many as make a block of the most threads."""
         return max(self.lanes, MOST_THREADS // self.threads_x) if self.layout == "features_first" else self.lanes
@@ -176,7 +181,7 @@ class BatchSumPlan:
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
         cells = self.most_lanes * self.line_pitch
-        if self.layout == "features_first":
+        if self.in_runs:
             cells += self.folders * self.fold_pitch
         return cells * (1 + self.compensated) * ITEM_BYTES[self.accumulator]
 
@@ -359,8 +364,8 @@ def _plan_runs(samples: int, outputs: int, dtype: str, compensated: bool) -> Bat
     most = _most_blocks(samples * outputs, dtype, compensated)
     if not small:
         lines = steps_of_a_part(lines, ceil_div(worthy_blocks(samples * outputs, most), groups), most // groups)
-    return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes, in_flight=_under_way(lines),
-                        samples_per_part=min(samples, lines * tile),
+    return BatchSumPlan(samples, outputs, dtype, "features_first", threads_x, lanes,
+                        in_flight=_under_way(lines, least=2), samples_per_part=min(samples, lines * tile),
                         runs_per_block=ceil_div(groups, 32 if small else most) * lanes, folders=_folders(tile),
                         compensated=compensated)
 
@@ -372,7 +377,7 @@ def _plan_flat(samples: int, outputs: int, dtype: str, threads: int, compensated
     if samples * outputs > SMALL:
         most = _most_blocks(samples * outputs, dtype, compensated)
         lines = steps_of_a_part(lines, worthy_blocks(samples * outputs, most), most)
-    return BatchSumPlan(samples, outputs, dtype, "flat", threads, lanes=1, in_flight=_under_way(lines),
+    return BatchSumPlan(samples, outputs, dtype, "flat", threads, lanes=1, in_flight=_under_way(lines, least=2),
                         samples_per_part=min(samples, lines * tile // outputs), folders=_folders(tile // outputs),
                         compensated=compensated)
 
@@ -389,9 +394,12 @@ def _flat_threads(samples: int, outputs: int, dtype: str) -> int:
     return next((threads for threads in fitting if threads > 7 * 32), 0)
 
 
-def _under_way(steps: int) -> int:
-    """As many loads as there are steps, up to IN_FLIGHT; a power of two, so that kernels are few."""
-    return min(IN_FLIGHT, 1 << steps.bit_length() - 1)
+def _under_way(steps: int, least: int = 1) -> int:
+    """As many loads as there are steps, up to IN_FLIGHT; a power of two, so that kernels are few.
+
+    Runs take a line that is left over alone, and so have no kernel for less than two.
+    """
+    return min(IN_FLIGHT, max(least, 1 << steps.bit_length() - 1))
 
 
 def _folders(copies: int) -> int:
@@ -437,7 +445,7 @@ def _launch(plan: BatchSumPlan, source: Matrix, result: Result, alpha: Scale, *,
         return Launch(KERNELS, "sum_strided", constants_of(SumStrided, plan, of_call), SumStridedArguments(
             source.address, source.row_stride, plan.samples, plan.outputs, plan.samples_per_part, tile_cols, *written),
             (ceil_div(plan.outputs, tile_cols), plan.parts), plan.threads, plan=plan)
-    if plan.layout == "flat":
+    if not plan.in_runs:
         return Launch(KERNELS, "sum_flat", constants_of(SumFlat, plan, of_call), SumFlatArguments(
             source.address, plan.samples * plan.outputs, plan.samples_per_part * plan.outputs, plan.outputs,
             plan.folders, plan.tile // (plan.folders * plan.outputs), *written), plan.grid, plan.threads, plan=plan)
