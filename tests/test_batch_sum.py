@@ -278,3 +278,10 @@ def test_sums_of_halves_are_kept_in_float32():
     assert [accumulator_of(dtype) for dtype in DTYPES] == ["float32", "float32", "float32", "float64"]
     with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, float64; got 'float31'"):
         accumulator_of("float31")
+
+
+@pytest.mark.parametrize(("samples", "outputs"), [(101, outputs) for outputs in range(1, 14)] + [(1700, 10)])
+def test_a_matrix_without_gaps_of_every_width(samples, outputs, xp):
+    """Some folders add a copy of a column more than others: of 3 and 6 outputs, and of 10 where blocks are large."""
+    dz = integers((samples, outputs), "float32", outputs)
+    np.testing.assert_array_equal(host(dg.bias_grad(xp.asarray(dz))), dz.sum(0))
