@@ -102,13 +102,14 @@ class UpstreamPlan:
     def blocks_per_multiprocessor(self) -> int:
         """How many blocks the registers have to leave room for.
 
-        Exponentials of eight elements take many registers, float64 and eight elements a few more than 64, one matrix
-        alone takes few.
+        Exponentials of eight elements take many registers, float64 and eight elements a few more than 64, and so do
+        elements that each have a sample of their own; one matrix alone takes few.
         """
         threads = 32 * ceil_div(self.threads, 32)
         if self.above == "identity" and self.elements < 8 and not self.features_first:
-            resident = min(16 * threads, 1536)
-        elif self.sum.accumulator == "float64" or (self.elements >= 8 and self._takes_exponentials):
+            resident = min(16 * threads, 1024 if self.sum.accumulator == "float64" else 1536)
+        elif self.features_first or self.sum.accumulator == "float64" or (
+                self.elements >= 8 and self._takes_exponentials):
             resident = 512
         else:
             resident = 768 if self.elements >= 8 else 1024
