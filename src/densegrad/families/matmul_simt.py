@@ -110,8 +110,12 @@ class MatmulPlan(Tiling):
     def _blocks_for(self, *sides: Side) -> int:
         """As many, but 256 threads of float64 and of single warps where rows of memory do not begin with a sector.
 
-        Such rows are turned, which takes registers that these have not.
+        Such rows are turned, which takes registers that these have not; nor have half types with 64 sums a thread where
+        one operand lies along the depth and the other across it.
         """
+        if (self.dtype != self.accumulator and self.thread_rows * self.thread_cols >= 64
+                and len({side.along_depth for side in sides}) > 1):
+            return max(self.blocks_per_multiprocessor // 2, 1)
         turned = any(not side.along_depth and side.access * ITEM_BYTES[self.dtype] < 16 for side in sides)
         if turned and (self.accumulator == "float64" or self.threads <= 32):
             return max(min(self.blocks_per_multiprocessor, 8 // ceil_div(self.threads, 32)), 1)
