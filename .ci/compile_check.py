@@ -45,6 +45,8 @@ SPILLS = "bytes of local memory"
 KNOWN = {
     ("matmul_simt-float32-256x128x16-8x16-rows-cols-odd", (12, 0)),
     ("matmul_tensor_core-float16-128x256-64x64-rows-cols-odd", (12, 0)),
+    ("upstream_sum-float32-relu-8192x3072-rows", (10, 0)),
+    ("upstream_sum-float32-gelu-8192x3072-rows", (12, 0)),
 }
 #: arithmetic and conversions in SASS
 FLOAT64 = re.compile(r"\s(U?D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|[A-Z0-9.]+(\.F64|64H)\b)[^;]*")

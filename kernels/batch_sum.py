@@ -151,6 +151,40 @@ def walk_run(dtype, accumulator, in_flight, compensated, width):
     return walk
 
 
+def keep_line(dtype, accumulator, compensated, line_pitch):
+    """(cells, place, line, across, sums, thread): keeps a thread's sums of a line that begins at place of the cells."""
+    vector, sector = WIDEST // ITEM_BYTES[dtype], SECTOR // ITEM_BYTES[dtype]
+    tidy = primitives.tidy(accumulator, vector, compensated)
+    store = primitives.store_spread(accumulator, vector, 1 + compensated, line_pitch)
+
+    @cuda.jit(device=True, inline="always")
+    def keep(cells, place, line, across, sums, thread):
+        sums = tidy(sums)
+        store(cells, place + across, sums, thread)
+        if across < sector:
+            # What a shift has moved to the front is read behind the end, where it belongs.
+            store(cells, place + line + across, sums, thread)
+
+    return keep
+
+
+def keep_fold(accumulator, compensated):
+    """(cells, place, lost step, total): keeps a total and, a lost step further, what it lost."""
+    values = 1 + compensated
+    tidy = primitives.tidy(accumulator, 1, compensated)
+    first, turn = primitives.head(accumulator, values, 1), primitives.rotate(accumulator, values, 1)
+    store = primitives.store_shared(accumulator, 1)
+
+    @cuda.jit(device=True, inline="always")
+    def keep(cells, place, lost_step, total):
+        total = tidy(total)
+        for value in range(values):
+            store(cells, place + value * lost_step, first(total))
+            total = turn(total)
+
+    return keep
+
+
 @cache
 def make_sum_flat(constants):
     """The kernel that adds a whole matrix in C order as one run: element i belongs to column i % period.
@@ -176,13 +210,10 @@ def make_sum_flat(constants):
     zeros = primitives.zeros(accumulator, vector * halves)
     walk = walk_run(dtype, accumulator, in_flight, compensated, width)
     line_array = primitives.shared_array("line", accumulator, line_pitch * halves)
-    store_sums = primitives.store_spread(accumulator, vector, halves, line_pitch)
-    store_sum = primitives.store_shared(accumulator, 1)
+    keep_sums, keep_sum = keep_line(dtype, accumulator, compensated, line_pitch), keep_fold(accumulator, compensated)
     zero = primitives.zeros(accumulator, halves)
     add_cells = primitives.add_shared(accumulator, CELLS, compensated, line_pitch)
     add_cell = primitives.add_shared(accumulator, 1, compensated, line_pitch)
-    tidy, tidy_one = (primitives.tidy(accumulator, count, compensated) for count in (vector, 1))
-    first, turn = primitives.head(accumulator, halves, 1), primitives.rotate(accumulator, halves, 1)
     finish = finish_column(accumulator, result, accumulate, compensated, keeps_lost)
     alpha_at = primitives.scale_at(constants.number, accumulator)
 
@@ -212,12 +243,8 @@ def make_sum_flat(constants):
 
         # 2. sums[j] is the sum over the lines at across + j - shift, of the elements inside the part.
         sums = walk(zeros(), source, start + int(across - shift), line, int32(across - ahead - shift), ahead, end)
-        sums = tidy(sums)
         cells = line_array()
-        store_sums(cells, across, sums, thread)
-        if across < sector:
-            # What the shift has moved to the front is read behind the end, where it belongs.
-            store_sums(cells, line + across, sums, thread)
+        keep_sums(cells, 0, line, across, sums, thread)
         cuda.syncthreads()
 
         # 3. Cell f behind the shift becomes the sum of f, f + folded, ...; f % period is their column.
@@ -226,10 +253,8 @@ def make_sum_flat(constants):
         more = int32(line - each * folded)
         fold = thread
         while fold < folded:
-            total = tidy_one(add_copies(cells, int32(shift + fold), folded, int32(each + 1 if fold < more else each)))
-            for half in range(halves):
-                store_sum(cells, shift + fold + half * line_pitch, first(total))
-                total = turn(total)
+            total = add_copies(cells, int32(shift + fold), folded, int32(each + 1 if fold < more else each))
+            keep_sum(cells, shift + fold, line_pitch, total)
             fold += threads
         cuda.syncthreads()
 
@@ -272,14 +297,11 @@ def make_sum_runs(constants):
     walk = walk_run(dtype, accumulator, in_flight, compensated, width)
     line_array = primitives.shared_array("lines", accumulator, most_lanes * pitch)
     fold_array = primitives.shared_array("folds", accumulator, fold_size * halves)
-    store_sums = primitives.store_spread(accumulator, vector, halves, line_pitch)
-    store_sum = primitives.store_shared(accumulator, 1)
+    keep_sums, keep_sum = keep_line(dtype, accumulator, compensated, line_pitch), keep_fold(accumulator, compensated)
     zero = primitives.zeros(accumulator, halves)
     add_places = primitives.add_shared(accumulator, places, compensated, line_pitch)
     add_place = primitives.add_shared(accumulator, 1, compensated, line_pitch)
     add_folds = primitives.add_shared(accumulator, folders, compensated, fold_size)
-    tidy, tidy_one = (primitives.tidy(accumulator, count, compensated) for count in (vector, 1))
-    first, turn = primitives.head(accumulator, halves, 1), primitives.rotate(accumulator, halves, 1)
     finish = finish_column(accumulator, result, accumulate, compensated, keeps_lost)
     alpha_at = primitives.scale_at(constants.number, accumulator)
 
@@ -307,11 +329,7 @@ def make_sum_runs(constants):
             position = int32(across - ahead - (origin + run * run_stride & sector - 1))
             index = run * run_stride + start + int(position + ahead)
             sums = walk(zeros(), source, index, line, position, ahead, length if run < runs else int32(0))
-            sums = tidy(sums)
-            store_sums(lines, lane * pitch + across, sums, thread)
-            if across < sector:
-                # What a shift has moved to the front is read behind the end, where it belongs.
-                store_sums(lines, lane * pitch + line + across, sums, thread)
+            keep_sums(lines, lane * pitch, line, across, sums, thread)
             cuda.syncthreads()
 
             # 3. folds[f] of a lane is the sum of places f, f + folders, ... of its line.
@@ -322,10 +340,7 @@ def make_sum_runs(constants):
                 total = add_places(zero(), lines, cell, folders)
                 if f < more:
                     total = add_place(total, lines, cell + places * folders, folders)
-                total = tidy_one(total)
-                for half in range(halves):
-                    store_sum(folds, half * fold_size + f * fold_pitch + y, first(total))
-                    total = turn(total)
+                keep_sum(folds, f * fold_pitch + y, fold_size, total)
                 fold += threads
             cuda.syncthreads()
 
