@@ -178,9 +178,9 @@ def make_upstream_sum(constants):
             if chosen:
                 wanted = load_chosen(weights, this_sample * weights_step, weights_step, this_left, 0)
                 values = leave_out(values, wanted, 0)
-            values = rounded(leave_out_labels(values, label, ignored))
+            values = leave_out_labels(values, label, ignored)
             store(dz, this_sample * dz_down + output * dz_across, dz_along, this_left, values)
-            sums = add(sums, values)
+            sums = add(sums, rounded(values))
         sum_alpha = alpha_at(sum_alpha, sum_alpha_address)
         lines = line_array()
         for piece in range(elements // width):

@@ -1,11 +1,14 @@
 """What happens to numbers between memory and sums, as LLVM: formulas on the compiler's values, weights, exp."""
+from math import e, log2
+
 from llvmlite import ir
 from numba import types
+from numba.cuda.core.targetconfig import ConfigStack
 
 from ...activations import ENTRIES
 from . import formulas
 from .factories import cache
-from .ptx import _FLOAT, _INT64, _NUMBA, _expand, _fragment_type, _narrow, _pack, _unpack, _widened
+from .ptx import _FLOAT, _INT64, _NUMBA, _expand, _fragment_type, _narrowed, _pack, _unpack, _widened
 
 
 class _Number:
@@ -48,7 +51,7 @@ class _Number:
         return -0.0 - self
 
     def __abs__(self):
-        return _Functions(self.builder).where(self < 0, -self, self)
+        return _Functions(self.builder).abs(self)
 
     def _compared(self, operator, other):
         return self._with(lambda left, right: self.builder.fcmp_ordered(operator, left, right), self, other).value
@@ -72,25 +75,56 @@ class _Number:
 
 
 class _Functions:
-    """The functions that formulas take of the compiler's values: libdevice's."""
+    """The functions that formulas take of the compiler's values: libdevice's, and for half types approximations."""
 
     inf = float("inf")
 
-    def __init__(self, builder):
-        self.builder = builder
+    def __init__(self, builder, approximate=False):
+        self.builder, self.approximate = builder, approximate
 
     def where(self, condition, left, right):
         number = left if isinstance(left, _Number) else right
         return number._with(lambda a, b: self.builder.select(condition, a, b), left, right)
 
+    def minimum(self, number, limit):
+        return self._bounded("min", number < limit, number, limit)
+
+    def maximum(self, number, limit):
+        return self._bounded("max", number > limit, number, limit)
+
+    def _bounded(self, name, inside, number, limit):
+        """What is not a number stays so, which before capability 8.0 takes more than an instruction."""
+        if number.value.type == ir.FloatType() and ConfigStack().top().compute_capability >= (8, 0):
+            return number._with(lambda *both: self._instruction(f"{name}.NaN.f32", *both), number, limit)
+        stays = self.builder.or_(inside, self.builder.fcmp_unordered("uno", number.value, number.value))
+        return self.where(stays, number, limit)
+
+    def inverse(self, number):
+        """1 / number, off by 2 u if approximate."""
+        if self.approximate:
+            return _Number(self.builder, self._instruction("rcp.approx.ftz.f32", number.value))
+        return 1 / number
+
     def exp(self, number):
+        """exp(number), off by (4 + 2 |number|) u of it if approximate."""
+        if self.approximate:
+            return _Number(self.builder, self._instruction("ex2.approx.ftz.f32", (number * log2(e)).value))
         return self._call("exp", number)
+
+    def abs(self, number):
+        return self._call("fabs", number)
 
     def log(self, number):
         return self._call("log", number)
 
     def erfc(self, number):
         return self._call("erfc", number)
+
+    def _instruction(self, name, *values):
+        parameters = ", ".join(f"${place}" for place in range(len(values) + 1))
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * len(values))
+        return self.builder.asm(kind, f"{name} {parameters};", ",".join(["=f"] + ["f"] * len(values)), values,
+                                side_effect=False)
 
     def _call(self, name, number):
         kind = number.value.type
@@ -118,7 +152,7 @@ def rounded(dtype, wide, count):
     """(fragment of wide) -> the same values as memory of dtype would give them back."""
     fragment = _fragment_type(wide, count)
     return _expand(fragment, (fragment,), lambda builder, values: _pack(builder, _widened(
-        builder, [_narrow(builder, value, wide, dtype) for value in _unpack(builder, values)], dtype, wide)))
+        builder, _narrowed(builder, _unpack(builder, values), wide, dtype), dtype, wide)))
 
 
 @cache
@@ -127,7 +161,7 @@ def backward(activation, dtype, wide, count):
     fragment, formula = _fragment_type(wide, count), ENTRIES[activation].formula_of(dtype).backward
 
     def body(builder, gradients, z, parameter):
-        parameter, number = _Number(builder, parameter), _Functions(builder)
+        parameter, number = _Number(builder, parameter), _Functions(builder, dtype in ("float16", "bfloat16"))
         pairs = zip(_numbers(builder, gradients), _numbers(builder, z), strict=True)
         return _pack_numbers(builder, [formula(number, gradient, argument, parameter) for gradient, argument in pairs])
 

@@ -15,6 +15,7 @@ class _Arrays:
 
     inf = np.inf
     exp, log, where = staticmethod(np.exp), staticmethod(np.log), staticmethod(np.where)
+    inverse, minimum, maximum = staticmethod(np.reciprocal), staticmethod(np.minimum), staticmethod(np.maximum)
 
     @staticmethod
     def erfc(values):

@@ -7,6 +7,7 @@ Source: CUDA C++ Programming Guide, "Device Memory Accesses"; PTX ISA, "ld", "st
 """
 from llvmlite import ir
 from numba import cuda, types
+from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
@@ -98,14 +99,22 @@ def _widened(builder, values, dtype, wide):
     return [_widen(builder, value, dtype, wide) for value in values]
 
 
-def _narrow(builder, value, wide, dtype):
-    """A float value as it is stored, rounded once to nearest even."""
+def _narrowed(builder, values, wide, dtype):
+    """Float values as they are stored, each rounded once to nearest even."""
     if dtype == "bfloat16":
-        return _round_to_bfloat16(builder, value)
+        if ConfigStack().top().compute_capability < (8, 0):
+            return [_round_to_bfloat16(builder, value) for value in values]
+        pairs = zip(values[::2], values[1::2] if len(values) % 2 == 0 else [*values[1::2], values[-1]], strict=True)
+        return _halves(builder, [_pair_to_bfloat16(builder, *pair) for pair in pairs])[:len(values)]
     if dtype == wide:
-        return value
+        return values
     narrower = _BYTES[dtype] < _BYTES[wide]
-    return (builder.fptrunc if narrower else builder.fpext)(value, _FLOAT[dtype])
+    return [(builder.fptrunc if narrower else builder.fpext)(value, _FLOAT[dtype]) for value in values]
+
+
+def _pair_to_bfloat16(builder, low, high):
+    kind = ir.FunctionType(_INT32, [ir.FloatType()] * 2)
+    return builder.asm(kind, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], side_effect=False)
 
 
 def _round_to_bfloat16(builder, value):
@@ -167,7 +176,7 @@ def _load_bytes(builder, pointer, dtype, count, condition=None, bounds=(), furth
     if words == 1 and count == 1:
         return [builder.bitcast(loaded, _STORED[dtype])]
     parts = [loaded] if words == 1 else [builder.extract_value(loaded, n) for n in range(words)]
-    return _elements(builder, _vector(builder, parts), dtype, count)
+    return _split(builder, parts, dtype, count)
 
 
 def _load_partly(builder, address, index, dtype, count, mask):
@@ -200,7 +209,7 @@ def _load_partly(builder, address, index, dtype, count, mask):
     function = ir.FunctionType(ir.LiteralStructType([word] * words), [_INT64, _INT32])
     loaded = builder.asm(function, f"{{ {' '.join(code)} }}", ",".join([f"=&{letter}"] * words + ["l", "r"]),
                          [pointer, mask], side_effect=True)
-    return _elements(builder, _vector(builder, [builder.extract_value(loaded, n) for n in range(words)]), dtype, count)
+    return _split(builder, [builder.extract_value(loaded, n) for n in range(words)], dtype, count)
 
 
 def _plus(builder, sums, values, compensated):
@@ -234,11 +243,7 @@ def _store_global(builder, address, index, dtype, values):
 
 def _store_bytes(builder, pointer, dtype, values):
     words, word, letter = _words(dtype, len(values))
-    if len(values) == 1:
-        parts = [builder.bitcast(values[0], word)]
-    else:
-        vector = builder.bitcast(_vector(builder, values), ir.VectorType(word, words))
-        parts = [builder.extract_element(vector, ir.Constant(_INT32, n)) for n in range(words)]
+    parts = [builder.bitcast(values[0], word)] if len(values) == 1 else _joined(builder, values, dtype)
     inputs = ", ".join(f"${n + 1}" for n in range(words))
     code = f"st.global{_suffix(words, word)} [$0], {{{inputs}}};" if words > 1 else f"st.global.b{word.width} [$0], $1;"
     function = ir.FunctionType(ir.VoidType(), [_INT64] + [word] * words)
@@ -251,6 +256,27 @@ def _words(dtype, count):
     if size == 2:
         return 1, _INT16, "h"
     return (size // 8, _INT64, "l") if dtype == "float64" else (size // 4, _INT32, "r")
+
+
+def _split(builder, words, dtype, count):
+    """The stored values in registers."""
+    return _halves(builder, words) if dtype == "bfloat16" else _elements(builder, _vector(builder, words), dtype, count)
+
+
+def _halves(builder, words):
+    """Lower and upper 16 bits of each word, by shifts: those of widening meet them, and one instruction is left."""
+    return [builder.trunc(half, _INT16) for word in words
+            for half in (word, builder.lshr(word, ir.Constant(_INT32, 16)))]
+
+
+def _joined(builder, values, dtype):
+    """The registers that hold the stored values."""
+    words, word, _ = _words(dtype, len(values))
+    if dtype != "bfloat16":
+        vector = builder.bitcast(_vector(builder, values), ir.VectorType(word, words))
+        return [builder.extract_element(vector, ir.Constant(_INT32, n)) for n in range(words)]
+    low, high = ([builder.zext(value, _INT32) for value in values[first::2]] for first in (0, 1))
+    return [builder.or_(one, builder.shl(other, ir.Constant(_INT32, 16))) for one, other in zip(low, high, strict=True)]
 
 
 def _suffix(words, word):
@@ -475,8 +501,8 @@ def add_inside(dtype, count, wide, rows, across=1, spacing=0, compensated=False,
 def store_vector(dtype, count, wide):
     """(address, index, fragment): stores neighbouring elements in one access, each rounded once to dtype."""
     return _expand(types.none, (types.int64, types.int64, _fragment_type(wide, count)),
-                   lambda builder, address, index, fragment: _store_global(builder, address, index, dtype, [
-                       _narrow(builder, value, wide, dtype) for value in _unpack(builder, fragment)]))
+                   lambda builder, address, index, fragment: _store_global(
+                       builder, address, index, dtype, _narrowed(builder, _unpack(builder, fragment), wide, dtype)))
 
 
 @cache
@@ -501,7 +527,7 @@ def store_each(dtype, count, wide):
     def body(builder, address, index, step, left, fragment):
         for element, value in enumerate(_unpack(builder, fragment)):
             with builder.if_then(builder.icmp_signed("<", ir.Constant(_INT64, element), left)):
-                _store_global(builder, address, index, dtype, [_narrow(builder, value, wide, dtype)])
+                _store_global(builder, address, index, dtype, _narrowed(builder, [value], wide, dtype))
             index = builder.add(index, step)
 
     return _expand(types.none, (types.int64, types.int64, types.int64, types.int64, _fragment_type(wide, count)), body)
@@ -528,7 +554,7 @@ def store_pieces(dtype, width, offsets, wide):
     """(address, index, stride, left, fragment): stores what load_pieces would load, each element rounded once."""
 
     def body(builder, address, index, stride, left, fragment):
-        values = [_narrow(builder, value, wide, dtype) for value in _unpack(builder, fragment)]
+        values = _narrowed(builder, _unpack(builder, fragment), wide, dtype)
         for piece, (place, inside) in enumerate(_pieces(builder, index, stride, left, offsets)):
             with builder.if_then(inside):
                 _store_global(builder, address, place, dtype, values[piece * width:(piece + 1) * width])

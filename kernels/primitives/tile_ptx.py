@@ -15,7 +15,7 @@ from .ptx import (
     _fragment_type,
     _load_bytes,
     _load_shared,
-    _narrow,
+    _narrowed,
     _pack,
     _shared_pointer,
     _store_bytes,
@@ -148,7 +148,7 @@ def store_line(line, dtype, wide):
                 if line.accumulate:
                     old = _load_bytes(builder, target, dtype, 1)[0]
                     value = builder.fadd(value, _widen(builder, old, dtype, wide))
-                _store_bytes(builder, target, dtype, [_narrow(builder, value, wide, dtype)])
+                _store_bytes(builder, target, dtype, _narrowed(builder, [value], wide, dtype))
 
     return _expand(types.none, (types.int32, types.int32, types.int64, types.int64, types.int32, types.int32,
                                 _NUMBA[wide]), body)

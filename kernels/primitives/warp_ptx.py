@@ -17,7 +17,7 @@ from .ptx import (
     _fragment_type,
     _load_bytes,
     _load_global,
-    _narrow,
+    _narrowed,
     _pack,
     _store_global,
     _times,
@@ -340,7 +340,7 @@ def store_depth_sums(kind, layout, dtype, access, wide, accumulate):
                 if accumulate:
                     before, = _load_global(builder, address, place, dtype, 1)
                     value = builder.fadd(value, _widen(builder, before, dtype, wide))
-                _store_global(builder, address, place, dtype, [_narrow(builder, value, wide, dtype)])
+                _store_global(builder, address, place, dtype, _narrowed(builder, [value], wide, dtype))
 
     return _expand(types.none, (types.int64, types.int64, types.int64, types.int32, _NUMBA[wide], types.int32,
                                 _fragment_type("float32", layout.blocks * (1 + half))), body)
@@ -455,8 +455,7 @@ def store_products(rows, cols, dtype, access, wide, accumulate):
                     if old is not None:
                         part = [builder.fadd(value, _widen(builder, before, dtype, wide))
                                 for value, before in zip(part, old, strict=True)]
-                    _store_global(builder, address, place, dtype,
-                                  [_narrow(builder, value, wide, dtype) for value in part])
+                    _store_global(builder, address, place, dtype, _narrowed(builder, part, wide, dtype))
 
     alpha_type = types.float64 if wide == "float64" else types.float32
     return _expand(types.none, (types.int64, types.int64, types.int64, types.int64, types.int32, types.int32,

@@ -3,8 +3,9 @@
 To add one, write its formula and its reference, and list it in ENTRIES. A formula takes (number, gradient, z,
 parameter), where the gradient is that with respect to the activation, and gives it times f'(z). Its values are NumPy
 arrays in the simulator and the compiler's values on the device; both take Python's operators and plain numbers.
-`number` is the module of functions that goes with them: exp, log, erfc and where. A reference takes NumPy instead,
-`np`: what says what is launched reads this file, and loads without NumPy.
+`number` is the module of functions that goes with them: exp, log, erfc, inverse, minimum, maximum and where, of which
+minimum and maximum leave what is not a number as it is. A reference takes NumPy instead, `np`: what says what is
+launched reads this file, and loads without NumPy.
 
 Exponentials are only taken of numbers that are not positive, so that they neither overflow nor cancel. Arguments beyond
 which a derivative is constant in every dtype are held there, so that infinite ones give its limit.
@@ -13,11 +14,15 @@ How errors are counted
     u is the unit roundoff of what is computed in. An operation is off by u times its result. exp is off by at most 3
     units in the last place (NVIDIA's tables say 2, NumPy's say 3), which is 6 u of its result, and erfc by 6, 12 u. In
     float64 exp is off by 1; the rest is left to what the float64 reference is off by itself.
+    Half types are computed in float32 by the device's approximations, `ex2.approx` and `rcp.approx`: exp(x) is off by
+    (4 + 2 |x|) u of itself, of which 2 |x| u are the exponent's, and `inverse` by 2 u.
     A formula's `roundings` say how far off f'(z) is: so many roundings of a number of at most 2, each 2 u. They are no
-    less than what the comments beside the entries derive. What the gradient is multiplied by afterwards is counted by
+    less than what the comments beside the entries derive, and than what a running error analysis of each formula comes
+    to, for half types too: `tests/test_activations.py`. What the gradient is multiplied by afterwards is counted by
     `testing.dz_bound`.
 
-Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016; Clevert, Unterthiner, Hochreiter, "Fast and accurate
+Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016; Abramowitz, Stegun, "Handbook of Mathematical
+Functions", 1964, 7.1.26 (the tail of gelu for half types); Clevert, Unterthiner, Hochreiter, "Fast and accurate
 deep network learning by exponential linear units", 2016; Klambauer et al., "Self-normalizing neural networks", 2017;
 Misra, "Mish: a self regularized non-monotonic activation function", 2019; Howard et al., "Searching for MobileNetV3",
 2019. Parameters, and answers for z that is not a number, are those of PyTorch on GPUs.
@@ -95,7 +100,7 @@ def _leaky_relu(number, gradient, z, slope):
 def _sigmoid(number, gradient, z, parameter):
     """gradient * p (1 - p), where p = 1 / (1 + exp(-z))."""
     small = number.exp(-abs(z))
-    rest = 1 / (1 + small)
+    rest = number.inverse(1 + small)
     return gradient * (small * rest * rest)
 
 
@@ -116,6 +121,18 @@ def _gelu(number, gradient, z, parameter):
     z = _held(number, z, 40)
     density = number.exp(z * z * -0.5) * (1 / sqrt(2 * pi))
     return gradient * (number.erfc(z * -sqrt(0.5)) * 0.5 + z * density)
+
+
+def _gelu_half(number, gradient, z, parameter):
+    """The same by one exponential: P(-|z|) is exp(-z²/2) times a polynomial in 1 / (1 + c |z|), but for 7.5e-8."""
+    z = _held(number, z, 40)
+    exponential = number.exp(z * z * -0.5)
+    share = number.inverse(abs(z) * (0.3275911 * sqrt(0.5)) + 1)
+    tail = 0.5 * 1.061405429
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        tail = tail * share + 0.5 * coefficient
+    tail *= share * exponential
+    return gradient * (number.where(z < 0, tail, 1 - tail) + z * (exponential * (1 / sqrt(2 * pi))))
 
 
 def _gelu_tanh(number, gradient, z, parameter):
@@ -152,8 +169,8 @@ def _mish(number, gradient, z, parameter):
     small = number.exp(-abs(z))
     risen = number.where(z < 0, small * (small + 2), 2 * small + 1)
     left = number.where(z < 0, 2, 2 * small * small)
-    whole = 1 / (risen + left)
-    t, p = risen * whole, number.where(z < 0, small, 1) / (1 + small)
+    whole = number.inverse(risen + left)
+    t, p = risen * whole, number.where(z < 0, small, 1) * number.inverse(1 + small)
     return gradient * (t + z * p * (left * whole) * (1 + t))
 
 
@@ -171,13 +188,13 @@ def _relu6(number, gradient, z, parameter):
 
 
 def _held(number, z, limit):
-    return number.where(z > limit, limit, number.where(z < -limit, -limit, z))
+    return number.maximum(number.minimum(z, limit), -limit)
 
 
 def _logistic(number, z):
     """(p, 1 - p), where p = 1 / (1 + exp(-z)); neither cancels."""
     small = number.exp(-abs(z))
-    rest = 1 / (1 + small)
+    rest = number.inverse(1 + small)
     return number.where(z < 0, small * rest, rest), number.where(z < 0, rest, small * rest)
 
 
@@ -236,7 +253,8 @@ ENTRIES: dict[str, Activation] = {entry.name: entry for entry in (
     # and off by exp's 6 u, 3 u for constant and products; its rounded argument moves it by z³ P' / 2, less than 0.24,
     # times u. The sum, at most 1.13, is rounded once: 17 u.
     Activation("gelu", Formula(_gelu, 20, 2),
-               _times(lambda np, z: normal_tail(np, -z) + z * np.exp(-z ** 2 / 2) / math.sqrt(2 * math.pi))),
+               _times(lambda np, z: normal_tail(np, -z) + z * np.exp(-z ** 2 / 2) / math.sqrt(2 * math.pi)),
+               half=Formula(_gelu_half, 20, 1)),
     # The argument a of the exponential is off by 7 u a. p: 7 u a p q, where a p q is at most 0.23, exp 6 u of p q, and
     # 3 u for sum, inverse and product: 7 u. z p q a' is at most 0.27, and off by 20 u for exp, sums, inverses, products
     # and constants, and by 7 u a, where a times it is at most 0.52: 10 u. The sum, at most 1.13: 18 u. In float64 the
