@@ -2,14 +2,14 @@
 
     result[m] = sum over s of source[s, m]      source (samples, outputs); for dL/db it is dZ
 
-Three kernels. `sum_strided` adds rows whose elements lie side by side, `sum_flat` a narrow matrix without gaps as one
-run, `sum_runs` the runs of outputs whose samples lie side by side.
+Four kernels. `sum_strided` adds rows whose elements lie side by side, `sum_flat` a narrow matrix without gaps as one
+run, `sum_runs` the runs of outputs whose samples lie side by side; `sum_parts` adds what parts of them come to.
 
 How the work is cut
     Every element is read once, in vectors of 16 bytes. Threads that sit side by side read memory that lies side by
     side; each keeps one chain of additions for every column of its vectors and has several vectors in flight. The
     chains of a block meet in shared memory. A long batch is cut into parts, one block each: their sums go to a
-    workspace of one row for each part, which a second launch of `sum_strided` adds.
+    workspace of one row for each part, which a second launch, of `sum_parts`, adds.
 Alignment
     Vectors begin at multiples of 32 bytes, wherever the data begins: a row's vectors are shifted to the left by the
     elements between such a place and its first column, and whoever reads the sums in shared memory reads as many places
@@ -34,6 +34,8 @@ from .primitives.layout import ITEM_BYTES, LANES, SECTOR, WIDEST
 
 #: Cells of shared memory under way where their number is the launch's.
 CELLS = 4
+#: Parts' sums that a thread has under way.
+PARTS = 16
 #: Elements under way where they are picked singly: few, since that takes registers.
 EDGE_ELEMENTS = 8
 
@@ -185,6 +187,25 @@ def keep_fold(accumulator, compensated):
     return keep
 
 
+def add_copies(accumulator, compensated, lost):
+    """(cells, cell, step, count): the sum of the cells at cell, cell + step, ..., each with its loss `lost` further."""
+    zero = primitives.zeros(accumulator, 1 + compensated)
+    add_cells, add_cell = (primitives.add_shared(accumulator, together, compensated, lost) for together in (CELLS, 1))
+
+    @cuda.jit(device=True, inline="always")
+    def add(cells, cell, step, count):
+        total = zero()
+        while count >= CELLS:
+            total = add_cells(total, cells, cell, step)
+            cell, count = int32(cell + CELLS * step), int32(count - CELLS)
+        while count > 0:
+            total = add_cell(total, cells, cell, step)
+            cell, count = int32(cell + step), int32(count - 1)
+        return total
+
+    return add
+
+
 @cache
 def make_sum_flat(constants):
     """The kernel that adds a whole matrix in C order as one run: element i belongs to column i % period.
@@ -211,22 +232,9 @@ def make_sum_flat(constants):
     walk = walk_run(dtype, accumulator, in_flight, compensated, width)
     line_array = primitives.shared_array("line", accumulator, line_pitch * halves)
     keep_sums, keep_sum = keep_line(dtype, accumulator, compensated, line_pitch), keep_fold(accumulator, compensated)
-    zero = primitives.zeros(accumulator, halves)
-    add_cells = primitives.add_shared(accumulator, CELLS, compensated, line_pitch)
-    add_cell = primitives.add_shared(accumulator, 1, compensated, line_pitch)
+    add_each = add_copies(accumulator, compensated, line_pitch)
     finish = finish_column(accumulator, result, accumulate, compensated, keeps_lost)
     alpha_at = primitives.scale_at(constants.number, accumulator)
-
-    @cuda.jit(device=True, inline="always")
-    def add_copies(cells, cell, step, count):
-        total = zero()
-        while count >= CELLS:
-            total = add_cells(total, cells, cell, step)
-            cell, count = int32(cell + CELLS * step), int32(count - CELLS)
-        while count > 0:
-            total = add_cell(total, cells, cell, step)
-            cell, count = int32(cell + step), int32(count - 1)
-        return total
 
     @primitives.jit(most_threads, blocks_per_multiprocessor)
     def sum_flat(source, length, length_per_part, period, folders, copies, target, part_stride, col_stride, lost_step,
@@ -253,7 +261,7 @@ def make_sum_flat(constants):
         more = int32(line - each * folded)
         fold = thread
         while fold < folded:
-            total = add_copies(cells, int32(shift + fold), folded, int32(each + 1 if fold < more else each))
+            total = add_each(cells, int32(shift + fold), folded, int32(each + 1 if fold < more else each))
             keep_sum(cells, shift + fold, line_pitch, total)
             fold += threads
         cuda.syncthreads()
@@ -262,7 +270,7 @@ def make_sum_flat(constants):
         alpha = alpha_at(alpha, alpha_address)
         column = thread
         while column < period:
-            total = add_copies(cells, int32(shift + column), int32(period), int32(folders))
+            total = add_each(cells, int32(shift + column), int32(period), int32(folders))
             finish(total, target, part * part_stride + column * col_stride, lost_step, alpha)
             column += threads
 
@@ -351,3 +359,49 @@ def make_sum_runs(constants):
             base += lanes
 
     return sum_runs
+
+
+@cache
+def make_sum_parts(constants):
+    """The kernel that adds rows which follow one another in the workspace, row_pitch apart.
+
+    They are few, and there is nothing else to do: what counts is that many are on their way at once.
+
+    Threads
+        As many as the launch says: lanes times tile_cols. Lane y adds the rows y, y + lanes, ... of its column, PARTS
+        at a time; then a thread for each column adds the lanes in ascending order.
+    Grid
+        (tiles of tile_cols columns).
+    Shared memory
+        most_threads accumulators, twice that for compensated sums.
+    """
+    accumulator, result, most_threads, accumulate, compensated = constants
+    sums_array = primitives.shared_array("sums", accumulator, most_threads * (1 + compensated))
+    zero = primitives.zeros(accumulator, 1 + compensated)
+    load, add_rows = (primitives.load_each(accumulator, PARTS, accumulator),
+                      primitives.add_each(accumulator, PARTS, compensated))
+    keep_sum = keep_fold(accumulator, compensated)
+    add_lanes = add_copies(accumulator, compensated, most_threads)
+    finish = finish_column(accumulator, result, accumulate, compensated)
+    alpha_at = primitives.scale_at(constants.number, accumulator)
+
+    @primitives.jit(most_threads)
+    def sum_parts(source, row_pitch, rows, outputs, tile_cols, lanes, target, col_stride, alpha, alpha_address):
+        thread = cuda.threadIdx.x
+        lane, column = thread // tile_cols, cuda.blockIdx.x * tile_cols + thread % tile_cols
+        index, step = lane * row_pitch + column, lanes * row_pitch
+        left = (rows - lane + lanes - 1) // lanes if column < outputs else 0
+        total = zero()
+        while left > 0:
+            # No sum is -0.0, which a zero in place of a row that is not there would change.
+            total = add_rows(total, load(source, index, step, left))
+            index += PARTS * step
+            left -= PARTS
+        sums = sums_array()
+        keep_sum(sums, thread, most_threads, total)
+        cuda.syncthreads()
+        if lane == 0 and column < outputs:
+            total = add_lanes(sums, int32(thread), int32(tile_cols), int32(lanes))
+            finish(total, target, column * col_stride, 0, alpha_at(alpha, alpha_address))
+
+    return sum_parts

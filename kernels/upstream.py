@@ -14,7 +14,7 @@ or by a mask, have a dZ of zero whatever all else is.
 How the work is cut
     One pass: every element is read once, and dZ is written while it is summed. Blocks walk down the batch like those of
     batch_sum: each has one part of it and one tile of outputs. The next elements are on their way while dZ is formed
-    from those before. Parts leave their sums in a workspace, which batch_sum.sum_strided adds.
+    from those before. Parts leave their sums in a workspace, which batch_sum.sum_parts adds.
 What is summed
     dZ as it is stored, rounded to its dtype: dL/db is the sum of the dZ that the caller gets.
 Alignment

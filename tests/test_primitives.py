@@ -33,6 +33,10 @@ FRAGMENTS = {
     "plus": (lambda: primitives.plus("float32", 5, False), (5, 5), 5, lambda a, b: a + b),
     "plus, compensated": (lambda: primitives.plus("float32", 4, True), (8, 4), 8,
                           lambda a, b: np.concatenate([a[:4] + b, a[4:] + two_sum_error(a[:4], b)])),
+    "add each": (lambda: primitives.add_each("float32", 5, False), (1, 5), 1,
+                 lambda a, b: np.cumsum(np.concatenate([a, b]), dtype=np.float32)[-1:]),
+    "add each, compensated": (lambda: primitives.add_each("float32", 2, True), (2, 2), 2, lambda a, b: np.array([
+        (a[0] + b[0]) + b[1], (a[1] + two_sum_error(a[0], b[0])) + two_sum_error(a[0] + b[0], b[1])], np.float32)),
     "tidy": (lambda: primitives.tidy("float32", 4, False), (4,), 4, lambda a: a),
     "tidy, compensated": (lambda: primitives.tidy("float32", 4, True), (8,), 8,
                           lambda a: np.concatenate([a[:4], np.where(np.isfinite(a[4:]), a[4:], np.float32(0))])),

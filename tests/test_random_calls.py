@@ -42,8 +42,7 @@ def test_alpha_scales_sums_and_their_errors(function, dtype, xp):
                     sample_weight=weights, axes=1, sizes=((9,), 6, 10))
         _, launches = call.run(xp)
         exactly = call.expected(launches)
-        for power in (3 + seed, 20):
-            alpha = 2.0 ** -power
-            found, _ = call.run(xp, alpha)
-            for name, (exact, bound) in exactly.items():
-                check_within(found[name], alpha * exact, alpha * np.asarray(bound))
+        alpha = 2.0 ** -(3 + seed if seed % 2 else 20)
+        found, _ = call.run(xp, alpha)
+        for name, (exact, bound) in exactly.items():
+            check_within(found[name], alpha * exact, alpha * np.asarray(bound))

@@ -338,6 +338,20 @@ def plus(dtype, count, compensated):
 
 
 @cache
+def add_each(dtype, count, compensated):
+    """(sums of one column, fragment) -> sums plus its elements, one after another."""
+    sums = _fragment_type(dtype, 1 + compensated)
+
+    def body(builder, totals, fragment):
+        totals = _unpack(builder, totals)
+        for value in _unpack(builder, fragment):
+            totals = _plus(builder, totals, [value], compensated)
+        return _pack(builder, totals)
+
+    return _expand(sums, (sums, _fragment_type(dtype, count)), body)
+
+
+@cache
 def tidy(dtype, count, compensated):
     """(sums) -> the same; what was lost counts as nothing where it is not a number, as beside an infinite sum."""
 

@@ -54,6 +54,18 @@ def plus(dtype, count, compensated):
 
 
 @cache
+def add_each(dtype, count, compensated):
+    """(sums of one column, fragment) -> sums plus its elements, one after another."""
+
+    def run(sums, fragment):
+        for element in range(count):
+            sums = _plus(sums, fragment[element:element + 1], compensated)
+        return sums
+
+    return _quiet(run)
+
+
+@cache
 def tidy(dtype, count, compensated):
     """(sums) -> the same; what was lost counts as nothing where it is not a number, as beside an infinite sum."""
     zero = _TYPE[dtype](0)

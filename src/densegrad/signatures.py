@@ -176,6 +176,35 @@ class SumRunsArguments(NamedTuple):
     alpha: Scale
 
 
+class SumParts(NamedTuple):
+    """The sum of rows that follow one another in the workspace."""
+
+    accumulator: str
+    result: str
+    most_threads: int
+    accumulate: bool
+    compensated: bool
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return wide_of(self.accumulator, self.result)
+
+
+class SumPartsArguments(NamedTuple):
+    """source[p, m] lies at p * row_pitch + m; if compensated, what was lost has rows of its own."""
+
+    source: Address
+    row_pitch: Integer  # elements
+    rows: Integer
+    outputs: Integer
+    tile_cols: Integer  # columns of a block
+    lanes: Integer  # that add the rows of a column
+    target: Address
+    col_stride: Integer
+    alpha: Scale
+
+
 # -- add_parts
 
 

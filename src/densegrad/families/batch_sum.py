@@ -13,6 +13,8 @@ from ..signatures import (
     Scale,
     SumFlat,
     SumFlatArguments,
+    SumParts,
+    SumPartsArguments,
     SumRuns,
     SumRunsArguments,
     SumStrided,
@@ -268,6 +270,8 @@ IN_FLIGHT = 4
 SMALL = 2 ** 14
 
 
+
+
 @lru_cache(maxsize=4096, typed=True)
 def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensated: bool = False) -> BatchSumPlan:
     """The plan for these sizes, this dtype and this layout.
@@ -427,8 +431,18 @@ def parts_of(plan: BatchSumPlan, workspace_at: int) -> Matrix:
 
 
 def add_parts_of(plan: BatchSumPlan, result: Result, alpha: Scale, workspace_at: int) -> tuple[Launch, ...]:
-    """What adds the sums of the parts that another launch left there, if there are several."""
-    return (_launch(plan.second, parts_of(plan, workspace_at), result, alpha),) if plan.second else ()
+    """What adds the sums of the parts that another launch left there, if there are several, as the second plan says."""
+    second = plan.second
+    if second is None:
+        return ()
+    parts, target = parts_of(plan, workspace_at), result.matrix
+    # A sector of columns or more, so that there are many blocks, of two warps or more.
+    tile_cols = min(max(second.sector, 64 // second.lanes), power_of_two(plan.outputs), MOST_THREADS // second.lanes)
+    constants = SumParts(second.accumulator, target.dtype, MOST_THREADS, result.accumulate, second.compensated)
+    arguments = SumPartsArguments(parts.address, parts.row_stride, parts.rows, parts.cols, tile_cols, second.lanes,
+                                  target.address, target.col_stride, alpha)
+    return (Launch(KERNELS, "sum_parts", constants, arguments, (ceil_div(parts.cols, tile_cols),),
+                   second.lanes * tile_cols, plan=second),)
 
 
 def _launch(plan: BatchSumPlan, source: Matrix, result: Result, alpha: Scale, *, partial: bool = False) -> Launch:
