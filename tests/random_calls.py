@@ -166,9 +166,9 @@ class Call:
 
     def _draw_options(self):
         powers = [2.0 ** -int(power) for power in self._draw.integers(0, 21, 3)]
-        others = () if self.function == "bias_grad" else (-0.75, 1 / 3, 3.0)
+        others = () if self.function in ("bias_grad", "dense_grads") else (-0.75, 1 / 3, 3.0)
         options = {"batch_axis": self.batch_axis, "alpha": float(self._choose("alpha", 1.0, 1.0, *powers, *others))}
-        if self.function == "bias_grad":
+        if self.function == "bias_grad" or (self.function == "dense_grads" and "db" in self.results):
             # The bound of compensated sums is for powers of two.
             options["compensated"] = bool(self._choose("compensated", False, True))
             if not options["compensated"]:
@@ -473,7 +473,8 @@ class Call:
             old = self.old[name].astype(np.float64)
             exact, magnitude, chain = exact + old, magnitude + np.abs(old), chain + 1
         return exact, error_bound(magnitude, exact, chain, terms, self.dtype, self.out_dtypes[name],
-                                  compensated=self.options.get("compensated", False), product_error=product_error,
+                                  compensated=name == "db" and self.options.get("compensated", False),
+                                  product_error=product_error,
                                   alpha=alpha, lost=lost)
 
     def _plans_of(self, name, plans):

@@ -7,7 +7,7 @@ import pytest
 import densegrad
 from densegrad import reference, testing
 from densegrad.calls import recorded
-from densegrad.plans import MatmulPlan
+from densegrad.plans import MatmulPlan, plan_batch_sum
 from densegrad.testing import LAYOUTS, Placed, bits, check_within, expected, host, integers, normal, poisoned
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -257,6 +257,31 @@ def test_dense_grads_is_all_three(xp):
     apart = densegrad.dense_grads(x, w, dz, batch_axis=1, weight_layout="out_in", need=["db", "dx"])
     assert (bits(apart.db) == bits(db)).all()
     assert apart.dw is None
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, {"sample_weight": True}])
+@pytest.mark.parametrize("batch_axis", [0, 1])
+def test_a_compensated_bias_gradient_of_all_three(xp, batch_axis, options):
+    """It has the bits of bias_grad, of the dz that is formed where there is something above; dx and dw are the same."""
+    x, w, dz, z = (xp.asarray(normal(shape, "float32", seed)) for seed, shape in enumerate(
+        ((41, 5), (5, 7), *[(7, 41) if batch_axis else (41, 7)] * 2)))
+    formed = dict(options)
+    if "sample_weight" in options:
+        formed["sample_weight"] = xp.asarray(np.arange(41) % 3 > 0)
+    given = formed | ({"z": z} if "activation" in options else {})
+    together = densegrad.dense_grads(x, w, dz, batch_axis=batch_axis, compensated=True, alpha=0.5, **given)
+    plain = densegrad.dense_grads(x, w, dz, batch_axis=batch_axis, alpha=0.5, **given)
+    below = dz if not options else densegrad.activation_grad(
+        dz, given.get("z"), formed.pop("activation", "identity"), batch_axis=batch_axis, **formed).dz
+    alone = densegrad.bias_grad(below, batch_axis=batch_axis, compensated=True, alpha=0.5)
+    for one, other in zip(together, (plain.dx, plain.dw, alone), strict=True):
+        assert (bits(one) == bits(other)).all()
+    with pytest.raises(ValueError, match="compensated is about db, which is not needed"):
+        densegrad.dense_grads(x, w, dz, batch_axis=batch_axis, compensated=True, need=["dx"])
+    if not options:
+        plan = plan_batch_sum(41, 7, "float32", "features_first" if batch_axis else "flat")
+        with pytest.raises(densegrad.PlanError, match="plan is not compensated"):
+            densegrad.dense_grads(x, w, dz, batch_axis=batch_axis, compensated=True, plan=densegrad.DenseGrads(db=plan))
 
 
 @pytest.mark.parametrize("weight_layout", ["in_out", "out_in"])

@@ -307,7 +307,7 @@ def _describe_input(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
 
 def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fields, activation: str | None = None,
                 z: Any = None, negative_slope: float | None = None, sample_weight: Any = None, batch_axis: int = 0,
-                weight_layout: str = "in_out", keepdims: bool = False, alpha: float = 1.0,
+                weight_layout: str = "in_out", keepdims: bool = False, compensated: bool = False, alpha: float = 1.0,
                 precision: str | None = None, out: DenseGrads | None = None,
                 accumulate: bool | Iterable[str] = False, plan: DenseGrads | None = None,
                 stream: Any = None) -> DenseGrads:
@@ -333,13 +333,16 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     batch_axis, weight_layout, keepdims, alpha, precision, stream
         As in `bias_grad` and `weight_grad`; alpha scales all three, and never the dz that is formed below an activation
         or with weights.
+    compensated : bool
+        Whether db is a compensated sum, as in `bias_grad`. It reads dz, or what is formed below an activation, once
+        more.
     out : DenseGrads of arrays or None, optional
         Where to write each of them, for example `DenseGrads(dw=main_grad)`; none that is not needed.
     accumulate : bool or names among "dx", "dw", "db"
         Which of the gradients are added into `out`, which must then hold them: none, all that are needed, or those
         that are named. The others are overwritten, and each may have a dtype of its own.
     plan : DenseGrads of plans or None, optional
-        How to compute each of them; db by an UpstreamPlan below an activation or with weights.
+        How to compute each of them; below an activation or with weights db takes an UpstreamPlan, that of forming dz.
 
     Returns
     -------
@@ -354,7 +357,8 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     Notes
     -----
     db rides along with dw as in `weight_bias_grad`, with its bits, where the model of the plans says that this is
-    cheaper and no plan for db is given. Below an activation, or with weights, it has those of `activation_grad`.
+    cheaper and no plan for db is given. Below an activation, or with weights, it has those of `activation_grad`, and if
+    compensated those of `bias_grad` of the dz that `activation_grad` gives.
 
     Examples
     --------
@@ -366,15 +370,18 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     names = needed if isinstance(needed, tuple) else ()
     arrays = x if "dw" in names else None, w if "dx" in names else None, dz, z, sample_weight
     options = (needed, activation, stray_slope(activation, negative_slope), batch_axis, weight_layout, keepdims,
-               precision, as_names(accumulate), plan)
+               compensated, precision, as_names(accumulate), plan)
     return DenseGrads(*call(_describe_dense, arrays, accept_tuple("out", out, DenseGrads), options,
                             (alpha, parameter_of(negative_slope)), stream))
 
 
 def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
-    need, activation, stray, batch_axis, weight_layout, keepdims, precision, accumulate, plan = options
+    need, activation, stray, batch_axis, weight_layout, keepdims, compensated, precision, accumulate, plan = options
     x, w, dz, z, sample_weight = arrays
     needed = _needed(need, x, w)
+    compensated = accept_flag("compensated", compensated)
+    if compensated and "db" not in needed:
+        raise ValueError("compensated is about db, which is not needed (name it in need=, or leave compensated out)")
     added = accept_outs(DenseGrads(*outs), accumulate, needed)
     plans = accept_tuple("plan", plan, DenseGrads)
     # Below an activation the plan for db forms dz, which all of them are made of.
@@ -393,23 +400,27 @@ def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     check_apart([target for target in targets if target is not None])
 
     launches: tuple[Launch, ...] = ()
-    gradient, behind, with_weight, alone = inputs.dz.matrix, 0, None, db
+    gradient, behind, with_weight, alone, bias_plan = inputs.dz.matrix, 0, None, db, plans.db
     if above.arguments:
-        # dZ is formed first, in the order of what it is formed from; its sum is db.
+        # dZ is formed first, in the order of what it is formed from; its sum is db, unless that is to be compensated.
         gradient = _like(gradient)
-        behind, alone = gradient.end, None
-        result = db.result if db is not None else Result(scratch(behind, 1, inputs.out_features, inputs.dtype))
+        behind, alone, bias_plan = gradient.end, db if compensated else None, None
+        result = Result(scratch(behind, 1, inputs.out_features, inputs.dtype))
+        if db is not None and not compensated:
+            result = db.result
         launches = upstream.launches(upstream_plan(plans.db, inputs, above), above.matrices(inputs), gradient, result,
                                      (ONE, ALPHA), max(behind, result.matrix.end))
     weight_plan = _weight_plan(plans.dw, inputs, precision) if dw is not None else None
-    if alone is not None and weight_plan is not None and plans.db is None and bias_rides_along(weight_plan):
+    if (alone is not None and weight_plan is not None and bias_plan is None and not compensated
+            and bias_rides_along(weight_plan)):
         with_weight, alone = alone, None
     if dx is not None:
         launches += _input_launches(_input_plan(plans.dx, inputs, precision), inputs, gradient, dx, behind)
     if dw is not None and weight_plan is not None:
         launches += _weight_launches(weight_plan, inputs, gradient, (dw, with_weight), weight_layout, behind)
     if alone is not None:
-        launches += batch_sum.launches(_bias_plan(plans.db, inputs), gradient, alone.result, ALPHA, behind)
+        launches += batch_sum.launches(_bias_plan(bias_plan, inputs, compensated), gradient, alone.result, ALPHA,
+                                       behind)
     return recipe_of(inputs, (inputs.x, inputs.w, inputs.dz, above.z, above.weights), targets, launches,
                      (above.parameter,))
 

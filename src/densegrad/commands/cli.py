@@ -244,15 +244,12 @@ def grads(
 def _gradients(arrays: list[np.ndarray | None], batch_axis: int, weight_layout: str,
                compensated: bool) -> dict[str, Any]:
     """dw, db and, if there are weights, dx, of x, w and dz; errors speak of options."""
-    from .. import bias_grad, dense_grads
+    from .. import dense_grads
 
     names = ("dw", "db") if arrays[1] is None else ("dx", "dw", "db")
-    # A compensated db does not ride along with dw.
-    need = names[:-1] if compensated else names
     try:
-        result = dense_grads(*arrays, need=need, batch_axis=batch_axis, weight_layout=weight_layout)
-        if compensated:
-            result = result._replace(db=bias_grad(arrays[-1], batch_axis=batch_axis, compensated=True))
+        result = dense_grads(*arrays, need=names, batch_axis=batch_axis, weight_layout=weight_layout,
+                             compensated=compensated)
     except (errors.ShapeError, errors.DTypeError) as error:
         raise type(error)(_of_options(str(error))) from error
     return {name: getattr(result, name) for name in names}
