@@ -387,8 +387,8 @@ def make_sum_parts(constants):
 
     @primitives.jit(most_threads)
     def sum_parts(source, row_pitch, rows, outputs, tile_cols, lanes, target, col_stride, alpha, alpha_address):
-        thread = cuda.threadIdx.x
-        lane, column = thread // tile_cols, cuda.blockIdx.x * tile_cols + thread % tile_cols
+        thread, width = cuda.threadIdx.x, int32(tile_cols)
+        lane, column = int(thread // width), cuda.blockIdx.x * tile_cols + int(thread % width)
         index, step = lane * row_pitch + column, lanes * row_pitch
         left = (rows - lane + lanes - 1) // lanes if column < outputs else 0
         total = zero()
@@ -401,7 +401,7 @@ def make_sum_parts(constants):
         keep_sum(sums, thread, most_threads, total)
         cuda.syncthreads()
         if lane == 0 and column < outputs:
-            total = add_lanes(sums, int32(thread), int32(tile_cols), int32(lanes))
+            total = add_lanes(sums, int32(thread), width, int32(lanes))
             finish(total, target, column * col_stride, 0, alpha_at(alpha, alpha_address))
 
     return sum_parts

