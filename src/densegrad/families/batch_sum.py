@@ -306,7 +306,7 @@ def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensa
     if flat:
         return _plan_flat(samples, outputs, dtype, flat, compensated)
     # 16 lanes of 16 threads took 0.87 of what 8 of 32 took on an H200: 146 pairs of float32 plans with all else equal.
-    plan = _one_part(samples, outputs, dtype, compensated, least_lanes=16)
+    plan = _one_part(samples, outputs, dtype, compensated, least_lanes=16 if dtype == "float32" else 8)
     if samples * outputs <= SMALL or plan.vectors > 1:
         return plan
     tiles, shifted_tiles = ceil_div(outputs, plan.tile), ceil_div(outputs, plan.tile - plan.sector)
