@@ -4,8 +4,9 @@ The kernels are those of densegrad.catalogue, and those that the random calls of
 memory (spills), float64 arithmetic where neither operands nor results are float64, and what does not fit the launch:
 its threads, its blocks' registers, its shared memory.
 
-Each is judged for one compute capability in turn, for all of them with --all. Machine code that is kept is not made
-again; what is made here is not kept, since a rehearsal could not execute it.
+Each is judged for one compute capability in turn, for all of them with --all. With --one-in N every Nth of the
+catalogue's is, and all that random calls launch. Machine code that is kept is not made again; what is made here is not
+kept, since a rehearsal could not execute it.
 """
 from __future__ import annotations
 
@@ -174,11 +175,13 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="for every compute capability, instead of one in turn")
     parser.add_argument("--capability", choices=["{}.{}".format(*one) for one in CAPABILITIES], action="append",
                         help="for this one; may be repeated")
+    parser.add_argument("--one-in", type=int, default=1, metavar="N", help="of the catalogue only every Nth kernel")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="kernels whose name contains this")
     options = parser.parse_args()
     asked = [one for one in CAPABILITIES if "{}.{}".format(*one) in (options.capability or [])]
     jobs = {}
-    for kernels, capabilities in ((kernel_variants(), CAPABILITIES), (launched_by_random_calls(), REHEARSED)):
+    catalogue = dict(list(kernel_variants().items())[::options.one_in])
+    for kernels, capabilities in ((catalogue, CAPABILITIES), (launched_by_random_calls(), REHEARSED)):
         for number, (name, launch) in enumerate(kernels.items()):
             able = [capability for capability in asked or capabilities if capability >= launch.capability]
             jobs[name] = launch, able if asked or options.all else [able[number % len(able)]]
