@@ -82,8 +82,9 @@ class Sum:
         memory = cupy.asarray(np.ones(self.offset + lines * pitch, dtype_of(self.dtype)))
         dz = memory[self.offset:self.offset + lines * pitch].reshape(lines, pitch)[:, :length]
         results = []
-        counts = total(machine.count(
-            lambda: results.append(dg.bias_grad(dz, batch_axis=int(self.layout == "features_first"), plan=part))))
+        of_each = machine.count(
+            lambda: results.append(dg.bias_grad(dz, batch_axis=int(self.layout == "features_first"), plan=part)))
+        counts = total(of_each)
         with np.errstate(over="ignore"):
             expected = np.float32(part.samples).astype(dtype_of(self.dtype))
         if not (results[0].get() == expected).all():
@@ -94,7 +95,7 @@ class Sum:
             "offset": self.offset, "pad": self.pad, "cut": "" if part == plan else f"{part.samples}x{part.outputs}",
             "kernels": counts.kernel, "blocks": plan.grid[0] * plan.grid[1], "threads": plan.threads,
             "workspace_share": plan.workspace_bytes / (self.samples * self.outputs * item),
-            "wide_loads": counts.wide_loads,
+            "wide_loads": of_each[0].wide_loads,  # of dZ
             "read": counts.load_sectors / (part.samples * part.outputs * item / 32),
             "written": counts.store_sectors / counts.load_sectors,
             "active_lanes": counts.active_lanes,
