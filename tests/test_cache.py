@@ -316,16 +316,28 @@ def test_the_key_of_a_kernel_outside_the_package_is_of_its_files(outside):
 def test_nothing_is_kept_of_sources_that_have_changed_under_a_process(outside, folder, compiled, monkeypatch):
     """It may have imported them before: what it compiles belongs to a text that nobody knows any more."""
     launch, root = outside
-    written = (root / "beside.py").stat().st_mtime
-    monkeypatch.setattr(cache, "_BEGUN", written - 1)
+    os.utime(root / "beside.py", (0, 0))  # as old as another file that has taken its place may be
+    written = (root / "beside.py").stat().st_ctime
+    monkeypatch.setattr(cache, "_IMPORTED", written - 1)
     assert [cache.code_of(launch, HOPPER) for _ in range(2)] == 2 * [code_for(launch)]
     assert (compiled, cache.kept()) == ([launch, launch], [])
-    monkeypatch.setattr(cache, "_BEGUN", written + 10)
+    monkeypatch.setattr(cache, "_IMPORTED", written + 10)
     assert [cache.code_of(launch, HOPPER) for _ in range(2)] == 2 * [code_for(launch)]
     assert len(compiled) == 3
 
 
 # -- under attack
+
+
+def test_a_folder_that_cannot_be_listed_or_made_is_said(folder, monkeypatch, caplog):
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "_files", lambda place: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        assert cache.kept() == []
+    assert f"{folder} cannot be listed" in caplog.text
+    monkeypatch.setenv("DENSEGRAD_CACHE_DIR", "/proc/nowhere/kernels")
+    assert not cache.usable()
+    assert "kernels are not kept, since /proc/nowhere/kernels cannot be used" in caplog.text
 
 
 def flip(position):

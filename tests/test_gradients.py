@@ -1,5 +1,6 @@
 """The public functions against float64: every size around a tile, orientation, dtype and way to receive the result."""
 import itertools
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -259,6 +260,45 @@ def test_dense_grads_is_all_three(xp):
     assert apart.dw is None
 
 
+@pytest.mark.parametrize(("name", "call"), [
+    ("x", lambda one: densegrad.weight_grad(None, one)), ("x", lambda one: densegrad.weight_bias_grad(None, one)),
+    ("w", lambda one: densegrad.input_grad(one, None))])
+def test_an_array_that_is_missing(name, call):
+    with pytest.raises(TypeError, match=f"{name} must be an array; got None"):
+        call(np.ones((2, 3), "float32"))
+
+
+@pytest.mark.parametrize("batch_axis", [True, 1.0, "0", None])
+def test_an_axis_is_an_int(batch_axis):
+    with pytest.raises(TypeError, match="batch_axis must be the int 0 or 1; got"):
+        densegrad.bias_grad(np.ones((2, 3), "float32"), batch_axis=batch_axis)
+
+
+def test_plans_of_dense_grads_are_named_in_errors():
+    x, w, dz = (np.ones(shape, "float32") for shape in ((4, 3), (3, 2), (4, 2)))
+    wrong = MatmulPlan(5, 2, 4, "float32", 8, 8, 4, 4, 4)
+    for plans, name in ((densegrad.DenseGrads(dw=wrong), "plan.dw"), (densegrad.DenseGrads(dx=wrong), "plan.dx")):
+        with pytest.raises(densegrad.PlanError, match=f"{name} was made for rows 5"):
+            densegrad.dense_grads(x, w, dz, plan=plans)
+    with pytest.raises(TypeError, match=r"plan\.db must be an UpstreamPlan"):
+        densegrad.dense_grads(x, w, dz, sample_weight=np.ones(4, "float32"),
+                              plan=densegrad.DenseGrads(db=plan_batch_sum(4, 2, "float32", "flat")))
+    with pytest.raises(densegrad.OutError, match=r"accumulate=\('dw',\) adds into out\.dw.*or leave 'dw' out"):
+        densegrad.dense_grads(x, w, dz, accumulate=("dw",))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: plan_batch_sum(20, 6, "float32", "flat"), lambda: MatmulPlan(5, 2, 4, "float32", 8, 8, 4, 4, 4),
+    lambda: densegrad.plans.plan_tensor_core(64, 64, 64, "float16")])
+def test_plans_count_in_ints(make):
+    """A plan with 2.0 would equal the one with 2, and calls that were prepared for the one be taken for the other."""
+    plan = make()
+    for field in fields(plan):
+        if field.type == "int":
+            with pytest.raises(densegrad.PlanError, match=f"plan: {field.name} must be an int; got"):
+                replace(plan, **{field.name: float(getattr(plan, field.name))})
+
+
 @pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, {"sample_weight": True}])
 @pytest.mark.parametrize("batch_axis", [0, 1])
 def test_a_compensated_bias_gradient_of_all_three(xp, batch_axis, options):
@@ -280,7 +320,7 @@ def test_a_compensated_bias_gradient_of_all_three(xp, batch_axis, options):
         densegrad.dense_grads(x, w, dz, batch_axis=batch_axis, compensated=True, need=["dx"])
     if not options:
         plan = plan_batch_sum(41, 7, "float32", "features_first" if batch_axis else "flat")
-        with pytest.raises(densegrad.PlanError, match="plan is not compensated"):
+        with pytest.raises(densegrad.PlanError, match=r"plan\.db is not compensated"):
             densegrad.dense_grads(x, w, dz, batch_axis=batch_axis, compensated=True, plan=densegrad.DenseGrads(db=plan))
 
 

@@ -653,6 +653,20 @@ def test_alpha_on_the_device_of_float64(xp):
     assert same_bits(bias_grad(dz, alpha=alpha), bias_grad(dz, alpha=1 / 3))
 
 
+def test_alpha_apart_from_the_workspace(xp):
+    function, arrays, options = given(xp, NEEDY["weight_bias_grad"])
+    memory = memory_at(xp, prepare(function, *arrays, **options).workspace_bytes)
+    prepared = prepare(function, *arrays, workspace=memory, **options)
+    with pytest.raises(PrepareError, match="workspace overlaps"):
+        prepared.rebind(alpha=memory[:4].view("float32").reshape(()))
+
+
+@pytest.mark.parametrize("function", [None, "bias_grad", np.ones((2, 3), "float32"), np.sum])
+def test_what_is_no_function_of_the_package(function):
+    with pytest.raises(TypeError, match="function must be one of this package's that computes gradients"):
+        prepare(function, np.ones((2, 3), "float32"))
+
+
 def test_alpha_apart_from_the_results(xp):
     dz = arrays_of(xp)["dz"]
     out = placed(xp, np.zeros(OUTPUTS, "float32"))

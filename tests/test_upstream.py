@@ -480,6 +480,8 @@ def test_leading_batch_axes(xp):
 WRONG = {
     "rellu": (ValueError, "activation must be one of identity, relu,", lambda a: dg.activation_grad(a, a, "rellu")),
     "z and activation": (ValueError, r"the order is da, z, activation", lambda a: dg.activation_grad(a, "relu", a)),
+    "no z": (TypeError, r"z must be an array.*got 'relu' \(pass z=, and activation='relu'",
+             lambda a: dg.activation_grad(a, "relu")),
     "one-hot": (ShapeError, r"one-hot\? then pass labels.argmax\(axis=-1\)",
                 lambda a: dg.cross_entropy_grad(a, (a > 0).astype("int64"))),
     "labels of torch's order": (
@@ -491,7 +493,7 @@ WRONG = {
     "accumulate": (TypeError, "accumulate must be True or False; got 1", lambda a: dg.weight_grad(a, a, accumulate=1)),
     "need": (ValueError, 'need must name some of "dx", "dw" and "db"; got None',
              lambda a: dg.dense_grads(a, a, a, need=None)),
-    "no z": (TypeError, "activation='relu' needs z", lambda a: dg.activation_grad(a, None, "relu")),
+    "z is None": (TypeError, "activation='relu' needs z", lambda a: dg.activation_grad(a, None, "relu")),
     "z alone": (TypeError, "z is of no use without an activation", lambda a: dg.activation_grad(a, a)),
     "slope of another": (
         TypeError, "negative_slope is the derivative of .leaky_relu. alone; got 0.2 with activation='gelu' .leave it",

@@ -2,7 +2,11 @@
 
 dL/db is the sum of dL/dZ over the batch axis, dL/dW = Xᵀ dL/dZ and dL/dX = dL/dZ Wᵀ.
 """
+from time import time as _time
 from typing import TYPE_CHECKING
+
+#: when this process may first have imported one of the package's files
+_IMPORTED = _time()
 
 if TYPE_CHECKING:
     from . import calls as calls

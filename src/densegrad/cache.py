@@ -17,7 +17,6 @@ import re
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -42,7 +41,8 @@ _LIBRARIES = {"nvvm": ("nvidia-nvvm", "nvidia-cuda-nvcc-cu12"),
               "nvJitLink": ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12")}
 #: what kernels import that is no source of theirs; of these the versions count
 _TOOLS = {"llvmlite", "ml_dtypes", "numba", "numpy"}
-_BEGUN = time.time()
+#: when the package was imported: before the modules that it loads as they are asked for
+_IMPORTED: float = vars(sys.modules[__package__])["_IMPORTED"]
 
 
 def folder() -> Path | None:
@@ -129,7 +129,14 @@ class Kept(NamedTuple):
 def kept() -> list[Kept]:
     """The files of the cache, those used last at the end; what else lies in the folder is none of them."""
     place = folder()
-    return sorted(_files(place)) if place is not None and os.path.isdir(place) else []
+    if place is None or not os.path.isdir(place):
+        return []
+    _usable()  # says why, if it is not
+    try:
+        return sorted(_files(place))
+    except PermissionError:
+        _say_once(f"{place} cannot be listed")
+        return []
 
 
 def _files(place: Path) -> Iterator[Kept]:
@@ -171,9 +178,9 @@ def _usable(make: bool = False) -> Path | None:
         if make and not place.exists():
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = place.stat()
-    except FileNotFoundError:
-        return None
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not make:
+            return None
         _say_once(f"kernels are not kept, since {place} cannot be used: {error}")
         return None
     if not stat.S_ISDIR(found.st_mode):
@@ -250,7 +257,7 @@ def sources(module: str) -> tuple[Source, ...]:
 
 def _as_imported(module: str) -> bool:
     """Whether no source of a kernel has been written since this process began, which may have imported it before."""
-    changed = [source.module for source in sources(module) if source.written >= _BEGUN]
+    changed = [source.module for source in sources(module) if source.written >= _IMPORTED]
     if changed:
         log.debug("a kernel is not kept, since %s has changed while this process runs", changed[0])
     return not changed
@@ -266,7 +273,9 @@ def _read(name: str) -> tuple[Source | None, tuple[str, ...]]:
     text = path.read_bytes()
     package = name if path.stem == "__init__" else name.rpartition(".")[0]
     imported = tuple(_imported(text, package)) if path.suffix == ".py" else ()
-    return Source(name, hashlib.sha256(text).hexdigest(), path.stat().st_mtime), imported
+    # A file that takes another's place may be older than it, but not its place in the folder.
+    found = path.stat()
+    return Source(name, hashlib.sha256(text).hexdigest(), max(found.st_mtime, found.st_ctime)), imported
 
 
 def _imported(text: bytes, package: str) -> Iterator[str]:

@@ -401,7 +401,7 @@ class Bound:
             now = {**self.values, **values}
             recipe.check_values(arrays, tuple(now[number.slot] for number in recipe.numbers))
         if "workspace" in self.hold:
-            self.check_workspace(self.hold["workspace"], operands)
+            self.check_workspace(self.hold["workspace"], [*operands, None if type(alpha) is float else alpha])
         self.arrays, self.outs, self.seen = arrays, outs, seen
         for slot, value in values.items():
             self.put_number(slot, value)

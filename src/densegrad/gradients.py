@@ -27,6 +27,7 @@ from .operands import (
     are_names,
     as_names,
     check_apart,
+    given,
 )
 from .output_gradients import accept_activation, parameter_of, stray_slope, upstream_plan
 
@@ -181,7 +182,7 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
 
 def _describe_weight(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     batch_axis, weight_layout, precision, accumulate, plan = options
-    inputs = accept(x=arrays[0], dz=arrays[1], batch_axis=batch_axis, weight_layout=weight_layout)
+    inputs = accept(x=given("x", arrays[0]), dz=arrays[1], batch_axis=batch_axis, weight_layout=weight_layout)
     target = _weight_target("out", outs[0], inputs, weight_layout, accumulate)
     plan = _weight_plan(plan, inputs, precision)
     return recipe_of(inputs, (inputs.x, inputs.dz), (target,),
@@ -243,7 +244,7 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
 def _describe_weight_bias(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     batch_axis, weight_layout, keepdims, precision, accumulate, plan = options
     added = accept_outs(WeightBiasGrads(*outs), accumulate)
-    inputs = accept(x=arrays[0], dz=arrays[1], batch_axis=batch_axis, weight_layout=weight_layout)
+    inputs = accept(x=given("x", arrays[0]), dz=arrays[1], batch_axis=batch_axis, weight_layout=weight_layout)
     weight = _weight_target("out.dw", outs[0], inputs, weight_layout, "dw" in added)
     bias = accept_bias_out("out.db", outs[1], inputs, keepdims, "db" in added)
     check_apart([weight, bias])
@@ -299,7 +300,7 @@ def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in
 
 def _describe_input(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     batch_axis, weight_layout, precision, accumulate, plan = options
-    inputs = accept(w=arrays[1], dz=arrays[0], batch_axis=batch_axis, weight_layout=weight_layout)
+    inputs = accept(w=given("w", arrays[1]), dz=arrays[0], batch_axis=batch_axis, weight_layout=weight_layout)
     target = _input_target("out", outs[0], inputs, accumulate)
     plan = _input_plan(plan, inputs, precision)
     return recipe_of(inputs, (inputs.dz, inputs.w), (target,), _input_launches(plan, inputs, inputs.dz.matrix, target))
@@ -408,19 +409,20 @@ def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
         result = Result(scratch(behind, 1, inputs.out_features, inputs.dtype))
         if db is not None and not compensated:
             result = db.result
-        launches = upstream.launches(upstream_plan(plans.db, inputs, above), above.matrices(inputs), gradient, result,
-                                     (ONE, ALPHA), max(behind, result.matrix.end))
-    weight_plan = _weight_plan(plans.dw, inputs, precision) if dw is not None else None
+        form = upstream_plan(plans.db, inputs, above, "plan.db")
+        launches = upstream.launches(form, above.matrices(inputs), gradient, result, (ONE, ALPHA),
+                                     max(behind, result.matrix.end))
+    weight_plan = _weight_plan(plans.dw, inputs, precision, "plan.dw") if dw is not None else None
     if (alone is not None and weight_plan is not None and bias_plan is None and not compensated
             and bias_rides_along(weight_plan)):
         with_weight, alone = alone, None
     if dx is not None:
-        launches += _input_launches(_input_plan(plans.dx, inputs, precision), inputs, gradient, dx, behind)
+        launches += _input_launches(_input_plan(plans.dx, inputs, precision, "plan.dx"), inputs, gradient, dx, behind)
     if dw is not None and weight_plan is not None:
         launches += _weight_launches(weight_plan, inputs, gradient, (dw, with_weight), weight_layout, behind)
     if alone is not None:
-        launches += batch_sum.launches(_bias_plan(bias_plan, inputs, compensated), gradient, alone.result, ALPHA,
-                                       behind)
+        bias_plan = _bias_plan(bias_plan, inputs, compensated, "plan.db")
+        launches += batch_sum.launches(bias_plan, gradient, alone.result, ALPHA, behind)
     return recipe_of(inputs, (inputs.x, inputs.w, inputs.dz, above.z, above.weights), targets, launches,
                      (above.parameter,))
 
@@ -443,17 +445,18 @@ def _needed(need: Any, x: Any, w: Any) -> set[str]:
     return needed
 
 
-def _bias_plan(plan: BatchSumPlan | None, inputs: Inputs, compensated: bool = False) -> BatchSumPlan:
+def _bias_plan(plan: BatchSumPlan | None, inputs: Inputs, compensated: bool = False,
+               name: str = "plan") -> BatchSumPlan:
     sizes: dict[str, Any] = {"samples": inputs.samples, "outputs": inputs.out_features, "dtype": inputs.dtype,
                              "layout": inputs.dz.layout}
     if (isinstance(plan, BatchSumPlan) and inputs.dz.layout == "flat"
             and (plan.layout == "rows" or inputs.out_features == 1)):
         # Rows without gaps are rows all the same, and one output's samples lie side by side.
         sizes["layout"] = plan.layout
-    plan = check_plan(plan, BatchSumPlan, sizes) or plan_batch_sum(**sizes, compensated=compensated)
+    plan = check_plan(plan, BatchSumPlan, sizes, name) or plan_batch_sum(**sizes, compensated=compensated)
     if compensated and not plan.compensated:
-        raise PlanError("plan is not compensated, but compensated=True asks for that (leave one of them out, or pass "
-                        "dataclasses.replace(plan, compensated=True))")
+        raise PlanError(f"{name} is not compensated, but compensated=True asks for that (leave one out, or pass "
+                        f"dataclasses.replace({name}, compensated=True))")
     return plan
 
 
@@ -462,8 +465,8 @@ def _weight_target(name: str, out: Any, inputs: Inputs, weight_layout: str, accu
     return accept_out(name, out, inputs, shape if weight_layout == "in_out" else shape[::-1], accumulate)
 
 
-def _weight_plan(plan: ProductPlan | None, inputs: Inputs, precision: str | None) -> ProductPlan:
-    return _product_plan(plan, _weight_product(inputs, inputs.dz.matrix), inputs, precision)
+def _weight_plan(plan: ProductPlan | None, inputs: Inputs, precision: str | None, name: str = "plan") -> ProductPlan:
+    return _product_plan(plan, _weight_product(inputs, inputs.dz.matrix), inputs, precision, name)
 
 
 def _weight_product(inputs: Inputs, dz: Matrix) -> Product:
@@ -472,10 +475,11 @@ def _weight_product(inputs: Inputs, dz: Matrix) -> Product:
     return Product(inputs.x.matrix.T, dz)
 
 
-def _product_plan(plan: ProductPlan | None, product: Product, inputs: Inputs, precision: str | None) -> ProductPlan:
+def _product_plan(plan: ProductPlan | None, product: Product, inputs: Inputs, precision: str | None,
+                  name: str) -> ProductPlan:
     capability, (left, right) = inputs.device.capability(inputs.place), (product.left, product.right)
     sizes: dict[str, Any] = {"rows": left.rows, "cols": right.cols, "depth": right.rows, "dtype": inputs.dtype}
-    plan = check_plan(plan, (MatmulPlan, TensorCorePlan), sizes)
+    plan = check_plan(plan, (MatmulPlan, TensorCorePlan), sizes, name)
     if plan is None:
         return plan_product(**sizes, precision=precision, capability=capability, order=product.order)
     check_precision(plan, precision, capability)
@@ -499,8 +503,8 @@ def _input_target(name: str, out: Any, inputs: Inputs, accumulate: bool) -> Targ
     return accept_out(name, out, inputs, (*inputs.batch_shape, inputs.in_features), accumulate)
 
 
-def _input_plan(plan: ProductPlan | None, inputs: Inputs, precision: str | None) -> ProductPlan:
-    return _product_plan(plan, _input_product(inputs, inputs.dz.matrix), inputs, precision)
+def _input_plan(plan: ProductPlan | None, inputs: Inputs, precision: str | None, name: str = "plan") -> ProductPlan:
+    return _product_plan(plan, _input_product(inputs, inputs.dz.matrix), inputs, precision, name)
 
 
 def _input_product(inputs: Inputs, dz: Matrix) -> Product:

@@ -170,12 +170,27 @@ def accept(*, dz: Any, x: Any = None, w: Any = None, batch_axis: int = 0, weight
 
 def _batch_axis(batch_axis: Any) -> int:
     try:
-        axis = operator.index(batch_axis)
+        axis = None if isinstance(batch_axis, bool) else operator.index(batch_axis)
     except TypeError:
-        raise TypeError(f"batch_axis must be the int 0 or 1; got {batch_axis!r}") from None
+        axis = None
+    if axis is None:
+        raise TypeError(f"batch_axis must be the int 0 or 1; got {batch_axis!r}")
     if axis not in (0, 1):
         raise ValueError(f"batch_axis must be 0 for (samples, outputs) or 1 for (outputs, samples); got {axis}")
     return axis
+
+
+def given(name: str, array: Any) -> Any:
+    """The array, which a call cannot do without.
+
+    Raises
+    ------
+    TypeError
+        If it is None.
+    """
+    if array is None:
+        raise TypeError(f"{name} must be an array; got None")
+    return array
 
 
 def _memory(where: Any, name: str, array: Any) -> device.Memory:
@@ -363,15 +378,16 @@ def accept_number(name: str, value: Any, dtype: str = "float64") -> float:
     else:
         scalar = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
     if not scalar:
-        raise TypeError(f"{name} must be a number; got {type(value).__name__} (bring one from a GPU to the host with "
-                        f"float({name}))")
+        cure = f" (bring one from a GPU to the host with float({name}))"
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}"
+                        f"{cure * hasattr(value, '__cuda_array_interface__')}")
     with contextlib.suppress(OverflowError):
         number = float(value)
         if not abs(number) > LARGEST[dtype] or abs(value) == math.inf:
             return number
-    cure = "scale the inputs instead" + ", or convert them to float64" * (dtype == "float32")
+    cure, got = "scale the inputs instead" + ", or convert them to float64" * (dtype == "float32"), str(value)
     raise ValueError(f"{name} must be within {LARGEST[dtype]:.2g} of 0, the range of {dtype} that it is multiplied "
-                     f"in, or infinite; got {value!s:.20} ({cure})")
+                     f"in, or infinite; got {got[:20]}{'...' * (len(got) > 20)} ({cure})")
 
 
 def accept_flag(name: str, value: Any) -> bool:
@@ -542,7 +558,8 @@ def accept_outs(outs: tuple, accumulate: Any, needed: Iterable[str] | None = Non
     fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
     needed = set(fields if needed is None else needed)
     able = [field for field in fields if field in (needed if added is None else added)]
-    if isinstance(accumulate, tuple):
+    by_names = isinstance(accumulate, tuple)
+    if by_names:
         if not are_names(accumulate, able):
             raise ValueError(f"accumulate must be True, False or names among {', '.join(able)}; got {accumulate}")
     else:
@@ -551,8 +568,9 @@ def accept_outs(outs: tuple, accumulate: Any, needed: Iterable[str] | None = Non
         if array is not None and field not in needed:
             raise OutError(f"out.{field} was given, but {field} is not needed (name it in need=, or leave it out)")
         if array is None and field in accumulate:
-            raise OutError(f"accumulate=True adds into out.{field}, which was not given (pass "
-                           f"out={kind.__name__}({field}=...), or accumulate=False)")
+            named, cure = (accumulate, f"leave {field!r} out") if by_names else (True, "accumulate=False")
+            raise OutError(f"accumulate={named!r} adds into out.{field}, which was not given (pass "
+                           f"out={kind.__name__}({field}=...), or {cure})")
     return frozenset(accumulate)
 
 

@@ -86,10 +86,14 @@ def accept_activation(inputs: Inputs, activation: tuple[Any, Any], z: Any, batch
     given, stray = activation
     name = "identity" if given is None else given
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        got = repr(name) if isinstance(name, str) else f"{type(name).__name__} (the order is da, z, activation)"
+        got = repr(name) if isinstance(name, str) else (
+            f"{type(name).__name__} (pass a name; in activation_grad the order is da, z, activation)")
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {got}")
     if z is None and name != "identity":
         raise TypeError(f"activation={name!r} needs z, what it was applied to; got None (pass z=, the layer's output)")
+    if isinstance(z, str):
+        raise TypeError(f"z must be an array, what the activation was applied to; got {z!r} (pass z=, and "
+                        f"activation={z!r} if that is meant)")
     if z is not None and given is None:
         raise TypeError(f"z is of no use without an activation; got {type(z).__name__} (name the activation, or leave "
                         "z out)")
@@ -101,7 +105,8 @@ def accept_activation(inputs: Inputs, activation: tuple[Any, Any], z: Any, batch
                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs))
 
 
-def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: UpstreamArguments) -> UpstreamPlan:
+def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: UpstreamArguments,
+                  name: str = "plan") -> UpstreamPlan:
     """The plan that a user passed, checked, or the one for these inputs and what lies above them.
 
     Raises
@@ -113,14 +118,14 @@ def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: UpstreamArgu
     if plan is None:
         return usual
     if isinstance(plan, BatchSumPlan):
-        raise TypeError("plan must be an UpstreamPlan, which says what dz is formed from; got BatchSumPlan (make one "
-                        "with densegrad.plans.plan_upstream)")
-    check_plan(plan, UpstreamPlan, {})
+        raise TypeError(f"{name} must be an UpstreamPlan, which says what dz is formed from; got BatchSumPlan (make "
+                        "one with densegrad.plans.plan_upstream)")
+    check_plan(plan, UpstreamPlan, {}, name)
     if plan.above != above.name:
-        raise PlanError(f"plan forms dz below {plan.above}, but it is {above.name} that lies above (make one for "
+        raise PlanError(f"{name} forms dz below {plan.above}, but it is {above.name} that lies above (make one for "
                         f'that, for example with dataclasses.replace(plan, above="{above.name}"))')
     sizes = {name: getattr(usual.sum, name) for name in ("samples", "outputs", "dtype", "layout")}
-    check_plan(plan.sum, BatchSumPlan, sizes, "plan.sum")
+    check_plan(plan.sum, BatchSumPlan, sizes, f"{name}.sum")
     return plan
 
 

@@ -37,6 +37,10 @@ class Prepared:
         -------
         as the function that was prepared
             `result`, the same arrays each time.
+
+        Notes
+        -----
+        Of several GPUs the one on which it was prepared must be the current one: that is not looked at.
         """
         bound = self._bound
         bound.launch(bound.stream if stream is None else bound.where.pointer(stream))
@@ -143,6 +147,9 @@ def prepare(function: Callable[..., Any], *arguments: Any, workspace: Any = None
     >>> step()
     array([13., 13.], dtype=float32)
     """
+    if not callable(function):
+        raise TypeError("function must be one of this package's that computes gradients, then what it takes; got "
+                        f"{type(function).__name__} (prepare(bias_grad, dz), say, and not prepare(bias_grad(dz)))")
     with as_prepared() as found:
         result = function(*arguments, **options)
     if len(found) != 1:
@@ -166,7 +173,7 @@ def _check_workspace(bound: Bound, workspace: Any) -> None:
         size *= length
     contiguous = len(memory.shape) == 1 and (memory.strides == (memory.dtype.itemsize,) or memory.shape == (1,))
     if not contiguous or memory.dtype.itemsize != 1 or size < needed:
-        raise PrepareError(f"workspace must be {needed} contiguous bytes or more, for example cupy.empty({needed}, "
+        raise PrepareError(f"workspace must be {needed} contiguous bytes or more, for example empty({needed}, "
                            f"'uint8'); got shape {memory.shape} of {memory.dtype}")
     if memory.byte % ALIGNMENT or memory.place != bound.recipe.place or memory.readonly:
         raise PrepareError(f"workspace must begin at a multiple of {ALIGNMENT} bytes, be writable, and lie on "

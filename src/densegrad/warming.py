@@ -39,10 +39,11 @@ def warmup(layers: Iterable[tuple[int, int, int]], dtypes: Iterable[str] = ("flo
            activations: Iterable[str] = (), precision: str | None = None, batch_axis: int = 0,
            weight_layout: str = "in_out", accumulate: bool = False, capability: tuple[int, int] | None = None,
            processes: int | None = None, watch: Callable[[int, int], None] | None = None) -> Warmed:
-    """Compile ahead what the gradients of these layers launch, so that no call waits for a compiler.
+    """Compile ahead what the gradients of these layers launch, so that such calls do not wait for a compiler.
 
-    Every function is foreseen: `bias_grad`, `weight_grad`, `input_grad`, `weight_bias_grad`, `dense_grads`, and with
-    activations `activation_grad`; with new results and with `out`, of arrays that lie in C order.
+    Foreseen are `bias_grad`, `weight_grad`, `input_grad`, `weight_bias_grad`, `dense_grads`, and with activations
+    `activation_grad`; with new results and with `out`, or with accumulate into `out` alone, of arrays that lie in C
+    order. Not foreseen are weights and masks, compensated sums, plans of one's own and results of other dtypes.
 
     Parameters
     ----------

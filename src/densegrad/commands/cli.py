@@ -269,7 +269,8 @@ def _load(name: str, path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"--{name} {path}: not a NumPy array file ({' '.join(str(error).split())})") from None
+        why = "" if "pickle" in str(error) else f" ({' '.join(str(error).split())})"
+        raise ValueError(f"--{name} {path}: not a NumPy array file of numbers, as numpy.save writes it{why}") from None
     if not isinstance(array, np.ndarray):
         array.close()
         raise ValueError(f"--{name} {path}: an archive of several arrays; save the one that is meant with numpy.save")
@@ -511,7 +512,8 @@ def _compiled(launch: Launch, capability: tuple[int, int]) -> str:
     from ..compiler import ptx_of
 
     if capability < launch.capability:
-        raise ValueError("this kernel needs compute capability {}.{}".format(*launch.capability))
+        raise ValueError("this kernel needs compute capability {}.{} or newer; got {}.{}".format(
+            *launch.capability, *capability))
     with waiting("Compiling"):
         return ptx_of(launch, capability)
 

@@ -89,12 +89,16 @@ def warmup(
     if cc is None and device.gpu_missing():
         raise ValueError("--cc must say which GPU kernels are compiled for where there is none, such as --cc 9.0")
     with progress() as bar:
-        task = bar.add_task("Compiling", total=None)
+        task = bar.add_task("Compiling", total=None, visible=False)
+
+        def watch(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=total > 0)
+
         found = compile_ahead(wanted, [one.value for one in dtype or (Dtype("float32"),)],
                               activations=activation or [], precision=precision, batch_axis=batch_axis,
                               weight_layout=weight_layout, accumulate=accumulate,
                               capability=None if cc is None else capability_of(cc), processes=processes,
-                              watch=lambda done, total: bar.update(task, completed=done, total=total))
+                              watch=watch)
     results().print(f"{found.kernels} kernels are ready, of which {found.compiled} had to be compiled.")
 
 

@@ -20,7 +20,7 @@ from ..signatures import (
     SumStrided,
     SumStridedArguments,
 )
-from .common import ceil_div, check_choice, check_sizes, constants_of, named, nth, power_of_two
+from .common import ceil_div, check_choice, check_integers, check_sizes, constants_of, named, nth, power_of_two
 
 #: where the kernels' factories stand
 KERNELS = "densegrad.kernels.batch_sum"
@@ -55,6 +55,7 @@ class BatchSumPlan:
     compensated: bool = False
 
     def __post_init__(self) -> None:
+        check_integers(self)
         check_choice("plan: dtype", self.dtype, ITEM_BYTES)
         check_choice("plan: layout", self.layout, LAYOUTS)
         check_sizes(samples=self.samples, outputs=self.outputs)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from ..errors import PlanError
@@ -17,8 +18,8 @@ GRID_Y = 65535
 
 def constants_of(kind: type[Record], plan: Any, others: dict[str, Any]) -> Record:
     """A kernel's constants: those that have the names of others from there, the rest from the plan."""
-    fields = kind._fields  # type: ignore[attr-defined]
-    return kind(**{name: others[name] if name in others else getattr(plan, name) for name in fields})
+    names = kind._fields  # type: ignore[attr-defined]
+    return kind(**{name: others[name] if name in others else getattr(plan, name) for name in names})
 
 
 def epilogue_of(result: Result, vector: int, accumulator: str) -> Epilogue:
@@ -59,6 +60,20 @@ def check_plan(plan: Any, kind: type | tuple[type, ...], sizes: dict[str, Any], 
             raise PlanError(f"{name} was made for {size} {getattr(plan, size)}, but the inputs have {wanted} (make one "
                             f"for {given}, as the functions of densegrad.plans do)")
     return plan
+
+
+def check_integers(plan: Any) -> None:
+    """Hold the fields of a plan that count to ints: 2.0 equals 2, and so would the plans.
+
+    Raises
+    ------
+    PlanError
+        If one is something else.
+    """
+    for field in fields(plan):
+        value = getattr(plan, field.name)
+        if field.type == "int" and type(value) is not int:
+            raise PlanError(f"plan: {field.name} must be an int; got {value!r}")
 
 
 def check_sizes(**sizes: int) -> None:

@@ -9,7 +9,7 @@ from ..errors import PlanError
 from ..facts import ITEM_BYTES, accumulator_of
 from ..launches import Launch, Result
 from ..signatures import MatmulArguments, MatmulSimt, Side
-from .common import ceil_div, check_choice, check_sizes, constants_of, epilogue_of, named
+from .common import ceil_div, check_choice, check_integers, check_sizes, constants_of, epilogue_of, named
 from .tiling import FAR, ORIENTATIONS, Product, Tiling, square
 
 #: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols), from large to small; their transposes are tried too
@@ -64,6 +64,7 @@ class MatmulPlan(Tiling):
     parts: int = 1
 
     def __post_init__(self) -> None:
+        check_integers(self)
         check_choice("dtype", self.dtype, ITEM_BYTES)
         check_sizes(rows=self.rows, cols=self.cols, depth=self.depth)
         for name in ("tile_rows", "tile_cols", "tile_depth", "thread_rows", "thread_cols"):

@@ -9,7 +9,7 @@ from ..errors import PlanError
 from ..facts import ITEM_BYTES
 from ..launches import Launch, Result
 from ..signatures import MatmulArguments, MatmulTensorCore
-from .common import check_choice, check_sizes, constants_of, epilogue_of, named
+from .common import check_choice, check_integers, check_sizes, constants_of, epilogue_of, named
 from .tiling import FAR, ORIENTATIONS, Product, Tiling, square
 
 #: how float32 can be multiplied on tensor cores
@@ -82,6 +82,7 @@ class TensorCorePlan(Tiling):
     capability: tuple[int, int] = TENSOR_CORE_CAPABILITY
 
     def __post_init__(self) -> None:
+        check_integers(self)
         wanted: tuple[str | None, ...] = {"float16": (None,), "bfloat16": (None,), "float32": TF32}.get(self.dtype, ())
         if self.precision not in wanted:
             raise PlanError(f"tensor cores take float16 and bfloat16 with precision None, float32 with one of {TF32}; "

@@ -149,7 +149,8 @@ class UpstreamPlan:
             threads, samples = self.log_sum_exp_block
             lines.append(f"before that another launch reads z for each sample's log-sum-exp, by blocks of {samples} "
                          f"samples and {threads} threads for each")
-        what = f"{self.elements} elements a thread, in accesses of {width} bytes where every matrix allows them"
+        elements = f"{self.elements} element{'s' * (self.elements > 1)}"
+        what = f"{elements} a thread, in accesses of {width} bytes where every matrix allows them"
         if self.features_first:
             lines.append(f"a block forms {cut.lanes} outputs, each by {cut.threads_x} threads side by side along the "
                          f"samples: {what}; they fold the output's sums")
