@@ -180,9 +180,11 @@ def main() -> None:
     options = parser.parse_args()
     asked = [one for one in CAPABILITIES if "{}.{}".format(*one) in (options.capability or [])]
     jobs = {}
-    catalogue = dict(list(kernel_variants().items())[::options.one_in])
-    for kernels, capabilities in ((catalogue, CAPABILITIES), (launched_by_random_calls(), REHEARSED)):
+    for kernels, capabilities, one_in in ((kernel_variants(), CAPABILITIES, options.one_in),
+                                          (launched_by_random_calls(), REHEARSED, 1)):
         for number, (name, launch) in enumerate(kernels.items()):
+            if number % one_in:
+                continue
             able = [capability for capability in asked or capabilities if capability >= launch.capability]
             jobs[name] = launch, able if asked or options.all else [able[number % len(able)]]
     jobs = {name: (launch, able) for name, (launch, able) in jobs.items() if able and options.only in name}

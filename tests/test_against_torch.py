@@ -93,8 +93,8 @@ def classifier(seed, **fixed):
     raise AssertionError("itertools.count came to an end")
 
 
-@pytest.mark.parametrize("axes", [1, 2, 3, 4])
-@pytest.mark.parametrize("weights", [None, "bool", "float32"])
+@pytest.mark.parametrize(("weights", "axes"), [
+    (None, 1), (None, 3), ("bool", 1), ("bool", 4), ("float32", 2), ("float32", 4)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, weights, axes, xp):
     seed = ACTIVATIONS.index(activation) + axes
@@ -140,6 +140,8 @@ def test_edges_of_activations(activation, dtype, xp):
 @pytest.mark.parametrize("axes", [1, 2, 3, 4])
 def test_linear_layers_in_every_memory_order(axes, xp):
     for seed, order in enumerate(itertools.permutations(range(axes + 1))):
+        if seed % 3 and axes == 4:
+            continue  # 40 of the 120 orders of five axes: the random calls draw others
         call = Call("dense_grads", seed, order, dtype=DTYPES[seed % 4], need=("dx", "dw", "db"), activation=None,
                     sample_weight=None, weight_layout="out_in", precision=None, accumulate=False,
                     refusals=False, empty="")

@@ -107,7 +107,7 @@ def test_every_size_around_a_tile(xp, function, samples):
 @pytest.mark.parametrize(("dtype", "batch_axis"), [("float32", 0), ("float32", 1), ("bfloat16", 1)])
 def test_one_output_or_one_sample_beside_any_length(xp, dtype, batch_axis):
     """The stride of the axis of length 1 means nothing, and nothing may be made of it."""
-    for length in (1, 3, 6):
+    for length in (1, 6):
         for sizes in ((length, 2, 1), (2, length, 1), (1, length, 6), (1, 6, length), (length, 1, 2)):
             for function in ("weight_grad", "input_grad"):
                 layer = Layer(function, sizes, dtype, batch_axis=batch_axis)

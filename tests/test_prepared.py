@@ -632,7 +632,8 @@ def test_results_each_their_own_way(xp, name, dtype, out_dtypes):
                     assert (np.abs(now - 2 - exact) <= roundings * (np.abs(exact) + np.abs(now))).all(), (field, added)
 
 
-@pytest.mark.parametrize("name", EVERY_CALL)
+@pytest.mark.parametrize("name", ["bias_grad compensated", "weight_grad in parts", "input_grad", "dense_grads",
+                                  "dense_grads below", "activation_grad weighted", "cross_entropy_grad"])
 def test_alpha_on_the_device(xp, name):
     """Read by the launches: never fetched, and what it holds when they run counts."""
     function, arrays, options = given(xp, EVERY_CALL[name])

@@ -98,8 +98,7 @@ def test_float64_cross_entropy_by_central_differences():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("dtype", "batch_axis"), [
-    ("float32", 0), ("float64", 1), ("bfloat16", 1), ("float16", 0)])
+@pytest.mark.parametrize(("dtype", "batch_axis"), [("float32", 0), ("bfloat16", 1)])
 def test_every_activation(activation, dtype, batch_axis, xp):
     shape = (9, 37) if batch_axis else (37, 9)
     da, z = data(shape, dtype, 1), data(shape, dtype, 2)
