@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 ADDED = ("PKG-INFO", "setup.cfg", "src/densegrad.egg-info/")
 #: where the files of the wheel's packages lie
 FOLDERS = {"src/densegrad/": "densegrad/", "kernels/": "densegrad/kernels/"}
-CORE = ("tests/test_layering.py", "tests/test_matmul_plans.py", "tests/test_operands.py", "tests/test_package.py")
+CORE = ("tests/test_matmul_plans.py", "tests/test_operands.py", "tests/test_package.py")
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> None:

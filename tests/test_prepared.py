@@ -390,7 +390,7 @@ def test_bad_input_is_told_in_the_words_of_the_call(xp, name):
 
 
 @pytest.mark.parametrize("name", NEEDY)
-@pytest.mark.parametrize("byte", [0, 0x7F, 0xFF])
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
 def test_a_workspace_of_ones_own_may_hold_anything(xp, name, byte):
     function, arrays, options = given(xp, NEEDY[name])
     ordinary = function(*arrays, **options)
