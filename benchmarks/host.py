@@ -4,14 +4,20 @@ On a GPU a call is timed whole, launches included, at a size that the GPU is don
 and beside it the like of CuPy and of PyTorch, if that is installed. Without a GPU a call is timed up to its launches,
 which do nothing: arrays are looked at, launches found and their arguments filled in, in NumPy's memory instead of
 CuPy's. The rows that only a GPU can fill are left open then. With --save rows go to benchmarks/results/host.csv.
+
+With --beside another state of this repository is timed before it, by its own benchmarks.host in an environment of its
+own, and what of its time each call takes is shown.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import importlib.util
+import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -165,6 +171,17 @@ def microseconds(call: Callable[[], Any], rounds: int, repeats: int) -> list[flo
     return sorted(found)
 
 
+def _of_another_state(python: str, checkout: str, rounds: int, repeats: int) -> dict[str, float]:
+    """The median microseconds of each call, as the table of another state's benchmarks.host shows them."""
+    command = [python, "-m", "benchmarks.host", "--rounds", str(rounds), "--repeats", str(repeats)]
+    done = subprocess.run(command, cwd=checkout, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"--beside: {' '.join(command)} in {checkout} ended with {done.returncode}: "
+                         f"{done.stderr[-500:]}")
+    cells = ([cell.strip() for cell in re.split("[│|]", line)[1:-1]] for line in done.stdout.splitlines())
+    return {row[0]: float(row[1]) for row in cells if len(row) >= 2 and re.fullmatch(r"[0-9.]+", row[1])}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time every call and show the rows; keep them if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__,
@@ -172,7 +189,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=21, help="samples of each call (default: 21)")
     parser.add_argument("--repeats", type=int, default=200, help="calls of a sample (default: 200)")
     parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/results/host.csv")
+    parser.add_argument("--beside", nargs=2, metavar=("PYTHON", "CHECKOUT"),
+                        help="another state to compare with: the Python that it is installed for, and its folder")
     options = parser.parse_args(arguments)
+    old: dict[str, float] = {}
+    if options.beside:
+        python, checkout = options.beside
+        old = _of_another_state(python, checkout, options.rounds, options.repeats)
     new, open_rows = [], []
     with somewhere() as (module, name):
         for label, call in (calls(module) | peers(module)).items():
@@ -186,8 +209,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "median_us": f"{statistics.median(found):.1f}", "p20_us": f"{found[fifth]:.1f}",
                         "p80_us": f"{found[-1 - fifth]:.1f}"})
     table = Table("call", "microseconds", "20 %", "80 %", title=f"Python's time a call on {name}", title_justify="left")
+    if options.beside:
+        table.add_column("other state")
+        table.add_column("share of it")
     for row in new:
-        table.add_row(row["call"], row["median_us"], row["p20_us"], row["p80_us"])
+        before = old.get(row["call"])
+        share = () if before is None else (f"{before:.1f}", f"{float(row['median_us']) / before:.2f}")
+        table.add_row(row["call"], row["median_us"], row["p20_us"], row["p80_us"], *share)
     for label in open_rows:
         table.add_row(label, "open", "", "")
     Console().print(table)

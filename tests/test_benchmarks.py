@@ -1,6 +1,7 @@
 """The benchmark scripts: that they run to their end, never time what is wrong, and keep their rows."""
 import csv
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -357,6 +358,15 @@ def test_python_is_timed_where_there_is_no_gpu_and_kept_only_if_asked(capsys, tm
     assert not host.RESULTS.exists()
     assert host.main(["--rounds", "3", "--repeats", "2", "--save"]) == 0
     assert "bias_grad(dz)" in {row["call"] for row in records.read(host.RESULTS)}
+
+
+@pytest.mark.only("simulator")
+def test_another_state_is_timed_in_the_same_run(capsys):
+    assert host.main(["--rounds", "1", "--repeats", "1", "--beside", sys.executable, str(ROOT)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "bias_grad(dz)" in line]
+    assert re.fullmatch(r"\D+" + r"[0-9.]+\D+" * 5, rows[0])
+    with pytest.raises(SystemExit, match=r"--beside: .* ended with 1"):
+        host.main(["--rounds", "1", "--repeats", "1", "--beside", sys.executable, str(ROOT / "docs")])
 
 
 @pytest.mark.only("simulator")
