@@ -43,12 +43,35 @@ RESIDENT = {(7, 5): 1024, (8, 0): 2048, (9, 0): 2048, (10, 0): 2048}
 SEEDS = range(6)
 SPILLS = "bytes of local memory"
 #: kernels that are known to spill, and where; one that does not any more is a problem, too
-KNOWN = {
-    ("matmul_simt-float32-256x128x16-8x16-rows-cols-odd", (12, 0)),
-    ("matmul_tensor_core-float16-128x256-64x64-rows-cols-odd", (12, 0)),
-    ("upstream_sum-float32-relu-8192x3072-rows", (10, 0)),
-    ("upstream_sum-float32-gelu-8192x3072-rows", (12, 0)),
-}
+KNOWN = {(name, capability) for capability, names in {
+    (10, 0): (
+        "matmul_simt-float16-128x128x8-8x8-depth-depth",
+        "matmul_simt-float32-128x128x8-8x8-depth-depth",
+        "matmul_simt-float32-128x128x8-8x8-rows-cols-odd",
+        "matmul_simt-float32-64x64x8-8x8-rows-cols-odd-far-sums",
+        "matmul_tensor_core-bfloat16-128x256-64x64-rows-cols-odd",
+        "matmul_tensor_core-float16-128x256-64x64-rows-cols-odd",
+        "matmul_tensor_core-float16k8-128x256-64x64-depth-depth-sums",
+        "matmul_tensor_core-float16k8-128x256-64x64-rows-cols-sums",
+        "upstream_sum-float32-relu-8192x3072-rows",
+    ),
+    (12, 0): (
+        "matmul_simt-bfloat16-64x64x8-8x8-depth-depth-odd",
+        "matmul_simt-float16-128x128x8-8x8-depth-depth",
+        "matmul_simt-float16-64x64x8-8x8-depth-depth-odd",
+        "matmul_simt-float32-128x128x8-8x8-depth-depth",
+        "matmul_simt-float32-128x128x8-8x8-rows-cols-far",
+        "matmul_simt-float32-128x128x8-8x8-rows-cols-odd",
+        "matmul_simt-float32-128x128x8-8x8-rows-depth",
+        "matmul_simt-float32-256x128x16-8x16-rows-cols-odd",
+        "matmul_simt-float32-64x64x8-8x8-depth-depth-odd",
+        "matmul_simt-float32-64x64x8-8x8-rows-cols-odd-far-sums",
+        "matmul_tensor_core-bfloat16-128x256-64x64-rows-cols-odd",
+        "matmul_tensor_core-float16-128x256-64x64-rows-cols-odd",
+        "matmul_tensor_core-float16k8-128x256-64x64-depth-depth-sums",
+        "upstream_sum-float32-gelu-8192x3072-rows",
+    ),
+}.items() for name in names}
 #: arithmetic and conversions in SASS
 FLOAT64 = re.compile(r"\s(U?D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|[A-Z0-9.]+(\.F64|64H)\b)[^;]*")
 
