@@ -43,16 +43,18 @@ def model(plan, dz, result=None, alpha=1, before=None):
 
 def _sums(plan, dz):
     dz = dz.astype(plan.accumulator)
-    parts = [(_by_lanes if plan.layout == "rows" else _by_lines)(plan, dz[start:start + plan.samples_per_part])
-             for start in range(0, max(len(dz), 1), plan.samples_per_part)]
-    return _sums(plan.second, np.array([row for part in parts for row in part.rows])) if plan.second else parts[0]
+    parts = [dz[start:start + plan.samples_per_part] for start in range(0, max(len(dz), 1), plan.samples_per_part)]
+    parts = [_by_lanes(plan, part, plan.lanes) if plan.layout == "rows" else _by_lines(plan, part) for part in parts]
+    if not plan.second:
+        return parts[0]
+    return _by_lanes(plan, np.array([row for part in parts for row in part.rows]), plan.second.lanes)
 
 
-def _by_lanes(plan, part):
+def _by_lanes(plan, part, lanes):
     result = Sums(plan.outputs, plan)
-    for lane in range(plan.lanes):
+    for lane in range(lanes):
         sums = Sums(plan.outputs, plan)
-        for row in part[lane::plan.lanes]:
+        for row in part[lane::lanes]:
             sums.add(row)
         for row in sums.rows:
             result.add(row)

@@ -634,8 +634,8 @@ def test_what_is_launched_is_what_the_plan_says(xp):
     (threads, samples), second = plan.log_sum_exp_block, plan.sum.second
     assert [(one.kernel, one.block, one.plan) for one in launches] == [
         ("log_sum_exp", threads * samples, plan), ("upstream_sum", plan.threads, plan),
-        ("sum_parts", second.lanes * 8, second)]
-    assert [one.grid for one in launches] == [(-(-37 // samples),), plan.grid, (2,)]
+        ("sum_parts", second.threads, second)]
+    assert [one.grid for one in launches] == [(-(-37 // samples),), plan.grid, second.grid]
     made_of = launches[1].constants
     assert (made_of.above, made_of.elements, made_of.blocks_per_multiprocessor, made_of.threads_x, made_of.lanes) == (
         plan.above, plan.elements, plan.blocks_per_multiprocessor, plan.sum.threads_x, plan.sum.lanes)

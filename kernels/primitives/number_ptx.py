@@ -3,12 +3,11 @@ from math import e, log2
 
 from llvmlite import ir
 from numba import types
-from numba.cuda.core.targetconfig import ConfigStack
 
 from ...activations import ENTRIES
 from . import formulas
 from .factories import cache
-from .ptx import _FLOAT, _INT64, _NUMBA, _expand, _fragment_type, _narrowed, _pack, _unpack, _widened
+from .ptx import _FLOAT, _INT64, _NUMBA, _expand, _fragment_type, _from_8_0, _narrowed, _pack, _unpack, _widened
 
 
 class _Number:
@@ -94,7 +93,7 @@ class _Functions:
 
     def _bounded(self, name, inside, number, limit):
         """What is not a number stays so, which before capability 8.0 takes more than an instruction."""
-        if number.value.type == ir.FloatType() and ConfigStack().top().compute_capability >= (8, 0):
+        if number.value.type == ir.FloatType() and _from_8_0():
             return number._with(lambda *both: self._instruction(f"{name}.NaN.f32", *both), number, limit)
         stays = self.builder.or_(inside, self.builder.fcmp_unordered("uno", number.value, number.value))
         return self.where(stays, number, limit)

@@ -99,12 +99,18 @@ def _widened(builder, values, dtype, wide):
     return [_widen(builder, value, dtype, wide) for value in values]
 
 
+def _from_8_0():
+    """Whether what is compiled is for compute capability 8.0 or newer."""
+    return ConfigStack().top().compute_capability >= (8, 0)
+
+
 def _narrowed(builder, values, wide, dtype):
     """Float values as they are stored, each rounded once to nearest even."""
     if dtype == "bfloat16":
-        if ConfigStack().top().compute_capability < (8, 0):
+        if not _from_8_0():
             return [_round_to_bfloat16(builder, value) for value in values]
-        pairs = zip(values[::2], values[1::2] if len(values) % 2 == 0 else [*values[1::2], values[-1]], strict=True)
+        whole = values + values[-1:] * (len(values) % 2)
+        pairs = zip(whole[::2], whole[1::2], strict=True)
         return _halves(builder, [_pair_to_bfloat16(builder, *pair) for pair in pairs])[:len(values)]
     if dtype == wide:
         return values

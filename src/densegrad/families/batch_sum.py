@@ -33,6 +33,38 @@ LAYOUTS = ("rows", "flat", "features_first")
 
 
 @dataclass(frozen=True)
+class SumPartsPlan:
+    """How the sums of parts are added, rows of a workspace: each lane every lanes-th of them, then lane after lane."""
+
+    rows: int  # the parts; if compensated, what each of them lost is a row of its own behind it
+    outputs: int
+    dtype: str  # of the sums
+    lanes: int
+    compensated: bool
+
+    @property
+    def tile_cols(self) -> int:
+        """Columns of a block: of a sector or more, so that there are many blocks, of two warps or more."""
+        wide = max(32 // ITEM_BYTES[self.dtype], 64 // self.lanes)
+        return min(wide, power_of_two(self.outputs), MOST_THREADS // self.lanes)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.lanes * self.tile_cols
+
+    @property
+    def grid(self) -> tuple[int]:
+        """Blocks along the outputs."""
+        return (ceil_div(self.outputs, self.tile_cols),)
+
+    @property
+    def chain(self) -> int:
+        """The longest chain of additions that one result goes through."""
+        return ceil_div(self.rows, self.lanes) + (1 + self.compensated) * self.lanes
+
+
+@dataclass(frozen=True)
 class BatchSumPlan:
     """How the sum over the samples of a matrix (samples, outputs) is computed.
 
@@ -154,11 +186,12 @@ class BatchSumPlan:
         return max(1, ceil_div(self.samples, self.samples_per_part))
 
     @cached_property
-    def second(self) -> BatchSumPlan | None:
-        """The plan by which the parts are added, if there are several."""
+    def second(self) -> SumPartsPlan | None:
+        """The plan by which the parts are added, if there are several: by as many lanes as so many rows have."""
         if self.parts == 1:
             return None
-        return _one_part(self.parts * (1 + self.compensated), self.outputs, self.accumulator, self.compensated)
+        sizes = self.parts * (1 + self.compensated), self.outputs, self.accumulator
+        return SumPartsPlan(*sizes, _one_part(*sizes, self.compensated).lanes, self.compensated)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -252,7 +285,8 @@ def explain_sums(plan: BatchSumPlan) -> list[str]:
     lines = []
     if plan.second:
         lines.append(f"{plan.parts} parts of {plan.samples_per_part} samples, so that the blocks fill a GPU; a second "
-                     f"launch adds them from a workspace of {plan.workspace_bytes} bytes")
+                     f"launch adds them from a workspace of {plan.workspace_bytes} bytes, by {plan.second.grid[0]} x "
+                     f"{plan.second.threads} threads in {plan.second.lanes} lanes")
     rounding = f"{plan.chain + 1} u sum |dz|"
     if plan.compensated:
         lines.append("compensated: what additions round away is added up beside the sums, 7 additions for one")
@@ -269,8 +303,6 @@ LEAST_BLOCKS, MOST_BLOCKS = 280, 648
 IN_FLIGHT = 4
 #: Up to so many elements, what counts is how few threads there are, not how much memory they have under way.
 SMALL = 2 ** 14
-
-
 
 
 @lru_cache(maxsize=4096, typed=True)
@@ -438,13 +470,10 @@ def add_parts_of(plan: BatchSumPlan, result: Result, alpha: Scale, workspace_at:
     if second is None:
         return ()
     parts, target = parts_of(plan, workspace_at), result.matrix
-    # A sector of columns or more, so that there are many blocks, of two warps or more.
-    tile_cols = min(max(second.sector, 64 // second.lanes), power_of_two(plan.outputs), MOST_THREADS // second.lanes)
-    constants = SumParts(second.accumulator, target.dtype, MOST_THREADS, result.accumulate, second.compensated)
-    arguments = SumPartsArguments(parts.address, parts.row_stride, parts.rows, parts.cols, tile_cols, second.lanes,
-                                  target.address, target.col_stride, alpha)
-    return (Launch(KERNELS, "sum_parts", constants, arguments, (ceil_div(parts.cols, tile_cols),),
-                   second.lanes * tile_cols, plan=second),)
+    constants = SumParts(second.dtype, target.dtype, MOST_THREADS, result.accumulate, second.compensated)
+    arguments = SumPartsArguments(parts.address, parts.row_stride, second.rows, second.outputs, second.tile_cols,
+                                  second.lanes, target.address, target.col_stride, alpha)
+    return (Launch(KERNELS, "sum_parts", constants, arguments, second.grid, second.threads, plan=second),)
 
 
 def _launch(plan: BatchSumPlan, source: Matrix, result: Result, alpha: Scale, *, partial: bool = False) -> Launch:

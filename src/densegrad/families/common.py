@@ -30,12 +30,8 @@ def epilogue_of(result: Result, vector: int, accumulator: str) -> Epilogue:
 
 
 def named(title: str, launches: Iterable[Launch]) -> Iterator[tuple[str, Launch]]:
-    """(name, launch) of each: the kernel's name and the title, "-second" for another launch of that kernel."""
-    names: set[str] = set()
-    for launch in launches:
-        name = f"{launch.kernel}-{title}"
-        yield name + "-second" * (name in names), launch
-        names.add(name)
+    """(name, launch) of each: the kernel's name and the title."""
+    return ((f"{launch.kernel}-{title}", launch) for launch in launches)
 
 
 def check_plan(plan: Any, kind: type | tuple[type, ...], sizes: dict[str, Any], name: str = "plan") -> Any:
