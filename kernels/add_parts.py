@@ -3,9 +3,9 @@
     result[r, c] = alpha * sum over p of part[p, r, c]      (+ result[r, c]); parts (parts, rows, cols) of accumulators
 
 How the work is cut
-    A thread adds one vector of 16 bytes of every part, in ascending order, 4 parts at a time. Part p of element (r, c)
-    lies at p * part_stride + r * row_pitch + c of the workspace, row_pitch a multiple of 16 bytes. The result is stored
-    `access` columns at a time: more than one only where they lie side by side and all of it is aligned to that.
+    A thread adds one vector of 16 bytes of every part, in ascending order, in_flight parts at a time. Part p of element
+    (r, c) lies at p * part_stride + r * row_pitch + c of the workspace, row_pitch a multiple of 16 bytes. The result is
+    stored `access` columns at a time: more than one only where they lie side by side and all of it is aligned to that.
 Threads
     One for each vector of a row.
 Grid
@@ -26,9 +26,8 @@ from .primitives.layout import ITEM_BYTES, WIDEST
 @cache
 def make_add_parts(constants):
     """The kernel for these types."""
-    accumulator, (result, access, wide, accumulate), threads = constants
+    accumulator, (result, access, wide, accumulate), threads, in_flight = constants
     vector = WIDEST // ITEM_BYTES[accumulator]
-    in_flight = 4
     zeros = primitives.zeros(accumulator, vector)
     add_all = primitives.add_vectors(accumulator, vector, accumulator, in_flight)
     add_edge = primitives.add_inside(accumulator, vector, accumulator, in_flight)

@@ -28,12 +28,10 @@ J. Sci. Comput. 26, 2005 (Sum2: the same sums as Neumaier's of 1974).
 from numba import cuda, int32
 
 from . import primitives
-from .columns import finish_column
+from .columns import add_copies, finish_column
 from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, LANES, SECTOR, WIDEST
 
-#: Cells of shared memory under way where their number is the launch's.
-CELLS = 4
 #: Parts' sums that a thread has under way.
 PARTS = 16
 #: Elements under way where they are picked singly: few, since that takes registers.
@@ -185,25 +183,6 @@ def keep_fold(accumulator, compensated):
             total = turn(total)
 
     return keep
-
-
-def add_copies(accumulator, compensated, lost):
-    """(cells, cell, step, count): the sum of the cells at cell, cell + step, ..., each with its loss `lost` further."""
-    zero = primitives.zeros(accumulator, 1 + compensated)
-    add_cells, add_cell = (primitives.add_shared(accumulator, together, compensated, lost) for together in (CELLS, 1))
-
-    @cuda.jit(device=True, inline="always")
-    def add(cells, cell, step, count):
-        total = zero()
-        while count >= CELLS:
-            total = add_cells(total, cells, cell, step)
-            cell, count = int32(cell + CELLS * step), int32(count - CELLS)
-        while count > 0:
-            total = add_cell(total, cells, cell, step)
-            cell, count = int32(cell + step), int32(count - 1)
-        return total
-
-    return add
 
 
 @cache

@@ -1,10 +1,13 @@
-"""The last step of a column: what its sums come to is scaled, added to what is there, rounded once and stored."""
+"""The last steps of a column: what threads have left of it in shared memory is added, scaled, rounded once, stored."""
 
-from numba import cuda
+from numba import cuda, int32
 
 from ..facts import wide_of
 from . import primitives
 from .primitives.factories import cache
+
+#: Cells of shared memory under way where their number is the launch's.
+CELLS = 4
 
 
 @cache
@@ -41,3 +44,22 @@ def finish_column(accumulator, result, accumulate, compensated=False, keeps_lost
             store(target, index, settle(tidy(scale(widen(sums), alpha))))
 
     return finish
+
+
+def add_copies(accumulator, compensated, lost):
+    """(cells, cell, step, count): the sum of the cells at cell, cell + step, ..., each with its loss `lost` further."""
+    zero = primitives.zeros(accumulator, 1 + compensated)
+    add_cells, add_cell = (primitives.add_shared(accumulator, together, compensated, lost) for together in (CELLS, 1))
+
+    @cuda.jit(device=True, inline="always")
+    def add(cells, cell, step, count):
+        total = zero()
+        while count >= CELLS:
+            total = add_cells(total, cells, cell, step)
+            cell, count = int32(cell + CELLS * step), int32(count - CELLS)
+        while count > 0:
+            total = add_cell(total, cells, cell, step)
+            cell, count = int32(cell + step), int32(count - 1)
+        return total
+
+    return add

@@ -4,7 +4,7 @@ import pytest
 
 from densegrad import plans
 from densegrad.errors import PlanError
-from densegrad.plans import BatchSumPlan, MatmulPlan, TensorCorePlan
+from densegrad.plans import BatchSumPlan, MatmulPlan, TensorCorePlan, ThinPlan
 
 MAKERS = {
     "plan_batch_sum": (plans.plan_batch_sum, {"samples": 64, "outputs": 10, "dtype": "float32", "layout": "flat"}),
@@ -14,12 +14,15 @@ MAKERS = {
     "plan_matmul": (plans.plan_matmul, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32"}),
     "plan_tensor_core": (plans.plan_tensor_core, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32",
                                                   "precision": "tf32", "capability": (8, 0)}),
+    "plan_thin": (plans.plan_thin, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32"}),
     "plan_product": (plans.plan_product, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32", "precision": None,
                                           "capability": (9, 0)}),
     "BatchSumPlan": (BatchSumPlan, {"samples": 64, "outputs": 10, "dtype": "float32", "layout": "rows", "threads_x": 4,
                                     "lanes": 8, "in_flight": 1, "samples_per_part": 64}),
     "MatmulPlan": (MatmulPlan, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32", "tile_rows": 8, "tile_cols": 8,
                                 "tile_depth": 4, "thread_rows": 4, "thread_cols": 4}),
+    "ThinPlan": (ThinPlan, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32", "threads_across": 8,
+                            "threads_along": 4}),
     "TensorCorePlan": (TensorCorePlan, {"rows": 4, "cols": 4, "depth": 4, "dtype": "float32", "precision": "tf32",
                                         "tile_rows": 32, "tile_cols": 32, "tile_depth": 16, "warp_rows": 32,
                                         "warp_cols": 32, "stages": 3}),

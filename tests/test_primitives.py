@@ -6,7 +6,7 @@ from numba import cuda
 from densegrad import device
 from densegrad.device import dtype_of
 from densegrad.kernels import primitives
-from densegrad.kernels.primitives.layout import Line, lanes_of, tile_copy, tile_share
+from densegrad.kernels.primitives.layout import Line, ThreadTile, lanes_of, tile_copy, tile_share
 from densegrad.testing import bits, host, integers, launch_kernel, normal
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -337,6 +337,56 @@ def test_tiles_come_into_shared_memory(xp, tile, shift):
                 place = copy.layout.place(outer, depth) - size
                 wanted[place], wanted[size + place] = cut[outer, depth], matrix[outer, depth]
         same(out, wanted)
+
+
+@pytest.mark.parametrize("edges", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("dtype", "along_depth", "access", "outers", "depths"), [
+    ("float32", False, 4, (0, 1, 2, 3), (0, 5, 10)), ("bfloat16", False, 2, (0, 1, 8, 9), (0, 3)),
+    ("float16", True, 4, (0, 2), (0, 1, 2, 3, 8, 9, 10, 11)), ("float64", True, 1, (0, 3, 6), (0, 1, 4, 5)),
+])
+def test_threads_read_tiles_into_registers(xp, dtype, along_depth, access, outers, depths, edges):
+    tile = ThreadTile(dtype, WIDE[dtype], along_depth, access, outers, depths)
+    load, place_of = primitives.load_thread_tile(tile, *edges), primitives.place(dtype)
+    keep, typed = primitives.store_each(tile.wide, tile.count, tile.wide), np.int32
+
+    @primitives.jit(1)
+    def kernel(values, first, stride, outer_left, depth_left, out):
+        keep(out, 0, 1, tile.count, load(place_of(values, first), stride, typed(outer_left), typed(depth_left)))
+
+    values = normal((13, 16), dtype, 1)
+    inside = values.astype(tile.wide) if along_depth else values.astype(tile.wide).T
+    last = outers[-1] - (access - 1) * (not along_depth), depths[-1] - (access - 1) * along_depth  # of the last access
+    for outer_left, depth_left in ((99, 99), last, (access, access), (0, 0), (-3, -1)):
+        out = xp.zeros(tile.count, tile.wide)
+        run(kernel, xp.asarray(values.reshape(-1)), 0, 16, outer_left, depth_left, out)
+        wanted = [inside[outer, depth] if (outer < outer_left or not edges[0]) and (depth < depth_left or not edges[1])
+                  else 0 for depth in depths for outer in outers]
+        same(out, np.array(wanted, tile.wide))
+
+
+@pytest.mark.parametrize("sums_of_right", [False, True])
+@pytest.mark.parametrize(("dtype", "rows", "cols", "depth"), [("float32", 1, 4, 8), ("float64", 3, 2, 2)])
+def test_threads_multiply_what_is_in_registers(xp, dtype, rows, cols, depth, sums_of_right):
+    """Powers of two on the left, so that products are exact, fused or not: the order of the depth shows in the bits."""
+    counts = (rows + sums_of_right) * cols, rows * depth, cols * depth
+    load_sums, load_left, load_right = (primitives.load_each(dtype, count, dtype) for count in counts)
+    multiply = primitives.multiply_thread_tiles(dtype, rows, cols, depth, sums_of_right)
+    keep, (count, left_count, right_count) = primitives.store_each(dtype, counts[0], dtype), counts
+
+    @primitives.jit(1)
+    def kernel(sums, left, right, out):
+        keep(out, 0, 1, count, multiply(load_sums(sums, 0, 1, count), load_left(left, 0, 1, left_count),
+                                        load_right(right, 0, 1, right_count)))
+
+    left = (2.0 ** np.random.default_rng(0).integers(-3, 4, (depth, rows))).astype(dtype)
+    sums, right = normal((rows + sums_of_right, cols), dtype, 1), normal((depth, cols), dtype, 2)
+    out = xp.zeros(count, dtype)
+    run(kernel, *(xp.asarray(array.reshape(-1)) for array in (sums, left, right)), out)
+    wanted = sums.copy()
+    for step in range(depth):
+        factors = np.append(left[step], np.ones(int(sums_of_right), dtype))
+        wanted = wanted + factors[:, None] * right[step]
+    same(out, wanted.reshape(-1))
 
 
 @pytest.mark.parametrize(("down", "across", "beside"), [

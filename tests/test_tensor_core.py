@@ -269,7 +269,7 @@ def test_a_plan_and_a_precision_that_disagree_are_refused(xp):
         densegrad.weight_grad(x, x, precision="tf32x3", plan=small_plan(4, 4, 3, "tf32"))
     with pytest.raises(PlanError, match="plan multiplies with precision 'ieee'"):
         densegrad.weight_grad(x, x, precision="tf32", plan=MatmulPlan(4, 4, 3, "float32", 8, 8, 4, 4, 4))
-    with pytest.raises(TypeError, match="plan must be a MatmulPlan or a TensorCorePlan; got str"):
+    with pytest.raises(TypeError, match="plan must be a MatmulPlan or a TensorCorePlan or a ThinPlan; got str"):
         densegrad.weight_grad(x, x, plan="fast")
 
 

@@ -261,6 +261,36 @@ def tile_copy(dtype: str, wide: str, outer_size: int, depth_size: int, access: i
     return TileCopy(dtype, wide, outer_size, depth_size, access, along_depth, side, threads, offset_bits, layout)
 
 
+class ThreadTile(NamedTuple):
+    """What a thread reads of an operand straight into registers: the elements at all of these outer indices and depths.
+
+    Both count from the thread's first element. `access` neighbours are read at a time, along the axis that is
+    contiguous. Element (outer o, depth d) of the tile is number d * len(outers) + o of the fragment.
+    """
+
+    dtype: str
+    wide: str  # type of the fragment
+    along_depth: bool
+    access: int
+    outers: tuple[int, ...]
+    depths: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Elements of the fragment."""
+        return len(self.outers) * len(self.depths)
+
+    @property
+    def accesses(self) -> list[tuple[int, int, list[int]]]:
+        """(outer index, depth, numbers of its elements in the fragment) of each access."""
+        outers, depths = len(self.outers), len(self.depths)
+        if self.along_depth:
+            return [(self.outers[o], self.depths[d], [(d + n) * outers + o for n in range(self.access)])
+                    for d in range(0, depths, self.access) for o in range(outers)]
+        return [(self.outers[o], self.depths[d], [d * outers + o + n for n in range(self.access)])
+                for d in range(depths) for o in range(0, outers, self.access)]
+
+
 #: A tile of a tensor core's operand is this deep, in two steps of one instruction's depth; and its unit of copying.
 TILE_DEPTH_BYTES, STEP_BYTES, CHUNK_BYTES = 64, 32, 16
 

@@ -485,3 +485,49 @@ def _fragment(builder, layout, dtype, array, stage, outer, first_depth, depths):
             values = _load_shared(builder, pointer, dtype, layout.vector)
             yield {(vector * outers + element // layout.depths, layer * layout.depths + element % layout.depths): value
                    for element, value in enumerate(values)}
+
+
+@cache
+def load_thread_tile(tile, outer_edge, depth_edge):
+    """(place, stride, outer left, depth left) -> a ThreadTile whose first element lies at that place.
+
+    Zeros for the elements beyond what is left, of the axes that may have an edge in it.
+    """
+    size = _BYTES[tile.dtype]
+
+    def body(builder, place, stride, outer_left, depth_left):
+        values = [None] * tile.count
+        for outer, depth, numbers in tile.accesses:
+            near, far = (depth, outer) if tile.along_depth else (outer, depth)
+            pointer = builder.add(place, builder.mul(stride, ir.Constant(_INT64, far * size)))
+            bounds = [(ir.Constant(_INT32, first), left) for first, left, edge in
+                      ((outer, outer_left, outer_edge), (depth, depth_left, depth_edge)) if edge]
+            loaded = _load_bytes(builder, pointer, tile.dtype, tile.access, None, bounds, near * size)
+            for number, value in zip(numbers, _widened(builder, loaded, tile.dtype, tile.wide), strict=True):
+                values[number] = value
+        return _pack(builder, values)
+
+    return _expand(_fragment_type(tile.wide, tile.count), (types.int64, types.int64, types.int32, types.int32), body)
+
+
+@cache
+def multiply_thread_tiles(dtype, rows, cols, depth, sums_of_right):
+    """(sums, left, right) -> sums plus the outer products of two fragments of ThreadTiles, in ascending order of depth.
+
+    If sums_of_right, the sums have one row more: those of the right fragment along the depth.
+    """
+
+    def body(builder, sums, left, right):
+        totals, lefts, rights = _unpack(builder, sums), _unpack(builder, left), _unpack(builder, right)
+        for step in range(depth):
+            for col in range(cols):
+                value = rights[step * cols + col]
+                for row in range(rows):
+                    number = row * cols + col
+                    totals[number] = builder.fma(lefts[step * rows + row], value, totals[number])
+                if sums_of_right:
+                    totals[rows * cols + col] = builder.fadd(totals[rows * cols + col], value)
+        return _pack(builder, totals)
+
+    fragment = _fragment_type(dtype, (rows + sums_of_right) * cols)
+    return _expand(fragment, (fragment, _fragment_type(dtype, rows * depth), _fragment_type(dtype, cols * depth)), body)

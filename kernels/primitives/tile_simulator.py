@@ -246,3 +246,38 @@ def multiply_tile(dtype, depth, left, right):
         return totals.ravel()
 
     return _quiet(run)
+
+
+@cache
+def load_thread_tile(tile, outer_edge, depth_edge):
+    """(place, stride, outer left, depth left) -> a ThreadTile whose first element lies at that place.
+
+    Zeros for the elements beyond what is left, of the axes that may have an edge in it.
+    """
+
+    def run(place, stride, outer_left, depth_left):
+        values = np.zeros(tile.count, _TYPE[tile.wide])
+        for outer, depth, numbers in tile.accesses:
+            if (outer < outer_left or not outer_edge) and (depth < depth_left or not depth_edge):
+                near, far = (depth, outer) if tile.along_depth else (outer, depth)
+                values[numbers] = place.address.read(place.index + near + far * stride, tile.access)
+        return values
+
+    return run
+
+
+@cache
+def multiply_thread_tiles(dtype, rows, cols, depth, sums_of_right):
+    """(sums, left, right) -> sums plus the outer products of two fragments of ThreadTiles, in ascending order of depth.
+
+    If sums_of_right, the sums have one row more: those of the right fragment along the depth.
+    """
+
+    def run(sums, left, right):
+        sums = sums.reshape(rows + sums_of_right, cols)
+        for step, values in enumerate(right.reshape(depth, cols)):
+            factors = np.append(left[step * rows:(step + 1) * rows], np.ones(int(sums_of_right), _TYPE[dtype]))
+            sums = sums + factors[:, None] * values
+        return sums.ravel()
+
+    return _quiet(run)

@@ -10,9 +10,14 @@ from .errors import PlanError
 from .families import batch_sum, tiling, upstream
 from .families.batch_sum import BatchSumPlan, plan_batch_sum
 from .families.common import check_plan
-from .families.matmul_simt import MatmulPlan
-from .families.matmul_tensor_core import TensorCorePlan
-from .families.product import ProductPlan, bias_rides_along, check_known, check_precision, plan_product
+from .families.product import (
+    PRODUCT_PLANS,
+    ProductPlan,
+    bias_rides_along,
+    check_known,
+    check_precision,
+    plan_product,
+)
 from .families.tiling import Product
 from .launches import ALPHA, ONE, Launch, Matrix, Result, scratch
 from .operands import (
@@ -148,7 +153,7 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
         default, where their products are exact. float32 does not: "tf32" rounds it to 11 significant bits there,
         "tf32x3" multiplies two such terms of it, to float32's accuracy. That holds for operands that are 0 or at least
         2^-126 in magnitude ("tf32x3": 2^-114); smaller ones are off by up to 2^-136, below which they count as 0.
-    plan : MatmulPlan or TensorCorePlan, optional
+    plan : MatmulPlan, TensorCorePlan or ThinPlan, optional
         How to compute it, instead of what `plans.plan_product` says.
 
     Returns
@@ -479,7 +484,7 @@ def _product_plan(plan: ProductPlan | None, product: Product, inputs: Inputs, pr
                   name: str) -> ProductPlan:
     capability, (left, right) = inputs.device.capability(inputs.place), (product.left, product.right)
     sizes: dict[str, Any] = {"rows": left.rows, "cols": right.cols, "depth": right.rows, "dtype": inputs.dtype}
-    plan = check_plan(plan, (MatmulPlan, TensorCorePlan), sizes, name)
+    plan = check_plan(plan, PRODUCT_PLANS, sizes, name)
     if plan is None:
         return plan_product(**sizes, precision=precision, capability=capability, order=product.order)
     check_precision(plan, precision, capability)
@@ -490,8 +495,8 @@ def _weight_launches(plan: ProductPlan, inputs: Inputs, dz: Matrix, targets: tup
                      weight_layout: str, behind: int = 0) -> tuple[Launch, ...]:
     """dW and, where it rides along, db; their parts are kept in the workspace from the byte behind on."""
     weight, bias = targets
-    if bias is not None and not (inputs.in_features and inputs.samples):
-        # No tiles that db could ride along with.
+    if bias is not None and not (inputs.in_features and inputs.samples and plan.sums_ride):
+        # No tiles that db could ride along with, or dz is the thin operand.
         return (*_weight_launches(plan, inputs, dz, (weight, None), weight_layout, behind),
                 *batch_sum.launches(_bias_plan(None, inputs), dz, bias.result, ALPHA, behind))
     dw = weight.matrix if weight_layout == "in_out" else weight.matrix.T

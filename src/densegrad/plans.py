@@ -17,6 +17,7 @@ from .families.matmul_tensor_core import (
     TensorCorePlan,
     plan_of_tile,
 )
+from .families.matmul_thin import THIN, ThinPlan
 from .families.product import (
     bias_rides_along,
     check_precision,
@@ -24,7 +25,9 @@ from .families.product import (
     plan_matmul,
     plan_product,
     plan_tensor_core,
+    plan_thin,
     tensor_core_candidates,
+    thin_candidates,
 )
 from .families.tiling import Tiling
 from .families.upstream import ACTIVATIONS, CROSS_ENTROPY, UpstreamPlan, log_sum_exp_block, plan_upstream
@@ -42,10 +45,12 @@ __all__ = [
     "TENSOR_CORE_CAPABILITY",
     "TENSOR_CORE_TILES",
     "TF32",
+    "THIN",
     "BatchSumPlan",
     "MatmulPlan",
     "ProductCost",
     "TensorCorePlan",
+    "ThinPlan",
     "Tiling",
     "UpstreamPlan",
     "accumulator_of",
@@ -59,7 +64,9 @@ __all__ = [
     "plan_of_tile",
     "plan_product",
     "plan_tensor_core",
+    "plan_thin",
     "plan_upstream",
     "tensor_core_candidates",
+    "thin_candidates",
     "transposed_tile",
 ]

@@ -214,6 +214,7 @@ class AddParts(NamedTuple):
     accumulator: str  # of the parts and of the sums
     result: Epilogue
     threads: int
+    in_flight: int  # parts under way
 
     @property
     def number(self) -> str:
@@ -234,7 +235,7 @@ class AddPartsArguments(NamedTuple):
     alpha: Scale
 
 
-# -- matmul_simt and matmul_tensor_core
+# -- matmul_simt, matmul_tensor_core and matmul_thin
 
 
 class MatmulSimt(NamedTuple):
@@ -278,6 +279,28 @@ class MatmulTensorCore(NamedTuple):
     result: Epilogue
     sums_of: str
     sums: Epilogue | None
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return "float64" if "float64" in (self.result.wide, self.sums and self.sums.wide) else "float32"
+
+
+class MatmulThin(NamedTuple):
+    """A product of which one operand is thin, on FMA units."""
+
+    dtype: str
+    accumulator: str
+    threads_across: int  # side by side across the depth
+    threads_along: int  # that share the depth
+    thread_rows: int  # results of a thread: at least all rows of the left operand
+    thread_cols: int
+    thread_depth: int  # depths of a thread in each step
+    blocks_per_multiprocessor: int
+    left: Side
+    right: Side
+    result: Epilogue
+    sums: Epilogue | None  # what becomes of the right operand's sums along the depth; None if there are none
 
     @property
     def number(self) -> str:

@@ -10,5 +10,6 @@ FAMILIES = [
     "densegrad.families.add_parts",
     "densegrad.families.upstream",
     "densegrad.families.matmul_simt",
+    "densegrad.families.matmul_thin",
     "densegrad.families.matmul_tensor_core",
 ]

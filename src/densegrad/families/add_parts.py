@@ -37,6 +37,11 @@ class AddPartsPlan:
         return 64 if self.rows * self.pitch <= SMALL * self.vector else 256
 
     @property
+    def in_flight(self) -> int:
+        """Parts under way: many, where one after the other they would take long, few where they are few anyway."""
+        return 16 if self.parts > 8 else 4
+
+    @property
     def grid(self) -> tuple[int]:
         """Blocks."""
         return (ceil_div(self.rows * self.pitch // self.vector, self.threads),)
@@ -49,13 +54,15 @@ class AddPartsPlan:
     def explain(self) -> str:
         """The plan in words."""
         return (f"{self.parts} parts of {self.rows} x {self.cols} {self.accumulator} are added in ascending order\n"
-                f"{self.grid[0]} blocks of {self.threads} threads, {self.vector} results a thread")
+                f"{self.grid[0]} blocks of {self.threads} threads, {self.vector} results a thread, {self.in_flight} "
+                "parts under way")
 
 
 def launches(plan: AddPartsPlan, parts: Matrix, result: Result, alpha: Scale = ALPHA) -> tuple[Launch, ...]:
     """result = alpha * the sum of the parts, or that added into result; `parts` is the first of them."""
     target, epilogue = result.matrix, epilogue_of(result, plan.vector, plan.accumulator)
-    return (Launch("densegrad.kernels.add_parts", "add_parts", AddParts(plan.accumulator, epilogue, plan.threads),
+    constants = AddParts(plan.accumulator, epilogue, plan.threads, plan.in_flight)
+    return (Launch("densegrad.kernels.add_parts", "add_parts", constants,
                    AddPartsArguments(parts.address, plan.parts, plan.rows * plan.pitch, plan.pitch, target.at,
                                      plan.rows, plan.cols, alpha), plan.grid, plan.threads, plan=plan),)
 
@@ -65,9 +72,9 @@ def variants() -> Iterator[tuple[str, Launch]]:
     for dtype in ITEM_BYTES:
         accumulator = accumulator_of(dtype)
         for result in dict.fromkeys((dtype, accumulator, "float64")):
-            for accumulate in (False, True):
-                plan = AddPartsPlan(4, 1024, 1024, 1024, accumulator)
-                title = "-".join([accumulator, f"to-{result}"] + ["accumulate"] * accumulate)
+            for parts, accumulate in ((4, False), (4, True), (33, False), (33, True)):
+                plan = AddPartsPlan(parts, 1024, 1024, 1024, accumulator)
+                title = "-".join([accumulator, f"to-{result}"] + ["many"] * (parts > 8) + ["accumulate"] * accumulate)
                 target = Matrix(Slot("dw"), result, 1024, 1024, 1024, 1)
                 yield from named(title, launches(plan, Matrix(Slot("parts"), accumulator, 1024, 1024, 1024, 1),
                                                  Result(target, accumulate)))

@@ -21,6 +21,8 @@ from .common import ceil_div
 MULTIPROCESSORS, BYTES_A_MICROSECOND = 132, 4.2e6
 #: floating-point operations in a microsecond, which no plan of this kind exceeds
 FLOPS_A_MICROSECOND = {"float32": 5.2e7, "bfloat16": 5.2e8, "tf32": 2.6e8, "tf32x3": 8.7e7}
+#: microseconds of a launch more
+LAUNCH = 3.0
 #: how the operands lie: both contiguous across the depth, as for dL/dW, or both along it, as for dL/dX
 ORDERS = ("across", "along")
 
@@ -44,6 +46,7 @@ class ProductCost:
     parts: float
     least: float  # what memory's rate and the arithmetic units' allow at the best
     measured: bool  # whether rows cover this kind, this tile and such a cut
+    rows: int  # measured plans that the model was fitted to; 0 of a nominal model
     beyond: bool = False  # whether the depth is cut further than in any row
 
     @property
@@ -84,7 +87,7 @@ def cost_of(plan: Any, order: str) -> ProductCost | None:
     of_tile = [term * coefficient for term, coefficient in zip(own, tile["coefficients"], strict=True)]
     shares = dict(zip(SHARED_TERMS, (term * coefficient for term, coefficient in zip(
         shared, group["coefficients"], strict=True)), strict=True))
-    least = max(_matrices(plan) / BYTES_A_MICROSECOND,
+    least = max(matrices_bytes(plan) / BYTES_A_MICROSECOND,
                 2 * plan.rows * plan.cols * plan.depth / FLOPS_A_MICROSECOND[group["kind"]])
     beyond = plan.workspace_bytes > group["most workspace"]
     as_measured = plan.kind == group["kind"] and (plan.dtype == "bfloat16") == (plan.kind == "bfloat16")
@@ -92,7 +95,7 @@ def cost_of(plan: Any, order: str) -> ProductCost | None:
         of_tile[0] + of_tile[1] + shares["narrow accesses of waves"] + shares["narrow accesses shared out"],
         of_tile[2] + shares["stored"] + shares["launch"], shares["operands by tile"] + shares["matrices once"],
         shares["workspace"] + shares["second launch"] + shares["parts"], least=least,
-        measured=as_measured and not beyond, beyond=beyond)
+        measured=as_measured and not beyond, rows=group["rows"], beyond=beyond)
 
 
 def _nominal(plan: Any) -> ProductCost:
@@ -111,11 +114,12 @@ def _nominal(plan: Any) -> ProductCost:
     steps = ceil_div(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
     waves = ceil_div(each, resident)
     loop, rest = waves * steps * max(step * ceil_div(warps * resident, 4), 700), 1500 * waves
-    moved, workspace = _matrices(plan), 2 * plan.workspace_bytes
+    moved, workspace = matrices_bytes(plan), 2 * plan.workspace_bytes
     memory = max((moved + workspace) / 15, (plan.loaded_bytes + workspace) / 40) / MULTIPROCESSORS
     parts = 5000 + 175 * plan.parts if plan.parts > 1 else 0
     overlapping = max(memory - loop - rest, 0.0)
-    return ProductCost(loop / 1900, rest / 1900, overlapping / 1900, parts / 1900, 0.0, False)
+    return ProductCost(loop / 1900, rest / 1900, overlapping / 1900, parts / 1900,
+                       least=0.0, measured=False, rows=0)
 
 
 def terms(plan: Any, order: str, resident: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -129,10 +133,10 @@ def terms(plan: Any, order: str, resident: int) -> tuple[tuple[float, ...], tupl
     return (waves * steps, share * steps, waves), (
         waves * steps * narrow, share * steps * narrow, share * plan.tile_rows * plan.tile_cols / 1e4,
         split * 8 * plan.parts * plan.rows * plan.cols / BYTES_A_MICROSECOND, by_tile / BYTES_A_MICROSECOND,
-        _matrices(plan) / BYTES_A_MICROSECOND, float(split), split * plan.parts / 16, 1.0)
+        matrices_bytes(plan) / BYTES_A_MICROSECOND, float(split), split * plan.parts / 16, 1.0)
 
 
-def _matrices(plan: Any) -> int:
+def matrices_bytes(plan: Any) -> int:
     """The bytes of both operands and the result."""
     return (plan.rows * plan.depth + plan.depth * plan.cols + plan.rows * plan.cols) * ITEM_BYTES[plan.dtype]
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from ..errors import PlanError
 from ..facts import ITEM_BYTES
 from .common import GRID_Y, ceil_div, check_choice, check_sizes
-from .cost import BYTES_A_MICROSECOND, MULTIPROCESSORS, ORDERS, cost_of
+from .cost import BYTES_A_MICROSECOND, LAUNCH, MULTIPROCESSORS, ORDERS
 from .matmul_simt import MATMUL_TILES, MatmulPlan, transposed_tile
 from .matmul_tensor_core import (
     FLOAT16_CAPABILITY,
@@ -19,18 +19,20 @@ from .matmul_tensor_core import (
     TensorCorePlan,
     plan_of_tile,
 )
+from .matmul_thin import THIN, ThinPlan, threads_of
 
-ProductPlan = MatmulPlan | TensorCorePlan
-Chosen = TypeVar("Chosen", MatmulPlan, TensorCorePlan)
+ProductPlan = MatmulPlan | TensorCorePlan | ThinPlan
+#: the kinds of plans of products
+PRODUCT_PLANS = (MatmulPlan, TensorCorePlan, ThinPlan)
+Chosen = TypeVar("Chosen", MatmulPlan, TensorCorePlan, ThinPlan)
 
 #: a part is at least this many tile depths long
 MIN_TILES_OF_A_PART = 4
 #: what the parts of a product may take of memory at most, in bytes
 MOST_WORKSPACE = 2**26
-#: what counts for a plan whose depth is cut further than in any row: it has to promise a tenth
+#: what counts for a plan whose depth is cut further than in any row, and for a thin one beside others, which no row
+#: covers: it has to promise a tenth
 EXTRAPOLATED = 1.1
-#: microseconds of a launch that reads a matrix once more
-LAUNCH = 3.0
 
 
 @lru_cache(maxsize=4096, typed=True)
@@ -52,11 +54,20 @@ def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: st
     return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, instructions), order)
 
 
+@lru_cache(maxsize=4096, typed=True)
+def plan_thin(rows: int, cols: int, depth: int, dtype: str, order: str = "across") -> ThinPlan:
+    """The plan for a product of which one operand is thin, rows or cols being at most 8, chosen as by plan_matmul.
+
+    No thin plan was measured: the model is a nominal one.
+    """
+    return _cheapest(thin_candidates(rows, cols, depth, dtype, order), order)
+
+
 def _cheapest(candidates: list[Chosen], order: str) -> Chosen:
     check_choice("order", order, ORDERS)
     costs = {}
     for plan in candidates:
-        cost = cost_of(plan, order)
+        cost = plan.cost(order)
         if cost is not None:
             total = cost.total * (EXTRAPOLATED if cost.beyond else 1)
             costs[plan] = total, plan.parts, prod(plan.grid), plan.tile_rows * plan.tile_cols, plan.tile_rows
@@ -73,7 +84,8 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     ----------
     precision : None, "ieee", "tf32" or "tf32x3"
         "ieee" multiplies on FMA units, and is what None means for float32 and float64. float16 and bfloat16 go to
-        tensor cores by default, where there are any with the instructions.
+        tensor cores by default, where there are any with the instructions; not where one operand is thin, and memory
+        sets the time.
 
     order : "across" or "along"
         How the operands lie in memory: contiguous across the depth, as for dL/dW of x and dz in C order, or both along
@@ -87,10 +99,18 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
         If a size is negative, the dtype cannot be multiplied so, or the GPU cannot do it.
     """
     _check_capability(capability)
+    plan: ProductPlan
     if _on_tensor_cores(dtype, precision, capability):
-        return plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None, capability,
+        plan = plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None, capability,
                                 order=order)
-    return plan_matmul(rows, cols, depth, dtype, order)
+    else:
+        plan = plan_matmul(rows, cols, depth, dtype, order)
+    if min(rows, cols) <= THIN and precision not in TF32:
+        thin = plan_thin(rows, cols, depth, dtype, order)
+        rival = plan.cost(order)
+        if rival is None or thin.cost(order).total * EXTRAPOLATED < rival.total:
+            return thin
+    return plan
 
 
 def _check_capability(capability: tuple[int, int]) -> None:
@@ -174,6 +194,18 @@ def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precisi
     return plans
 
 
+def thin_candidates(rows: int, cols: int, depth: int, dtype: str, order: str) -> list[ThinPlan]:
+    """Every plan that plan_thin chooses from."""
+    check_sizes(rows=rows, cols=cols, depth=depth)
+    check_choice("dtype", dtype, ITEM_BYTES)
+    check_choice("order", order, ORDERS)
+    plans: list[ThinPlan] = []
+    parts = ceil_div(max(depth, 1), 2**30)
+    for across, along in threads_of(order, dtype, max(rows, cols), depth):
+        plans += _cut_into_parts(ThinPlan(rows, cols, depth, dtype, across, along, parts=parts))
+    return plans
+
+
 def _cut_into_parts(whole: Chosen) -> list[Chosen]:
     """The plan and those with more parts, none of them empty, whose workspace is within its bound."""
     plans = {whole.parts: whole}
@@ -195,9 +227,9 @@ def bias_rides_along(plan: ProductPlan) -> bool:
     The blocks of the first tile row spend about 2 % more instructions on it on FMA units, 10 % on tensor cores, and
     end up to that much later.
     """
-    cost = cost_of(plan, "across")
-    if cost is None:
-        return True
+    cost = plan.cost("across")
+    if isinstance(plan, ThinPlan) or cost is None:
+        return plan.sums_ride
     share = 0.1 if isinstance(plan, TensorCorePlan) else 0.02
     extra = share * cost.loop / ceil_div(max(plan.rows, 1), plan.tile_rows)
     again = plan.depth * plan.cols * ITEM_BYTES[plan.dtype] / BYTES_A_MICROSECOND

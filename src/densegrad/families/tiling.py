@@ -12,7 +12,7 @@ from ..launches import ALPHA, ONE, Launch, Matrix, Result, Slot, scratch
 from ..signatures import NO_COLUMN, ColumnAt, MatmulArguments, Side
 from . import add_parts
 from .common import GRID_Y, ceil_div
-from .cost import MULTIPROCESSORS, ORDERS, cost_of, group_of
+from .cost import MULTIPROCESSORS, ORDERS, ProductCost, cost_of
 
 
 class Tiling:
@@ -96,6 +96,19 @@ class Tiling:
     def T(self) -> Any:
         """The plan of the transposed result, right.T @ left.T."""
 
+    def turned(self, result: Matrix) -> bool:
+        """Whether the transposed product is computed instead: where columns of the result are contiguous."""
+        return result.row_stride == 1 and (result.col_stride != 1 or result.cols == 1)
+
+    @property
+    def sums_ride(self) -> bool:
+        """Whether the right operand can be added up along the depth on the way."""
+        return True
+
+    def cost(self, order: str) -> ProductCost | None:
+        """What the plan takes for operands of this order; None if no plan with its tile was measured."""
+        return cost_of(self, order)
+
     @abstractmethod
     def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments) -> Launch:
         """The launch of the kernel, with these arguments."""
@@ -117,8 +130,7 @@ class Tiling:
         ]
         if 1 in (self.rows, self.cols, self.depth):
             kind = "an outer product" if self.depth == 1 else "a product of matrix and vector"
-            lines.append(f"{kind}, bound by memory: no path of its own, since these tiles read each operand once or "
-                         "nearly so")
+            lines.append(f"{kind}, bound by memory")
         if self.parts > 1:
             lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, since {tiles} tiles "
                          f"alone fill {MULTIPROCESSORS} multiprocessors badly; {self.workspace_bytes} bytes of "
@@ -136,13 +148,13 @@ def explain_cost(plan: Tiling) -> list[str]:
     """What the plan takes for operands of either order, and where that is known from."""
     lines = []
     for order, what in zip(ORDERS, ("dL/dW", "dL/dX"), strict=True):
-        cost = cost_of(plan, order)
+        cost = plan.cost(order)
         if cost is None:
             lines.append(f"operands {order} the depth ({what}): not measured, as no plan with this tile was")
             continue
         source = "by a nominal model, not measured"
-        if plan.dtype != "float64":
-            source = f"by a model fitted to {group_of(plan, order)['rows']} measured plans" + (
+        if cost.rows:
+            source = f"by a model fitted to {cost.rows} measured plans" + (
                 "" if cost.measured else ", of which none is of this kind or cut so far: not measured")
         lines.append(f"operands {order} the depth ({what}): {cost.total:.1f} us on an H200 (main loop {cost.loop:.1f}, "
                      f"blocks {cost.blocks:.1f}, memory {cost.memory:.1f}, parts {cost.parts:.1f}), {source}")
@@ -204,7 +216,7 @@ def launches(plan: Tiling, product: Product, result: Result, sums: Result | None
         return ()
     if sums is not None:
         product = Product(product.left, product.right, "right")
-    if result.matrix.row_stride == 1 and (result.matrix.col_stride != 1 or result.matrix.cols == 1):
+    if plan.turned(result.matrix):
         plan, product, result = plan.T, product.T, Result(result.matrix.T, result.accumulate)
     if plan.parts == 1:
         return (_launch(plan, product, result, sums),)
