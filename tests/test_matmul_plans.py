@@ -9,6 +9,7 @@ import pytest
 
 import densegrad
 from densegrad.families.cost import ORDERS, cost_of
+from densegrad.families.matmul_simt import UNTRIED_TILES
 from densegrad.families.product import MOST_WORKSPACE
 from densegrad.layers import LAYERS
 from densegrad.plans import (
@@ -21,6 +22,7 @@ from densegrad.plans import (
     plan_product,
     plan_tensor_core,
 )
+from densegrad.testing import check_within, expected, normal
 
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "results" / "nvidia-h200-2026-11-27-05b0320-plans.csv"
 CUBLAS = MEASURED.with_name("nvidia-h200-2026-11-27-05b0320-cublas.csv")
@@ -149,3 +151,23 @@ def test_explain_gives_the_reasons():
 def test_plans_that_no_kernel_carries_out_are_refused(wrong, told):
     with pytest.raises(densegrad.PlanError, match=told):
         replace(MatmulPlan(1024, 1024, 1024, "float32", *MATMUL_TILES[1]), **wrong)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_tiles_that_nobody_has_measured_are_candidates_and_not_chosen(order):
+    for sizes in (*PRODUCTS.values(), (512, 512, 512), (1023, 1025, 1021), (2048, 2048, 2048)):
+        plans = matmul_candidates(*sizes, "float32")
+        untried = [plan for plan in plans if (plan.tile_depth, plan.tile_rows) == (16, 64)]
+        assert untried
+        assert {plan.cost(order) for plan in untried} == {None}
+        assert "not measured" in untried[0].explain()
+        assert plan_matmul(*sizes, "float32", order) not in untried
+    assert not [plan for plan in matmul_candidates(512, 512, 512, "float64") if plan.tile_depth == 16]
+
+
+@pytest.mark.parametrize("tile", UNTRIED_TILES, ids=str)
+def test_tiles_that_nobody_has_measured_are_right(xp, tile):
+    x, dz = normal((50, 70), "float32", 1), normal((50, 66), "float32", 2)
+    plan = MatmulPlan(70, 66, 50, "float32", *tile)
+    found = densegrad.weight_grad(xp.asarray(x), xp.asarray(dz), plan=plan)
+    check_within(found, *expected("weight_grad", (x, dz), {}, plan.chain))

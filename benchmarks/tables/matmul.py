@@ -14,6 +14,7 @@ import densegrad as dg
 from benchmarks import baselines
 from benchmarks.counting import Counts, Limit, Rehearsed, Shown, total
 from densegrad.device import dtype_of
+from densegrad.families.matmul_simt import UNTRIED_TILES
 from densegrad.plans import ITEM_BYTES, MatmulPlan, plan_matmul
 
 #: (tile_rows, tile_cols, tile_depth, thread_rows, thread_cols) of 8 x 8 results a thread, and the best large one: the
@@ -239,7 +240,7 @@ class Vectors:
         x = _draw((self.samples, self.in_features), "float32", 1, False)
         dz = _draw((self.samples, self.out_features), "float32", 2, False)
         plan = plan_matmul(self.in_features, self.out_features, self.samples, "float32")
-        counts = total(machine.count(lambda: dg.weight_grad(x, dz)))
+        counts = total(machine.count(lambda: dg.weight_grad(x, dz, plan=plan)))
         elements = self.samples * (self.in_features + self.out_features) + self.in_features * self.out_features
         return {"tile": f"{plan.tile_rows}x{plan.tile_cols}x{plan.tile_depth}x{plan.thread_rows}x{plan.thread_cols}",
                 "blocks": plan.grid[0] * plan.grid[1] * plan.grid[2],
@@ -271,7 +272,7 @@ class Accuracy:
         x, dz = (draw.standard_normal((self.samples, size)).astype("float32")
                  for size in (self.in_features, self.out_features))
         plan = plan_matmul(self.in_features, self.out_features, self.samples, "float32")
-        found = dg.weight_grad(cupy.asarray(x), cupy.asarray(dz)).get()
+        found = dg.weight_grad(cupy.asarray(x), cupy.asarray(dz), plan=plan).get()
         exact = x.astype("float64").T @ dz.astype("float64")
         bound = (plan.chain + 1) * 2.0 ** -24 * (np.abs(x).astype("float64").T @ np.abs(dz).astype("float64"))
         error, numpy_error = (np.sqrt(np.mean((value - exact) ** 2)) for value in (found, x.T @ dz))
@@ -325,6 +326,9 @@ def rows() -> list[Any]:
             equal = () if capability == "8.0" else (Limit("bound_below_share", most=0.0005),)
             tile = LARGE_ACROSS if orientation == "x by features" else LARGE
             table.append(MainLoop(tile, orientation, capability, (Limit("ffma_share", least=large), ahead, *equal)))
+    for tile in UNTRIED_TILES:
+        table += [MainLoop(tile, orientation, "9.0", ()) for orientation in ORIENTATIONS]
+    table.append(Traffic(UNTRIED_TILES[0], "x and dz by samples"))
     for dtype, tile in (("float64", (64, 32, 8, 8, 4)), ("float16", (128, 128, 8, 8, 8)),
                         ("bfloat16", (64, 64, 8, 8, 8))):
         table += [MainLoop(tile, "x and dz by samples", capability, (), dtype) for capability in ("8.0", "9.0")]

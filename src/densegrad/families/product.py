@@ -10,7 +10,7 @@ from ..errors import PlanError
 from ..facts import ITEM_BYTES
 from .common import GRID_Y, ceil_div, check_choice, check_sizes
 from .cost import BYTES_A_MICROSECOND, LAUNCH, MULTIPROCESSORS, ORDERS
-from .matmul_simt import MATMUL_TILES, MatmulPlan, transposed_tile
+from .matmul_simt import MATMUL_TILES, UNTRIED_TILES, MatmulPlan, transposed_tile
 from .matmul_tensor_core import (
     FLOAT16_CAPABILITY,
     TENSOR_CORE_CAPABILITY,
@@ -165,10 +165,11 @@ def check_precision(plan: ProductPlan, precision: str | None, capability: tuple[
 
 
 def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[MatmulPlan]:
-    """Every plan that plan_matmul chooses from."""
+    """Every plan that plan_matmul chooses from, and those with tiles that nobody has measured, which it leaves alone."""
     check_sizes(rows=rows, cols=cols, depth=depth)
     double = dtype == "float64"
-    tiles = dict.fromkeys(tile for listed in MATMUL_TILES for tile in (listed, transposed_tile(listed)))
+    listed = MATMUL_TILES if double else MATMUL_TILES + UNTRIED_TILES
+    tiles = dict.fromkeys(tile for one in listed for tile in (one, transposed_tile(one)))
     plans: list[MatmulPlan] = []
     for tile_rows, tile_cols, tile_depth, thread_rows, thread_cols in tiles:
         if double and thread_rows * thread_cols > 32:
