@@ -347,11 +347,11 @@ def test_tiles_come_into_shared_memory(xp, tile, shift):
 def test_threads_read_tiles_into_registers(xp, dtype, along_depth, access, outers, depths, edges):
     tile = ThreadTile(dtype, WIDE[dtype], along_depth, access, outers, depths)
     load, place_of = primitives.load_thread_tile(tile, *edges), primitives.place(dtype)
-    keep, typed = primitives.store_each(tile.wide, tile.count, tile.wide), np.int32
+    keep, typed, count = primitives.store_each(tile.wide, tile.count, tile.wide), np.int32, tile.count
 
     @primitives.jit(1)
     def kernel(values, first, stride, outer_left, depth_left, out):
-        keep(out, 0, 1, tile.count, load(place_of(values, first), stride, typed(outer_left), typed(depth_left)))
+        keep(out, 0, 1, count, load(place_of(values, first), stride, typed(outer_left), typed(depth_left)))
 
     values = normal((13, 16), dtype, 1)
     inside = values.astype(tile.wide) if along_depth else values.astype(tile.wide).T

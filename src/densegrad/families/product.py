@@ -165,7 +165,7 @@ def check_precision(plan: ProductPlan, precision: str | None, capability: tuple[
 
 
 def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[MatmulPlan]:
-    """Every plan that plan_matmul chooses from, and those with tiles that nobody has measured, which it leaves alone."""
+    """Every plan that plan_matmul chooses from, and those with tiles that nobody measured, which it leaves alone."""
     check_sizes(rows=rows, cols=cols, depth=depth)
     double = dtype == "float64"
     listed = MATMUL_TILES if double else MATMUL_TILES + UNTRIED_TILES
