@@ -25,9 +25,9 @@ from benchmarks import (
     run,
     simulator,
     tables,
-    timing,
 )
 from benchmarks.operations import Case, Truth
+from densegrad.commands import timing
 
 ROOT = Path(__file__).parents[1]
 
