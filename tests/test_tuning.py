@@ -15,7 +15,7 @@ from densegrad.calls import recorded
 from densegrad.commands import cli, race, timing, tune
 from densegrad.commands.checks import Case
 from densegrad.errors import PlanError
-from densegrad.plans import MatmulPlan
+from densegrad.plans import BatchSumPlan, MatmulPlan, TensorCorePlan
 from densegrad.tuned import Entry, Table, use_plans
 from tests.stub_clock import StubClock
 
@@ -491,6 +491,52 @@ def test_a_time_in_which_the_gpu_may_have_waited_is_none(clocked):
     assert (outcome.entry, outcome.seconds, len(outcome.doubtful)) == (None, None, 2)
 
 
+@pytest.mark.parametrize("case", [
+    Case("bias_grad", *LAYER, "float32", 1, "in_out"),
+    Case("weight_grad", *LAYER, "float32", 1, "out_in"),
+    Case("input_grad", *LAYER, "float32", 0, "out_in"),
+    Case("weight_grad", 40, 1, 1, "float32", 0, "in_out"),
+    Case("weight_grad", *LAYER, "float32", 0, "in_out", precision="tf32"),
+    Case("input_grad", *LAYER, "bfloat16", 0, "in_out"),
+], ids=str)
+def test_what_has_won_is_what_such_calls_take(case, write, monkeypatch):
+    """In every orientation and precision: the file answers what the very functions ask."""
+    monkeypatch.setattr(race, "candidates", lambda model, order: ([model, another(model)], 0))
+    with recorded() as launches:
+        clock = PlanClock(launches, {})
+        made = race.Race(case, clock, timing.Effort(warm_up=0, samples=1, calls=1))
+        clock.seconds_of = dict.fromkeys(forms(made.model), lambda number: 2e-6)
+        clock.seconds_of |= dict.fromkeys(forms(another(made.model)), lambda number: 1e-6)
+        outcome = made.run()
+    given, _ = made.sets[0]
+    function = getattr(densegrad, case.function)
+    assert planned(function, *given, **made.options)[0] in forms(made.model)
+    with use_plans(write(outcome.entry)):
+        assert planned(function, *given, **made.options)[0] in forms(another(made.model))
+
+
+def forms(plan):
+    """A plan as it may be launched: that of a transposed result is transposed."""
+    return {plan, getattr(plan, "T", plan)}
+
+
+def another(model):
+    """Another plan for the same."""
+    if isinstance(model, BatchSumPlan):
+        return replace(model, in_flight=2 * model.in_flight)
+    if isinstance(model, TensorCorePlan):
+        return replace(model, stages=model.stages - 1)
+    return replace(model, tile_depth=2 * model.tile_depth)
+
+
+def test_calls_rotate_over_buffers_that_fill_the_cache():
+    clock, effort = StubClock(), timing.Effort(samples=1, calls=50)
+    made = race.Race(Case("bias_grad", *LAYER, "float32", 0, "in_out"), clock, effort)
+    assert len(made.sets) == -(-3 * clock.l2_bytes // (4 * OUT_FEATURES * (SAMPLES + 1)))
+    for most, nbytes, count in ((50, 10 ** 9, 1), (50, 1, 50), (1, 1, 1)):
+        assert timing.sets_of_buffers(clock, most, nbytes) == count
+
+
 def spoiled(monkeypatch, wrong, spoil):
     """Spoil what a prepared call of one plan computes."""
     prepare = densegrad.prepare
@@ -626,6 +672,7 @@ def test_the_command_writes_what_is_faster_and_shows_all(run, layer):
     for row, words in (("dL/db", ("8.0", "10.0")), ("dL/dW", ("the model's", "20.0")), ("dL/dX", ("30.0", "40.0"))):
         for part in ("40, 24, 16", "float32", *words):
             assert part in rows[row], rows[row]
+    assert "6 plans were timed. Left out were 0" in done.stderr
     assert "2 of 3 plans in" in done.stderr
     with use_plans(done.path):
         assert planned(densegrad.bias_grad, layer[2]) == [OTHER_SUM]
@@ -670,6 +717,7 @@ def test_a_file_is_overwritten_only_by_force_and_only_whole(run, monkeypatch, tm
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (("40,24",), "a layer must be S,D,M"), (("--precision", "tf33"), "tf33"), (("--weight-layout", "out"), "out_in"),
+    (("--precision", "tf32", "--dtype", "bfloat16"), "--precision is a choice that float32 has"),
 ])
 def test_what_is_no_layer_or_option_is_refused(run, arguments, words):
     done = run(*arguments)

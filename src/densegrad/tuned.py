@@ -211,7 +211,10 @@ def _entry(where: str, value: Any, capability: tuple[int, ...]) -> Entry:
 
 
 class Asked(list[tuple[Any, str | None]]):
-    """In the place of a table: what calls ask for, as the model's plan and the order; they keep that plan."""
+    """In the place of a table: what calls ask for, as the model's plan and the order; that plan is what they get.
+
+    A list has no hash, so that each call asks.
+    """
 
     def instead_of(self, plan: Any, order: str | None, where: Any, place: str) -> Any:
         """The same plan."""
@@ -229,7 +232,7 @@ def active() -> Any:
     within = _within.get()
     if within:
         return within[-1]
-    return _process[-1].table if _process else None
+    return _process[-1]._table if _process else None
 
 
 def instead_of(plan: Any, where: Any, place: str, order: str | None = None) -> Any:
@@ -292,7 +295,7 @@ class use_plans:
 
     def __init__(self, path: str | PathLike[str] | None) -> None:
         global _process
-        self.table = None if path is None else _read(path)
+        self._table = None if path is None else _read(path)
         with _switching:
             _process = (*_process, self)[-MOST_WAITING:]
 
@@ -300,7 +303,7 @@ class use_plans:
         global _process
         with _switching:
             _process = tuple(one for one in _process if one is not self)
-        _within.set((*_within.get(), self.table))
+        _within.set((*_within.get(), self._table))
         return self
 
     def __exit__(self, *exception: object) -> None:

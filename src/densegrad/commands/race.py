@@ -82,17 +82,20 @@ class Race:
         self.options = orientation | ({"precision": case.precision} if case.precision else {})
         meaning = getattr(reference, case.function)
         self.exact, self.magnitude = (meaning(*operands, **orientation) for operands in (given, [*map(np.abs, given)]))
-        where, result = device.current(), np.full(self.exact.shape, np.nan, given[0].dtype)
-        count = timing.sets_of_buffers(clock, effort.calls, sum(array.nbytes for array in (*given, result)))
-        self.sets = [([where.placed(array, False) for array in given], where.placed(result.copy(), False))
-                     for _ in range(count)]
+        self.placed, self.blank = device.current().placed, np.full(self.exact.shape, np.nan, given[0].dtype)
+        count = timing.sets_of_buffers(clock, effort.calls, sum(array.nbytes for array in (*given, self.blank)))
+        self.sets = [([self.placed(array, False) for array in given], self._result()) for _ in range(count)]
         with tuned.asked() as questions:
-            self._call(0)
+            self._call(self.sets[0])
         self.model, self.order = questions[0]
 
-    def _call(self, number: int, **plan: Any) -> Callable[[], Any]:
-        """A call with one of the sets of buffers, prepared, so that Python takes the least time that it can."""
-        given, out = self.sets[number]
+    def _result(self) -> Any:
+        """A result full of NaN, which a plan has to replace."""
+        return self.placed(self.blank.copy(), False)
+
+    def _call(self, buffers: tuple[list[Any], Any], **plan: Any) -> Callable[[], Any]:
+        """A call with these operands and this result, prepared, so that Python takes the least time that it can."""
+        given, out = buffers
         return densegrad.prepare(getattr(densegrad, self.case.function), *given, out=out, **plan, **self.options)
 
     def run(self) -> Outcome:
@@ -109,8 +112,9 @@ class Race:
                 fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
             if fault:
                 faults.append((plan, fault))
-        best = sorted(medians, key=lambda plan: medians[plan][0])[:FINALISTS]
-        finalists = list(dict.fromkeys([*best, *[plan for plan in [self.model] if plan in medians]]))
+        finalists = sorted(medians, key=lambda plan: medians[plan][0])[:FINALISTS]
+        if self.model in medians and self.model not in finalists:
+            finalists.append(self.model)
         for _ in range(ROUNDS):
             if all(map(repeats, map(medians.__getitem__, finalists))):
                 break
@@ -121,15 +125,14 @@ class Race:
         winner = min(believed, key=believed.__getitem__, default=self.model)
         if model_seconds is None or believed[winner] * (1 + REPEATS) >= model_seconds:
             winner = self.model
-        return Outcome(self.case, self.model, self.order, winner, believed.get(winner), model_seconds, len(medians),
-                       left_out, tuple(faults),
-                       tuple((plan, medians[plan]) for plan in finalists if plan not in believed))
+        return Outcome(self.case, self.model, self.order, winner=winner, seconds=believed.get(winner),
+                       model_seconds=model_seconds, timed=len(medians), left_out=left_out, faults=tuple(faults),
+                       doubtful=tuple((plan, medians[plan]) for plan in finalists if plan not in believed))
 
     def _fault(self, plan: Any) -> str:
         """How a plan's result is wrong, if it is."""
-        _, out = self.sets[0]
-        out[...] = np.nan
-        result = host(self._call(0, plan=plan)())
+        given, _ = self.sets[0]
+        result = host(self._call((given, self._result()), plan=plan)())
         terms = self.case.out_features if self.case.function == "input_grad" else self.case.samples
         bound = error_bound(self.magnitude, self.exact, plan.chain, terms, self.case.dtype,
                             product_error=getattr(plan, "product_error", 0.0))
@@ -138,7 +141,7 @@ class Race:
 
     def _round(self, plans: list[Any]) -> dict[Any, float]:
         """The median of each in samples that take turns; infinite where the GPU may have waited for Python."""
-        calls = {plan: [self._call(number, plan=plan) for number in range(len(self.sets))] for plan in plans}
+        calls = {plan: [self._call(buffers, plan=plan) for buffers in self.sets] for plan in plans}
         timed = {}
         for plan in plans:
             for call in calls[plan]:  # what is made on first use is made now

@@ -46,7 +46,9 @@ def tune(
         densegrad tune 8192,768,3072 64,1024,10
         densegrad tune 8192,768,3072 --dtype float32 --dtype bfloat16 --precision tf32 --out plans.json
     """
-    layers = [layer_of(words) for words in sizes]
+    layers, dtypes = [layer_of(words) for words in sizes], [one.value for one in dtype or (Dtype("float32"),)]
+    if precision is not None and "float32" not in dtypes:
+        raise ValueError(f"--precision is a choice that float32 has; got --dtype {', '.join(dtypes)} (leave it out)")
     clock = gpu_clock()
     from .. import tuned
     from ..families.product import check_known
@@ -54,9 +56,9 @@ def tune(
     from .checks import Case
 
     check_known(precision)
-    cases = [Case(function, *layer, one.value, batch_axis, weight_layout,
-                  precision=precision if function != "bias_grad" and one.value == "float32" else None)
-             for one in dtype or (Dtype("float32"),) for layer in layers for function in GRADIENTS]
+    cases = [Case(function, *layer, kind, batch_axis, weight_layout,
+                  precision=precision if function != "bias_grad" and kind == "float32" else None)
+             for kind in dtypes for layer in layers for function in GRADIENTS]
     where, done = device.current(), []
     with written(out, force) as file:
         with progress() as bar:
@@ -98,14 +100,13 @@ def gpu_clock() -> Clock:
 
 
 def _table_of(outcomes: list[Outcome], gpu: str) -> Any:
-    made = table(f"Plans on {gpu}, and what they have that the model's choice has not",
-                 ("", "S, D, M", "dtype", "chosen"), ("us", "model's us", "timed", "left out"))
+    made = table(f"Plans on {gpu}, by what the model's choice has not", ("", "S, D, M", "dtype", "chosen"),
+                 ("us", "model's us"))
     for outcome in outcomes:
         case = outcome.case
         made.add_row(GRADIENTS[case.function], f"{case.samples}, {case.in_features}, {case.out_features}",
                      case.precision or case.dtype, _difference(outcome.winner, outcome.model),
-                     _microseconds(outcome.seconds), _microseconds(outcome.model_seconds), str(outcome.timed),
-                     str(outcome.left_out))
+                     _microseconds(outcome.seconds), _microseconds(outcome.model_seconds))
     return made
 
 
@@ -134,5 +135,6 @@ def _show_remarks(outcomes: list[Outcome]) -> None:
             times = ", ".join(f"{seconds * 1e6:.1f}" for seconds in medians)
             remark(f"{outcome.case}: not taken: its medians differ by more than {REPEATS:.0%}: {times} us: {plan}",
                    style="yellow")
-    if any(outcome.left_out for outcome in outcomes):
-        remark(f"Left out are plans that cost over {FAR:g} times the least, by the model.", style="dim")
+    remark(f"{sum(outcome.timed for outcome in outcomes)} plans were timed. Left out were "
+           f"{sum(outcome.left_out for outcome in outcomes)} that cost over {FAR:g} times the least, by the model.",
+           style="dim")
