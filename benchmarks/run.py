@@ -29,12 +29,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from densegrad import device
 from densegrad.calls import recorded
+from densegrad.commands import timing
 from densegrad.device import dtype_of
 from densegrad.errors import DeviceError
 from densegrad.plans import ITEM_BYTES
 from densegrad.testing import host
 
-from . import records, timing
+from . import records
 from .operations import OPERATIONS, RESULTS, SHAPES, Case, Truth, cases, shapes
 from .peers import IMPLEMENTATIONS, OURS, Call, Implementation, NotApplicable
 
@@ -212,7 +213,7 @@ class Bench:
     def _sets(self, case: Case, calls: int) -> int:
         """How many sets of buffers calls rotate over: enough to fill the cache thrice, where memory allows."""
         free, _ = self.cupy.cuda.runtime.memGetInfo()
-        return max(1, min(calls, -(-3 * self.clock.l2_bytes // case.bytes), free // 4 // case.bytes))
+        return max(1, min(timing.sets_of_buffers(self.clock, calls, case.bytes), free // 4 // case.bytes))
 
     # Rows.
 

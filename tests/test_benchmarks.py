@@ -25,38 +25,12 @@ from benchmarks import (
     run,
     simulator,
     tables,
-    timing,
 )
 from benchmarks.operations import Case, Truth
+from densegrad.commands import timing
+from tests.stub_clock import StubClock
 
 ROOT = Path(__file__).parents[1]
-
-
-class StubClock:
-    """A clock on which a sample takes a microsecond of the GPU and ten of Python; the first `late` come too late."""
-
-    l2_bytes, device = 4096, "0"
-
-    def __init__(self, late=0):
-        self.host, self.gpu, self.late, self.occupied = 0.0, 0.0, late, []
-
-    def now(self):
-        self.host += 1e-5
-        return self.host
-
-    def occupy(self, seconds):
-        self.occupied.append(seconds)
-
-    def mark(self):
-        self.gpu += 1e-6
-        return self.gpu
-
-    def passed(self, mark):
-        self.late -= 1
-        return self.late >= 0
-
-    def seconds(self, start, end):
-        return end - start
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from densegrad import device, reference
 from densegrad.commands import checks, cli, demo, explain, picture
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("demo", "grads", "explain", "info", "check", "ptx")
+COMMANDS = ("demo", "grads", "explain", "info", "check", "ptx", "tune")
 
 
 def run(*arguments):

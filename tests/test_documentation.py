@@ -58,6 +58,9 @@ HERE = {
 }
 #: commands that need a GPU -> how far they go without one
 ON_A_GPU = {
+    "densegrad tune": "densegrad tune --help",
+    "densegrad tune 8192,768,3072 64,1024,10": "densegrad tune --help",
+    "densegrad tune 8192,768,3072 --dtype bfloat16 --weight-layout out_in --out plans.json": "densegrad tune --help",
     "densegrad warmup 128,784,512 128,512,10": "densegrad warmup --help",
     "pytest --lane gpu": "pytest --help",
     "python -m benchmarks.counted --ncu": "python -m benchmarks.counted --help",

@@ -18,7 +18,7 @@ OF_LAUNCHES = {".errors", ".facts", ".launches", ".signatures"}
 #: module -> those beside it that it may import, and with a dot those beside its folder; kernels are one more of them
 ARROWS = {
     "__init__": {"calls", "device", "errors", "gradients", "launches", "layers", "plans", "prepared", "reference",
-                 "output_gradients", "warming"},
+                 "output_gradients", "tuned", "warming"},
     "__main__": {"commands"},
     "errors": set(),
     "activations": set(),
@@ -46,9 +46,10 @@ ARROWS = {
     "estimate": {"launches"},
     "device": {"cache", "compiler", "errors", "estimate", "launches"},
     "operands": {"device", "errors", "launches"},
-    "calls": {"device", "errors", "facts", "launches", "operands"},
+    "tuned": {"__version__", "errors", "families"},
+    "calls": {"device", "errors", "facts", "launches", "operands", "tuned"},
     "prepared": {"calls", "errors", "launches", "operands"},
-    "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients"},
+    "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients", "tuned"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands"},
     "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches",
                 "output_gradients"},
@@ -202,7 +203,7 @@ def test_what_the_package_offers_is_loaded_when_it_is_asked_for():
     named = {node.asname or node.name: node for node in ast.walk(ast.parse((SOURCE / "__init__.py").read_text()))
              if isinstance(node, ast.alias)}
     offered = {name for name in named if not name.startswith(("_", "TYPE_CHECKING"))}
-    of_functions = {"gradients", "output_gradients", "prepared", "warming"}
+    of_functions = {"gradients", "output_gradients", "prepared", "tuned", "warming"}
     assert offered == {*densegrad.__all__, *densegrad._MODULES} - of_functions
     assert all(getattr(densegrad, name) is not None for name in offered)
     assert offered <= set(dir(densegrad))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from .output_gradients import OutputGrads, activation_grad, cross_entropy_grad
     from .prepared import Prepared, prepare
+    from .tuned import use_plans
     from .warming import Warmed, warmup
 else:
     from importlib import import_module as _import_module
@@ -55,7 +56,7 @@ else:
         return sorted({*globals(), *__all__, *_MODULES})
 
 #: where the names of __all__ stand, and the modules that are reached as attributes of the package
-_WHERE = ("errors", "gradients", "output_gradients", "prepared", "warming")
+_WHERE = ("errors", "gradients", "output_gradients", "prepared", "tuned", "warming")
 _MODULES = ("calls", "device", "launches", "layers", "plans", "reference", *_WHERE)
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "dense_grads",
     "input_grad",
     "prepare",
+    "use_plans",
     "warmup",
     "weight_bias_grad",
     "weight_grad",

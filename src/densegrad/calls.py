@@ -3,9 +3,10 @@
     arrays, options --described, once a layout--> Recipe --filled in--> launches on the device --> results
 
 Describing checks everything and works out the launches; what it gives is kept by the shapes, strides, dtypes and
-alignments of the arrays and by the options. A later call of that layout checks only what depends on addresses and
-values: that nothing overlaps, numbers, labels. Copies before and after the launches, and what waits for other streams,
-stand here alone. A prepared call is one that is filled in and not yet launched.
+alignments of the arrays, by the options and by the table of tuned plans that is active. A later call of that layout
+checks only what depends on addresses and values: that nothing overlaps, numbers, labels. Copies before and after the
+launches, and what waits for other streams, stand here alone. A prepared call is one that is filled in and not yet
+launched.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from . import device
+from . import device, tuned
 from .device import Seen
 from .errors import DeviceError, DTypeError, OutError, PrepareError, ShapeError
 from .facts import accumulator_of
@@ -161,7 +162,8 @@ def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: t
     where = device.current()
     look = where.seen
     seen = [None if array is None else look(array) or Seen((object(),), 0) for array in arrays + outs]
-    key: Any = (where, describe, options, *map(type, options), *[None if one is None else one[0] for one in seen])
+    key: Any = (where, describe, tuned.active(), options, *map(type, options),
+                *[None if one is None else one[0] for one in seen])
     try:
         kept = _kept.get(key)
     except TypeError:  # an option that has no hash: describing refuses it, or each call describes anew

@@ -255,6 +255,10 @@ class Simulator:
         """Whether what is queued on the stream is recorded and not done."""
         return False
 
+    def name_of(self, place: str) -> str:
+        """The name of the device where arrays lie."""
+        return self.name
+
     def capability(self, place: str) -> tuple[int, int]:
         """The compute capability whose instructions the simulator's kernels are made of."""
         return 8, 0
@@ -381,13 +385,12 @@ class Gpu:
         self._array = cupy.ndarray
         self._functions: OrderedDict[tuple, Any] = OrderedDict()
         self._loading = threading.RLock()
-        self._capabilities: dict[int, tuple[int, int]] = {}
+        self._models: dict[int, tuple[str, tuple[int, int]]] = {}
 
     @property
     def name(self) -> str:
         """The name of the device in use."""
-        runtime = self.cupy.cuda.runtime
-        return runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
+        return self.name_of(HOST)
 
     def memory(self, array: Any) -> Memory | None:
         """Where the array lies, or None if it is no array that kernels can use."""
@@ -507,11 +510,18 @@ class Gpu:
 
     def capability(self, place: str) -> tuple[int, int]:
         """The compute capability of the device where arrays lie, or are brought to from the host."""
+        return self._model(place)[1]
+
+    def name_of(self, place: str) -> str:
+        """The name of that device."""
+        return self._model(place)[0]
+
+    def _model(self, place: str) -> tuple[str, tuple[int, int]]:
         device_id = self._device_id(place)
-        if device_id not in self._capabilities:
+        if device_id not in self._models:
             properties = self.cupy.cuda.runtime.getDeviceProperties(device_id)
-            self._capabilities[device_id] = properties["major"], properties["minor"]
-        return self._capabilities[device_id]
+            self._models[device_id] = properties["name"].decode(), (properties["major"], properties["minor"])
+        return self._models[device_id]
 
     def loaded(self, launches: tuple[Launch | Clear, ...], place: str) -> tuple[Any, ...]:
         """The launches of a call, ready for many calls."""

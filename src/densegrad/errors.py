@@ -26,7 +26,7 @@ class OutDeviceError(OutError, DeviceError):
 
 
 class PlanError(DensegradError, ValueError):
-    """A plan that was made for other sizes or types, or that no kernel can carry out."""
+    """A plan that was made for other sizes or types, that no kernel can carry out, or a file of plans that is none."""
 
 
 class PrepareError(DensegradError, ValueError):

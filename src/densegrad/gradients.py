@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from . import tuned
 from .calls import Recipe, call, recipe_of
 from .errors import PlanError
 from .families import batch_sum, tiling, upstream
@@ -458,7 +459,9 @@ def _bias_plan(plan: BatchSumPlan | None, inputs: Inputs, compensated: bool = Fa
             and (plan.layout == "rows" or inputs.out_features == 1)):
         # Rows without gaps are rows all the same, and one output's samples lie side by side.
         sizes["layout"] = plan.layout
-    plan = check_plan(plan, BatchSumPlan, sizes, name) or plan_batch_sum(**sizes, compensated=compensated)
+    plan = check_plan(plan, BatchSumPlan, sizes, name)
+    if plan is None:
+        return tuned.instead_of(plan_batch_sum(**sizes, compensated=compensated), inputs.device, inputs.place)
     if compensated and not plan.compensated:
         raise PlanError(f"{name} is not compensated, but compensated=True asks for that (leave one out, or pass "
                         f"dataclasses.replace({name}, compensated=True))")
@@ -486,7 +489,8 @@ def _product_plan(plan: ProductPlan | None, product: Product, inputs: Inputs, pr
     sizes: dict[str, Any] = {"rows": left.rows, "cols": right.cols, "depth": right.rows, "dtype": inputs.dtype}
     plan = check_plan(plan, PRODUCT_PLANS, sizes, name)
     if plan is None:
-        return plan_product(**sizes, precision=precision, capability=capability, order=product.order)
+        plan = plan_product(**sizes, precision=precision, capability=capability, order=product.order)
+        return tuned.instead_of(plan, inputs.device, inputs.place, product.order)
     check_precision(plan, precision, capability)
     return plan
 

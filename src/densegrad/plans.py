@@ -4,7 +4,7 @@ A plan never looks at a device. Those of products on tensor cores also follow fr
 others give the same bits on every GPU.
 """
 from .facts import ITEM_BYTES, accumulator_of
-from .families.batch_sum import LAYOUTS, BatchSumPlan, plan_batch_sum
+from .families.batch_sum import LAYOUTS, BatchSumPlan, batch_sum_candidates, plan_batch_sum
 from .families.common import GRID_Y, check_plan
 from .families.cost import ProductCost
 from .families.matmul_simt import MATMUL_TILES, SHARED_BYTES, MatmulPlan, transposed_tile
@@ -54,6 +54,7 @@ __all__ = [
     "Tiling",
     "UpstreamPlan",
     "accumulator_of",
+    "batch_sum_candidates",
     "bias_rides_along",
     "check_plan",
     "check_precision",

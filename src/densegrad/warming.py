@@ -25,6 +25,8 @@ from .facts import ITEM_BYTES, accumulator_of
 from .families.upstream import CROSS_ENTROPY
 from .launches import ALIGNMENT, Clear, Launch
 
+#: the name of a GPU of which only the compute capability is known
+_UNNAMED = "a GPU that is foreseen"
 _WORKER = "from densegrad.warming import _serve; _serve()"
 
 
@@ -85,13 +87,14 @@ def warmup(layers: Iterable[tuple[int, int, int]], dtypes: Iterable[str] = ("flo
     """
     if not cache.usable():
         raise RuntimeError("there is no folder to keep kernels in (set DENSEGRAD_CACHE_DIR to one of your own)")
+    gpu = _UNNAMED
     if capability is None:
         where = device.current()
         if where.kind != "gpu":
             raise DeviceError("which GPU kernels are compiled for must be said where there is none (pass capability=, "
                               "for example (9, 0))")
-        capability = where.capability(device.HOST)
-    launches = foreseen([check_layer(layer) for layer in layers], list(dtypes), list(activations), capability,
+        capability, gpu = where.capability(device.HOST), where.name_of(device.HOST)
+    launches = foreseen([check_layer(layer) for layer in layers], list(dtypes), list(activations), capability, gpu=gpu,
                         precision=precision, batch_axis=batch_axis, weight_layout=weight_layout, accumulate=accumulate)
     missing = [launch for launch in launches if cache.load(cache.name_of(launch, capability)) is None]
     _compile(missing, capability, processes or os.cpu_count() or 1, watch or (lambda done, of: None))
@@ -115,13 +118,13 @@ def check_layer(layer: Any) -> tuple[int, int, int]:
 
 
 def foreseen(layers: list[tuple[int, int, int]], dtypes: list[str], activations: list[str],
-             capability: tuple[int, int], *, precision: str | None = None, batch_axis: int = 0,
+             capability: tuple[int, int], *, gpu: str = _UNNAMED, precision: str | None = None, batch_axis: int = 0,
              weight_layout: str = "in_out", accumulate: bool = False) -> list[Launch]:
-    """A launch of each kernel that calls of these layers would launch on a GPU of this compute capability."""
+    """A launch of each kernel that calls of these layers would launch on a GPU of this compute capability and name."""
     unknown = set(dtypes) - ITEM_BYTES.keys()
     if unknown:
         raise ValueError(f"dtypes must be {', '.join(ITEM_BYTES)}; got {min(unknown)!r}")
-    where = _Foreseen(capability)
+    where = _Foreseen(capability, gpu)
     with device.standing_in(where):
         for layer in layers:
             for dtype in dtypes:
@@ -173,11 +176,11 @@ def _call(arrays: dict[str, Any], options: dict[str, Any], activations: list[str
 class _Foreseen:
     """A GPU of this compute capability that is not here. Keeps what would be launched; its arrays are nowhere."""
 
-    kind, name, place = "gpu", "a GPU that is foreseen", "GPU 0"
+    kind, place = "gpu", "GPU 0"
     array_kinds = "an array"
 
-    def __init__(self, capability: tuple[int, int]):
-        self._capability = capability
+    def __init__(self, capability: tuple[int, int], name: str):
+        self._capability, self.name = capability, name
         self._next = ALIGNMENT
         self.launches: list[Launch] = []
 
@@ -238,6 +241,10 @@ class _Foreseen:
     def using(self, stream: Any, place: str) -> Iterator[int]:
         """The default stream."""
         yield 0
+
+    def name_of(self, place: str) -> str:
+        """The name that was stated."""
+        return self.name
 
     def capability(self, place: str) -> tuple[int, int]:
         """The compute capability that was stated."""

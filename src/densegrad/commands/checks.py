@@ -33,7 +33,7 @@ _PRECISIONS: tuple[tuple[str, int, str], ...] = tuple(
     (function, axis, precision) for function in ("weight_grad", "input_grad", "weight_bias_grad")
     for axis in (0, 1) for precision in TF32)
 
-_ARGUMENTS = {"bias_grad": ("dz",), "weight_grad": ("x", "dz"), "input_grad": ("dz", "w"),
+ARGUMENTS = {"bias_grad": ("dz",), "weight_grad": ("x", "dz"), "input_grad": ("dz", "w"),
               "weight_bias_grad": ("x", "dz"), "dense_grads": ("x", "w", "dz")}
 #: in the order of densegrad.WeightBiasGrads and densegrad.DenseGrads
 _GRADIENTS = {"weight_bias_grad": ("weight_grad", "bias_grad"),
@@ -129,16 +129,16 @@ def _run(case: Case) -> Outcome:
 
     if case.function in ("activation_grad", "cross_entropy_grad"):
         return _run_upstream(case)
-    arrays, orientation = _problem(case)
+    arrays, orientation = problem(case)
     names = _GRADIENTS.get(case.function, (case.function,))
     exact, magnitude, bounds = {}, {}, []
     options = {function: {"batch_axis": case.batch_axis} if function == "bias_grad" else orientation
                for function in (case.function, *names)}
     for name in names:
-        given = [arrays[argument] for argument in _ARGUMENTS[name]]
+        given = [arrays[argument] for argument in ARGUMENTS[name]]
         exact[name] = getattr(reference, name)(*given, **options[name])
         magnitude[name] = getattr(reference, name)(*map(np.abs, given), **options[name])
-    given = [arrays[argument] for argument in _ARGUMENTS[case.function]]
+    given = [arrays[argument] for argument in ARGUMENTS[case.function]]
     chosen: dict[str, Any] = {"compensated": True} if case.compensated else {}
     chosen |= {"precision": case.precision} if case.precision else {}
     gathered = {"weight_bias_grad": densegrad.WeightBiasGrads, "dense_grads": densegrad.DenseGrads}.get(case.function)
@@ -194,7 +194,7 @@ def _run_upstream(case: Case) -> Outcome:
     return Outcome(case, *worst, repeats)
 
 
-def _problem(case: Case) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def problem(case: Case) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Normal data in the case's orientation, and the options that say it."""
     draw = np.random.default_rng([case.samples, case.in_features, case.out_features, case.batch_axis])
     s, d, m = case.samples, case.in_features, case.out_features

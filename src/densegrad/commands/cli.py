@@ -23,6 +23,7 @@ from .. import device, errors
 from . import kept
 from .files import is_standard_output, written
 from .terminal import hear_the_log, notes, progress, remark, results, suit_encoding, table, verdict, waiting
+from .tune import tune
 
 if TYPE_CHECKING:
     import numpy as np
@@ -518,5 +519,5 @@ def _compiled(launch: Launch, capability: tuple[int, int]) -> str:
         return ptx_of(launch, capability)
 
 
-for command in (kept.cache, kept.warmup):
+for command in (kept.cache, kept.warmup, tune):
     app.command()(command)

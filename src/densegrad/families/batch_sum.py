@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import product
 from math import gcd, isqrt
+from typing import Any
 
 from ..errors import PlanError
 from ..facts import ITEM_BYTES, accumulator_of
@@ -116,7 +119,8 @@ class BatchSumPlan:
         elif self.layout == "flat":
             if self.lanes > 1 or self.runs_per_block > 1:
                 raise PlanError("plan: a flat matrix is one run: lanes and runs_per_block must be 1")
-            if self.tile % self.outputs or (self.parts > 1 and self.samples_per_part * self.outputs % self.tile):
+            if not self.outputs or self.tile % self.outputs or (
+                    self.parts > 1 and self.samples_per_part * self.outputs % self.tile):
                 raise PlanError(f"plan: a line of {self.tile} elements must be a multiple of the {self.outputs} "
                                 "outputs, and a part a multiple of lines")
         elif self.runs_per_block % self.lanes or (self.parts > 1 and self.samples_per_part % self.tile):
@@ -347,6 +351,34 @@ def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensa
     steps = steps_of_a_part(ceil_div(samples, plan.lanes), ceil_div(worthy_blocks(samples * outputs, most), tiles),
                             max(most // shifted_tiles, LEAST_BLOCKS // tiles))
     return replace(plan, samples_per_part=min(samples, steps * plan.lanes), in_flight=_under_way(steps))
+
+
+def batch_sum_candidates(samples: int, outputs: int, dtype: str, layout: str,
+                         compensated: bool = False) -> list[BatchSumPlan]:
+    """The plan of plan_batch_sum, and others near it: other blocks, loads under way and lengths of parts."""
+    model = plan_batch_sum(samples, outputs, dtype, layout, compensated)
+    found = dict.fromkeys([model])
+    if not samples or not outputs:
+        return list(found)
+    for threads_x, lanes in ((2 * model.threads_x, model.lanes // 2), (model.threads_x, model.lanes),
+                             (model.threads_x // 2, 2 * model.lanes)):
+        line = threads_x * model.vectors * model.vector
+        step, least = lanes, 1  # a part is whole steps
+        cut: dict[str, Any] = {"lanes": lanes}
+        if model.layout == "flat":
+            step, least = line // outputs, 2
+            cut = {"folders": _folders(step)}
+        elif model.layout == "features_first":
+            step, least = line, 2
+            cut = {"lanes": lanes, "folders": _folders(line),
+                   "runs_per_block": ceil_div(model.runs_per_block, max(lanes, 1)) * lanes}
+        for quarters, in_flight in product((1, 2, 4, 8, 16), (1, 2, 4, 8)) if step else ():
+            steps = ceil_div(ceil_div(4 * samples, quarters * model.parts), step)
+            if least <= in_flight <= max(steps, least):
+                with suppress(PlanError):  # blocks too large or lines too short
+                    found[replace(model, threads_x=threads_x, in_flight=in_flight,
+                                  samples_per_part=min(samples, steps * step), **cut)] = None
+    return list(found)
 
 
 def _light(dtype: str, compensated: bool) -> bool:

@@ -135,6 +135,11 @@ def calls_of_a_sample(seconds: float, effort: Effort) -> int:
     return max(1, min(effort.calls, round(effort.sample / max(seconds, 1e-9))))
 
 
+def sets_of_buffers(clock: Clock, calls: int, nbytes: int) -> int:
+    """How many sets of buffers, of so many bytes each, calls rotate over: enough to fill the cache thrice."""
+    return max(1, min(calls, -(-3 * clock.l2_bytes // nbytes)))
+
+
 def sample(clock: Clock, timed: Timed, calls: Sequence[Callable[[], Any]]) -> None:
     """Add one sample, over the buffers of these calls in turn."""
     wait = 2 * timed.calls * (timed.host[-1] if timed.host else 0.0)
