@@ -26,6 +26,7 @@ from .families.product import (
     plan_product,
     plan_tensor_core,
     plan_thin,
+    product_candidates,
     tensor_core_candidates,
     thin_candidates,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "plan_tensor_core",
     "plan_thin",
     "plan_upstream",
+    "product_candidates",
     "tensor_core_candidates",
     "thin_candidates",
     "transposed_tile",

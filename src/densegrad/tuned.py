@@ -26,13 +26,14 @@ from .families.batch_sum import BatchSumPlan
 from .families.cost import ORDERS
 from .families.matmul_simt import MatmulPlan
 from .families.matmul_tensor_core import TensorCorePlan
+from .families.matmul_thin import ThinPlan
 
 log = logging.getLogger("densegrad")
 
 #: of the file: it changes when a reader of the old one would go wrong
 FORMAT = 1
 #: the classes of plans that a file may hold, by their names
-PLANS: dict[str, Any] = {kind.__name__: kind for kind in (BatchSumPlan, MatmulPlan, TensorCorePlan)}
+PLANS: dict[str, Any] = {kind.__name__: kind for kind in (BatchSumPlan, MatmulPlan, TensorCorePlan, ThinPlan)}
 #: what an entry's plan is for
 PRODUCT, BATCH_SUM = "product", "batch sum"
 #: how many calls of use_plans can be taken back by with blocks that have not begun yet
@@ -70,8 +71,10 @@ def question_of(plan: Any, order: str | None) -> tuple[tuple[Any, ...], tuple[st
     if isinstance(plan, BatchSumPlan):
         return ((plan.samples, plan.outputs, plan.dtype),
                 (f"layout {plan.layout}", "compensated" if plan.compensated else "not compensated"))
-    return ((plan.rows, plan.cols, plan.depth, plan.dtype),
-            (f"order {order}", f"precision {getattr(plan, 'precision', 'ieee')}"))
+    precision = getattr(plan, "precision", "ieee")
+    if isinstance(plan, ThinPlan) and plan.accumulator != plan.dtype:
+        precision = None  # half types, which are thin where no precision was asked for
+    return (plan.rows, plan.cols, plan.depth, plan.dtype), (f"order {order}", f"precision {precision}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,7 @@ import numpy as np
 import densegrad
 
 from .. import device, reference, tuned
-from ..families.cost import cost_of
-from ..plans import BatchSumPlan, TensorCorePlan, batch_sum_candidates, matmul_candidates, tensor_core_candidates
+from ..plans import BatchSumPlan, batch_sum_candidates, product_candidates
 from ..testing import error_bound, host
 from . import timing
 from .checks import ARGUMENTS, Case, compare, problem
@@ -55,16 +54,14 @@ class Outcome:
         return tuned.Entry(self.winner, self.order, self.seconds * 1e6, self.model_seconds * 1e6)
 
 
-def candidates(model: Any, order: Any) -> tuple[list[Any], int]:
+def candidates(model: Any, order: Any, precision: str | None, capability: tuple[int, int]) -> tuple[list[Any], int]:
     """Plans for what the model's choice is for, that one first, and how many were left out as far too slow."""
     if isinstance(model, BatchSumPlan):
         return batch_sum_candidates(model.samples, model.outputs, model.dtype, model.layout, model.compensated), 0
-    sizes = model.rows, model.cols, model.depth, model.dtype
-    if isinstance(model, TensorCorePlan):
-        listed: list[Any] = [*tensor_core_candidates(*sizes, model.precision, model.capability)]
-    else:
-        listed = [*matmul_candidates(*sizes)]
-    costs = {plan: cost_of(plan, order) for plan in listed}
+    listed = [plan for plan in product_candidates(model.rows, model.cols, model.depth, model.dtype, precision,
+                                                  capability, order=order)
+              if tuned.question_of(plan, order) == tuned.question_of(model, order)]
+    costs = {plan: plan.cost(order) for plan in listed}
     totals = {plan: cost.total for plan, cost in costs.items() if cost}
     near = [plan for plan in listed if totals.get(plan, 0.0) <= FAR * min(totals.values(), default=0.0)]
     return list(dict.fromkeys([model, *near])), len(listed) - len(near)
@@ -100,7 +97,8 @@ class Race:
 
     def run(self) -> Outcome:
         """All of it."""
-        plans, left_out = candidates(self.model, self.order)
+        plans, left_out = candidates(self.model, self.order, self.case.precision,
+                                     device.current().capability(device.HOST))
         medians: dict[Any, list[float]] = {}
         faults = []
         for plan in plans:

@@ -50,8 +50,7 @@ def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: st
                      order: str = "across") -> TensorCorePlan:
     """The plan with instructions that this compute capability has, chosen as by plan_matmul."""
     _check_capability(capability)
-    instructions = TENSOR_CORE_CAPABILITY if capability >= TENSOR_CORE_CAPABILITY else FLOAT16_CAPABILITY
-    return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, instructions), order)
+    return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, _instructions(capability)), order)
 
 
 @lru_cache(maxsize=4096, typed=True)
@@ -105,12 +104,39 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
                                 order=order)
     else:
         plan = plan_matmul(rows, cols, depth, dtype, order)
-    if min(rows, cols) <= THIN and precision not in TF32:
+    if _may_be_thin(rows, cols, dtype, precision):
         thin = plan_thin(rows, cols, depth, dtype, order)
         rival = plan.cost(order)
         if rival is None or thin.cost(order).total * EXTRAPOLATED < rival.total:
             return thin
     return plan
+
+
+def product_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
+                       capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, *,
+                       order: str = "across") -> list[ProductPlan]:
+    """Every plan that plan_product chooses from, of all kinds."""
+    _check_capability(capability)
+    plans: list[ProductPlan] = []
+    if _on_tensor_cores(dtype, precision, capability):
+        plans += tensor_core_candidates(rows, cols, depth, dtype, precision if precision in TF32 else None,
+                                        _instructions(capability))
+    else:
+        plans += matmul_candidates(rows, cols, depth, dtype)
+    if _may_be_thin(rows, cols, dtype, precision):
+        plans += thin_candidates(rows, cols, depth, dtype, order)
+    return plans
+
+
+def _may_be_thin(rows: int, cols: int, dtype: str, precision: str | None) -> bool:
+    """Whether a thin plan is among the choices: of half types only where no precision was asked for."""
+    exact = (None,) if dtype in ("float16", "bfloat16") else (None, "ieee")
+    return min(rows, cols) <= THIN and precision in exact
+
+
+def _instructions(capability: tuple[int, int]) -> tuple[int, int]:
+    """The first compute capability that has those instructions of tensor cores which this one has."""
+    return TENSOR_CORE_CAPABILITY if capability >= TENSOR_CORE_CAPABILITY else FLOAT16_CAPABILITY
 
 
 def _check_capability(capability: tuple[int, int]) -> None:
