@@ -283,10 +283,12 @@ def test_blocks_that_begin_at_the_same_time_leave_nothing_behind(order, write):
     """As in several threads, each of which has called and not yet entered."""
     use_plans(write())
     before = tuned.active()
-    waiting = [use_plans(write(name=f"{number}.json")) for number in order]
+    waiting = {number: use_plans(write(name=f"{number}.json")) for number in range(len(order))}
     for number in order:
-        with waiting[number]:
-            assert tuned.active().name.endswith(f"{order[number]}.json")
+        with waiting.pop(number):
+            assert tuned.active().name.endswith(f"{number}.json")
+        if waiting:
+            assert tuned.active().name.endswith(f"{max(waiting)}.json")
     assert tuned.active() is before
 
 
@@ -457,6 +459,12 @@ def test_the_fastest_plan_wins(clocked):
     outcome = clocked({SUM: 10.0, OTHER_SUM: 8.0, THIRD_SUM: 9.0})
     assert outcome.entry == Entry(OTHER_SUM, None, pytest.approx(8.0), pytest.approx(10.0))
     assert (outcome.timed, outcome.faults, outcome.doubtful) == (3, (), ())
+
+
+def test_the_models_choice_takes_part_however_slow_it_is(clocked):
+    others = [replace(SUM, in_flight=2 ** number, folders=2) for number in range(1, 2 + race.FINALISTS)]
+    outcome = clocked({SUM: 20.0} | {plan: 10.0 + number for number, plan in enumerate(others)})
+    assert outcome.entry == Entry(others[0], None, pytest.approx(10.0), pytest.approx(20.0))
 
 
 @pytest.mark.parametrize(("other", "written"), [(10.5, False), (9.8, False), (9.72, False), (9.6, True)])
