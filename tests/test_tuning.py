@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import densegrad
-from densegrad import device, plans, tuned, warming
+from densegrad import device, plans, testing, tuned, warming
 from densegrad.calls import recorded
 from densegrad.commands import cli, race, timing, tune
 from densegrad.commands.checks import Case
@@ -98,8 +98,6 @@ def test_results_are_within_their_bounds_all_the_same(layer, write):
     x, w, dz = layer
     with use_plans(write()):
         found = densegrad.dense_grads(x, w, dz)
-    from densegrad import testing
-
     arrays = [testing.host(array) for array in layer]
     for got, function, given, plan in ((found.dx, "input_grad", (arrays[2], arrays[1]), OTHER_INPUT),
                                        (found.dw, "weight_grad", (arrays[0], arrays[2]), OTHER_WEIGHT),
@@ -244,18 +242,19 @@ def test_called_alone_it_holds_for_the_process(layer, write):
     def call():
         found.append(planned(densegrad.bias_grad, dz) == [OTHER_SUM])
 
-    def in_a_thread():
+    def here_and_in_a_thread():
+        call()
         thread = threading.Thread(target=call)
         thread.start()
         thread.join()
 
     use_plans(path)
-    call(), in_a_thread()
+    here_and_in_a_thread()
     with use_plans(None):  # here, and not elsewhere
-        call(), in_a_thread()
-    call(), in_a_thread()
+        here_and_in_a_thread()
+    here_and_in_a_thread()
     use_plans(None)
-    call(), in_a_thread()
+    here_and_in_a_thread()
     assert found == [True, True, False, True, True, True, False, False]
 
 
@@ -390,7 +389,7 @@ def test_instructions_must_be_those_of_the_gpu(write):
 
 def test_what_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    for name, why in (("missing.json", "No such file"), ("", "Is a directory"), ("bytes", "no text")):
+    for name, why in (("missing.json", "No such file"), ("", "Is a directory"), ("bytes", "can't decode byte 0xff")):
         with pytest.raises(PlanError, match=why) as error:
             use_plans(tmp_path / name)
         assert str(tmp_path / name) in str(error.value)
