@@ -618,7 +618,7 @@ def test_candidates_answer_what_the_models_choice_does(sizes, dtype, precision):
         assert left_out > 0
         assert any(plan.cost("along") is None for plan in found)  # what nobody has measured takes part
     kinds = {type(plan) for plan in found}
-    if (sizes[0], precision) == (1, None):
+    if (sizes[0], precision) == (1, None) and dtype != "float64":
         assert ThinPlan in kinds
     assert len(kinds - {ThinPlan}) == 1
 
@@ -657,7 +657,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "QUICK", timing.Effort(warm_up=0, sample=1e-6, samples=1, calls=1))
     microseconds = {SUM: 10.0, OTHER_SUM: 8.0, WEIGHT: 20.0, OTHER_WEIGHT: 19.9, INPUT: 40.0, OTHER_INPUT: 30.0}
     monkeypatch.setattr(race, "batch_sum_candidates", lambda *_: [SUM, OTHER_SUM])
-    monkeypatch.setattr(race, "matmul_candidates", lambda rows, *_: (
+    monkeypatch.setattr(race, "product_candidates", lambda rows, *_, **__: (
         [WEIGHT, OTHER_WEIGHT] if rows == IN_FEATURES else [INPUT, OTHER_INPUT]))
     monkeypatch.setattr(race, "FAR", 1e9)
     path = tmp_path / "tuned.json"
@@ -749,3 +749,21 @@ def test_without_a_gpu_nothing_is_timed(tmp_path):
     for words in ("error: plans are timed on a GPU", "the simulator's times say nothing"):
         assert words in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_generator_takes_back_its_own_plans(write):
+    """Its block may end within another one that began later."""
+    first, second = write(), write(ENTRIES[0], name="other.json")
+
+    def generator():
+        with use_plans(first):
+            yield tuned.active()
+
+    ended = generator()
+    own = next(ended)
+    with use_plans(second):
+        inner = tuned.active()
+        assert inner is not own
+        ended.close()
+        assert tuned.active() is inner
+    assert tuned.active() is None

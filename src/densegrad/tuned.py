@@ -73,7 +73,7 @@ def question_of(plan: Any, order: str | None) -> tuple[tuple[Any, ...], tuple[st
                 (f"layout {plan.layout}", "compensated" if plan.compensated else "not compensated"))
     precision = getattr(plan, "precision", "ieee")
     if isinstance(plan, ThinPlan) and plan.accumulator != plan.dtype:
-        precision = None  # half types, which are thin where no precision was asked for
+        precision = None  # of half types, which are thin beside tensor cores alone
     return (plan.rows, plan.cols, plan.depth, plan.dtype), (f"order {order}", f"precision {precision}")
 
 
@@ -228,7 +228,7 @@ class Asked(list[tuple[Any, str | None]]):
 #: calls of use_plans alone: the last of them counts
 _process: tuple[use_plans, ...] = ()
 _switching = threading.Lock()
-#: tables, or None for none: the last of them counts, and before the process's
+#: whose with block it is, and its table, or None for none: the last of them counts, and before the process's
 _within: ContextVar[tuple[Any, ...]] = ContextVar("densegrad_plans", default=())
 
 
@@ -236,7 +236,7 @@ def active() -> Any:
     """The table that calls of this thread take plans from, or None."""
     within = _within.get()
     if within:
-        return within[-1]
+        return within[-1][1]
     process = _process  # another thread may change it meanwhile
     return process[-1]._table if process else None
 
@@ -251,7 +251,7 @@ def instead_of(plan: Any, where: Any, place: str, order: str | None = None) -> A
 def asked() -> Iterator[Asked]:
     """What calls ask for in the with block, in which no table is active."""
     within, questions = _within.get(), Asked()
-    _within.set((*within, questions))
+    _within.set((*within, (questions, questions)))
     try:
         yield questions
     finally:
@@ -309,11 +309,14 @@ class use_plans:
         global _process
         with _switching:
             _process = tuple(one for one in _process if one is not self)
-        _within.set((*_within.get(), self._table))
+        _within.set((*_within.get(), (self, self._table)))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _within.set(_within.get()[:-1])
+        # A generator may end its block after another one has begun: each takes back its own.
+        within = _within.get()
+        last = max((place for place, (owner, _) in enumerate(within) if owner is self), default=len(within))
+        _within.set((*within[:last], *within[last + 1:]))
 
 
 def _read(path: str | PathLike[str]) -> Table:

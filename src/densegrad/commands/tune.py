@@ -49,14 +49,17 @@ def tune(
     layers, dtypes = [layer_of(words) for words in sizes], [one.value for one in dtype or (Dtype("float32"),)]
     if precision is not None and "float32" not in dtypes:
         raise ValueError(f"--precision is a choice that float32 has; got --dtype {', '.join(dtypes)} (leave it out)")
-    clock = gpu_clock()
     from .. import tuned
+    from ..families.common import check_choice
     from ..families.product import check_known
+
+    check_known(precision)
+    check_choice("--weight-layout", weight_layout, ("in_out", "out_in"))
+    clock = gpu_clock()
     from . import race, timing
     from .checks import Case
     from .explain import count
 
-    check_known(precision)
     cases = [Case(function, *layer, kind, batch_axis, weight_layout,
                   precision=precision if function != "bias_grad" and kind == "float32" else None)
              for kind in dtypes for layer in layers for function in GRADIENTS]

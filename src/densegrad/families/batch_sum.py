@@ -126,6 +126,9 @@ class BatchSumPlan:
         elif self.runs_per_block % self.lanes or (self.parts > 1 and self.samples_per_part % self.tile):
             raise PlanError(f"plan: runs_per_block must be a multiple of the {self.lanes} lanes, and a part one of "
                             f"lines of {self.tile}")
+        elif self.line_pitch * ITEM_BYTES[self.accumulator] % 16:
+            raise PlanError(f"plan: lines of {self.tile} elements folded by {self.folders} threads lie "
+                            f"{self.line_pitch} cells apart, no multiple of 16 bytes (take another number of folders)")
 
     @property
     def accumulator(self) -> str:

@@ -47,7 +47,7 @@ class ProductCost:
     least: float  # what memory's rate and the arithmetic units' allow at the best
     measured: bool  # whether rows cover this kind, this tile and such a cut
     rows: int  # measured plans that the model was fitted to; 0 of a nominal model
-    beyond: bool = False  # whether the depth is cut further than in any row
+    beyond: bool = False  # whether the depth is cut further than in any row: into more parts, or larger ones in all
 
     @property
     def total(self) -> float:
@@ -89,7 +89,8 @@ def cost_of(plan: Any, order: str) -> ProductCost | None:
         shared, group["coefficients"], strict=True)), strict=True))
     least = max(matrices_bytes(plan) / BYTES_A_MICROSECOND,
                 2 * plan.rows * plan.cols * plan.depth / FLOPS_A_MICROSECOND[group["kind"]])
-    beyond = plan.workspace_bytes > group["most workspace"]
+    kept = plan.parts * plan.rows * plan.cols * 4 * (plan.parts > 1)
+    beyond = plan.parts > group["most parts"] or kept > group["most workspace"]
     as_measured = plan.kind == group["kind"] and (plan.dtype == "bfloat16") == (plan.kind == "bfloat16")
     return ProductCost(
         of_tile[0] + of_tile[1] + shares["narrow accesses of waves"] + shares["narrow accesses shared out"],

@@ -99,12 +99,13 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     """
     _check_capability(capability)
     plan: ProductPlan
-    if _on_tensor_cores(dtype, precision, capability):
+    on_tensor_cores = _on_tensor_cores(dtype, precision, capability)
+    if on_tensor_cores:
         plan = plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None, capability,
                                 order=order)
     else:
         plan = plan_matmul(rows, cols, depth, dtype, order)
-    if _may_be_thin(rows, cols, dtype, precision):
+    if _may_be_thin(rows, cols, dtype, precision, on_tensor_cores):
         thin = plan_thin(rows, cols, depth, dtype, order)
         rival = plan.cost(order)
         if rival is None or thin.cost(order).total * EXTRAPOLATED < rival.total:
@@ -118,20 +119,24 @@ def product_candidates(rows: int, cols: int, depth: int, dtype: str, precision: 
     """Every plan that plan_product chooses from, of all kinds."""
     _check_capability(capability)
     plans: list[ProductPlan] = []
-    if _on_tensor_cores(dtype, precision, capability):
+    on_tensor_cores = _on_tensor_cores(dtype, precision, capability)
+    if on_tensor_cores:
         plans += tensor_core_candidates(rows, cols, depth, dtype, precision if precision in TF32 else None,
                                         _instructions(capability))
     else:
         plans += matmul_candidates(rows, cols, depth, dtype)
-    if _may_be_thin(rows, cols, dtype, precision):
+    if _may_be_thin(rows, cols, dtype, precision, on_tensor_cores):
         plans += thin_candidates(rows, cols, depth, dtype, order)
     return plans
 
 
-def _may_be_thin(rows: int, cols: int, dtype: str, precision: str | None) -> bool:
-    """Whether a thin plan is among the choices: of half types only where no precision was asked for."""
-    exact = (None,) if dtype in ("float16", "bfloat16") else (None, "ieee")
-    return min(rows, cols) <= THIN and precision in exact
+def _may_be_thin(rows: int, cols: int, dtype: str, precision: str | None, on_tensor_cores: bool) -> bool:
+    """Whether a thin plan is among the choices: of half types only beside tensor cores.
+
+    None of float64: the cut of its depth and whether db rides along follow from the sizes alone.
+    """
+    return min(rows, cols) <= THIN and dtype != "float64" and (
+        precision not in TF32 if dtype == "float32" else on_tensor_cores)
 
 
 def _instructions(capability: tuple[int, int]) -> tuple[int, int]:
