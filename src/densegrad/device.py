@@ -233,7 +233,7 @@ class Simulator:
 
     def deliver(self, array: np.ndarray, like: Any) -> Any:
         """The array as the kind of container that like is."""
-        return tensors.host_tensor(array) if tensors.is_tensor(like) else array
+        return array if isinstance(like, np.ndarray) else tensors.host_tensor(array)
 
     def address(self, array: Any) -> SimulatedAddress:
         """Where the element (0, ..., 0) lies, for a kernel."""
@@ -672,7 +672,7 @@ class GpuOfTensors(Gpu):
         return self.torch.cuda.current_stream(self.index)
 
     def capturing(self, stream: int) -> bool:
-        """Whether memory of a call's own would not last as long as a graph: PyTorch's graphs keep what they allocate."""
+        """Never in the way: a graph that PyTorch captures keeps the memory that was allocated meanwhile."""
         return False
 
 

@@ -61,7 +61,7 @@ def cure(tensor: Any, devices: tuple[str, ...]) -> str:
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether a CUDA tensor is memory that kernels can use; of its dtype it says nothing, which is for others to see."""
+    """Whether a CUDA tensor is memory that kernels can use; its dtype is for others to look at."""
     torch = sys.modules["torch"]
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return not cure(tensor, ("cuda",))
