@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import densegrad
-from densegrad import device, plans, tuned, warming
+from densegrad import device, plans, testing, tuned, warming
 from densegrad.calls import recorded
 from densegrad.commands import cli, race, timing, tune
 from densegrad.commands.checks import Case
@@ -98,8 +98,6 @@ def test_results_are_within_their_bounds_all_the_same(layer, write):
     x, w, dz = layer
     with use_plans(write()):
         found = densegrad.dense_grads(x, w, dz)
-    from densegrad import testing
-
     arrays = [testing.host(array) for array in layer]
     for got, function, given, plan in ((found.dx, "input_grad", (arrays[2], arrays[1]), OTHER_INPUT),
                                        (found.dw, "weight_grad", (arrays[0], arrays[2]), OTHER_WEIGHT),
@@ -244,18 +242,19 @@ def test_called_alone_it_holds_for_the_process(layer, write):
     def call():
         found.append(planned(densegrad.bias_grad, dz) == [OTHER_SUM])
 
-    def in_a_thread():
+    def here_and_in_a_thread():
+        call()
         thread = threading.Thread(target=call)
         thread.start()
         thread.join()
 
     use_plans(path)
-    call(), in_a_thread()
+    here_and_in_a_thread()
     with use_plans(None):  # here, and not elsewhere
-        call(), in_a_thread()
-    call(), in_a_thread()
+        here_and_in_a_thread()
+    here_and_in_a_thread()
     use_plans(None)
-    call(), in_a_thread()
+    here_and_in_a_thread()
     assert found == [True, True, False, True, True, True, False, False]
 
 
@@ -283,10 +282,12 @@ def test_blocks_that_begin_at_the_same_time_leave_nothing_behind(order, write):
     """As in several threads, each of which has called and not yet entered."""
     use_plans(write())
     before = tuned.active()
-    waiting = [use_plans(write(name=f"{number}.json")) for number in order]
+    waiting = {number: use_plans(write(name=f"{number}.json")) for number in range(len(order))}
     for number in order:
-        with waiting[number]:
-            assert tuned.active().name.endswith(f"{order[number]}.json")
+        with waiting.pop(number):
+            assert tuned.active().name.endswith(f"{number}.json")
+        if waiting:
+            assert tuned.active().name.endswith(f"{max(waiting)}.json")
     assert tuned.active() is before
 
 
@@ -388,7 +389,7 @@ def test_instructions_must_be_those_of_the_gpu(write):
 
 def test_what_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    for name, why in (("missing.json", "No such file"), ("", "Is a directory"), ("bytes", "no text")):
+    for name, why in (("missing.json", "No such file"), ("", "Is a directory"), ("bytes", "can't decode byte 0xff")):
         with pytest.raises(PlanError, match=why) as error:
             use_plans(tmp_path / name)
         assert str(tmp_path / name) in str(error.value)
@@ -457,6 +458,12 @@ def test_the_fastest_plan_wins(clocked):
     outcome = clocked({SUM: 10.0, OTHER_SUM: 8.0, THIRD_SUM: 9.0})
     assert outcome.entry == Entry(OTHER_SUM, None, pytest.approx(8.0), pytest.approx(10.0))
     assert (outcome.timed, outcome.faults, outcome.doubtful) == (3, (), ())
+
+
+def test_the_models_choice_takes_part_however_slow_it_is(clocked):
+    others = [replace(SUM, in_flight=2 ** number, folders=2) for number in range(1, 2 + race.FINALISTS)]
+    outcome = clocked({SUM: 20.0} | {plan: 10.0 + number for number, plan in enumerate(others)})
+    assert outcome.entry == Entry(others[0], None, pytest.approx(10.0), pytest.approx(20.0))
 
 
 @pytest.mark.parametrize(("other", "written"), [(10.5, False), (9.8, False), (9.72, False), (9.6, True)])

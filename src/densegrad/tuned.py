@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from math import inf
 from os import PathLike
 from pathlib import Path
@@ -140,7 +140,7 @@ def _operation_of(plan: Any) -> str:
     return BATCH_SUM if isinstance(plan, BatchSumPlan) else PRODUCT
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _say_once(words: str) -> None:
     log.warning("%s", words)
 
@@ -225,9 +225,11 @@ class Asked(list[tuple[Any, str | None]]):
         return plan
 
 
-_process: tuple[use_plans, ...] = ()  # the last of them counts
+#: calls of use_plans alone: the last of them counts
+_process: tuple[use_plans, ...] = ()
 _switching = threading.Lock()
-_within: ContextVar[tuple[Any, ...]] = ContextVar("densegrad_plans", default=())  # likewise; more than the process's
+#: tables, or None for none: the last of them counts, and before the process's
+_within: ContextVar[tuple[Any, ...]] = ContextVar("densegrad_plans", default=())
 
 
 def active() -> Any:
@@ -235,7 +237,8 @@ def active() -> Any:
     within = _within.get()
     if within:
         return within[-1]
-    return _process[-1]._table if _process else None
+    process = _process  # another thread may change it meanwhile
+    return process[-1]._table if process else None
 
 
 def instead_of(plan: Any, where: Any, place: str, order: str | None = None) -> Any:
@@ -264,8 +267,8 @@ class use_plans:
 
     Parameters
     ----------
-    path : str or path, optional
-        The file; None for none, which brings the model's plans back.
+    path : str, path or None
+        The file; with None the model's plans are back.
 
     Raises
     ------
@@ -273,7 +276,7 @@ class use_plans:
         If the file cannot be read or is none of plans: nothing changes then. It names the file, the plan in it, what
         was expected, what came and the cure.
     TypeError
-        If path is none.
+        If path is something else.
 
     Notes
     -----
@@ -319,7 +322,7 @@ def _read(path: str | PathLike[str]) -> Table:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        why = getattr(error, "strerror", None) or error
         raise _refused(str(path), f"must be a file of plans, but cannot be read: {why}") from error
     return table_of(text, str(path))
 

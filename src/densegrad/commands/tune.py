@@ -64,7 +64,8 @@ def tune(
         with progress() as bar:
             task = bar.add_task("Timing", total=len(cases))
             for outcome in race.outcomes(cases, clock, timing.QUICK if quick else timing.Effort()):
-                done += [outcome] if outcome else []
+                if outcome is not None:
+                    done.append(outcome)
                 bar.advance(task)
         entries = tuple(outcome.entry for outcome in done if outcome.entry)
         made = tuned.Table(str(out), __version__, gpu=where.name_of(device.HOST),
