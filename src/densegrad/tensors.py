@@ -29,10 +29,11 @@ def is_tensor(array: Any) -> bool:
     return isinstance(array, tensor_type())
 
 
-def cure(tensor: Any, devices: tuple[str, ...]) -> str:
+def cure(tensor: Any, devices: tuple[str, ...], *, of_memory: bool = True) -> str:
     """What makes memory that kernels can use of a tensor that is none, or an empty string if it is.
 
-    devices are the kinds of device, "cpu" or "cuda", whose memory can be used.
+    devices are the kinds of device, "cpu" or "cuda", whose memory can be used. Without of_memory a tensor may stand for
+    another one, as within torch.func.
     """
     torch = sys.modules["torch"]
     if tensor.is_nested:
@@ -41,7 +42,7 @@ def cure(tensor: Any, devices: tuple[str, ...]) -> str:
         return "it is distributed: pass what this process has of it, tensor.to_local()"
     if tensor.layout is not torch.strided:
         return "it is sparse or blocked: pass tensor.to_dense()"
-    if tensor.is_meta:
+    if tensor.is_meta and of_memory:
         return f"it is on the device meta, which has no memory: make one with torch.empty_like(tensor, " \
                f"device={devices[-1]!r})"
     if tensor.is_quantized:
@@ -54,7 +55,7 @@ def cure(tensor: Any, devices: tuple[str, ...]) -> str:
         return f"its dtype is {tensor.dtype}: pass tensor.to(torch.float32)"
     if tensor.device.type not in devices:
         return f"it is on {tensor.device}: pass tensor.to({devices[-1]!r})"
-    if not _has_memory(torch, tensor):
+    if of_memory and not _has_memory(torch, tensor):
         return ("it stands for a tensor within torch.compile, torch.func or a fake mode and has no memory of its own: "
                 "call densegrad.torch.linear there")
     return ""
