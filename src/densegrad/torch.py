@@ -323,8 +323,8 @@ class Linear(torch.nn.Linear):
         As in torch.nn.Linear.
     main_grad : bool
         Whether gradients are added into `weight.main_grad` and `bias.main_grad` in the kernels that make them, instead
-        of `.grad`, which stays None. Where a parameter has no such tensor, it gets one of zeros at the first forward:
-        float32, or float64 of float64. Zeroing and reducing them, and handing them to the optimizer, is the caller's.
+        of `.grad`, which stays None. A parameter without one gets zeros: float32, or float64 of float64. Zeroing and
+        reducing them, and handing them to the optimizer, is the caller's.
     fallback : bool
         As in `linear`.
     """
@@ -336,22 +336,37 @@ class Linear(torch.nn.Linear):
                  main_grad: bool = False, fallback: bool = False):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.main_grad, self.fallback = main_grad, fallback
+        self._main_grads()
 
     def forward(self, x: Tensor) -> Tensor:
         """z, or what `fallback` lets PyTorch compute."""
-        into = MainGrads(_main_grad(self.weight), _main_grad(self.bias)) if self.main_grad else None
-        return linear(x, self.weight, self.bias, into=into, fallback=self.fallback)
+        return linear(x, self.weight, self.bias, into=self._main_grads(), fallback=self.fallback)
+
+    def _main_grads(self) -> MainGrads | None:
+        return MainGrads(_main_grad(self.weight), _main_grad(self.bias)) if self.main_grad else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        """Main gradients follow their parameters to another device, and keep their dtype."""
+        super()._apply(fn, recurse)
+        for parameter in (self.weight, self.bias):
+            main = getattr(parameter, "main_grad", None)
+            if main is not None and main.device != parameter.device:
+                parameter.main_grad = None if main.is_meta else main.to(parameter.device)
+        self._main_grads()
+        return self
 
     def _get_name(self) -> str:
         return "densegrad.Linear"
 
 
-def _main_grad(parameter: Tensor | None) -> Tensor | None:
+def _main_grad(parameter: Any) -> Tensor | None:
     """A parameter's main gradient, zeros if it had none; None if it requires no gradient."""
     if parameter is None or not parameter.requires_grad:
         return None
     main = getattr(parameter, "main_grad", None)
     if main is None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("a main gradient cannot be made within torch.compile (call the layer once before)")
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         main = parameter.main_grad = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
     return main
@@ -405,6 +420,7 @@ def convert(model: torch.nn.Module, *, main_grad: bool = False, fallback: bool =
         module = model.get_submodule(name)
         module.__class__ = Linear
         module.main_grad, module.fallback = main_grad, fallback
+        module._main_grads()
     return Converted(swapped, left)
 
 
