@@ -155,8 +155,8 @@ class Seen(NamedTuple):
     def __str__(self) -> str:
         shape, strides, dtype, place, *others, alignment = self.layout
         read_only, kind = others or (False, None)
-        return (f"shape {shape}, strides {strides}, {dtype}, {'read-only ' * read_only}on "
-                f"{_place(place) if kind is None else place}, at a multiple of {alignment} bytes"
+        return (f"shape {tuple(shape)}, strides {strides}, {dtype}, {'read-only ' * read_only}on "
+                f"{_place(place) if isinstance(place, int) else place}, at a multiple of {alignment} bytes"
                 + (f" ({kind.__name__})" if kind else ""))
 
 
@@ -175,8 +175,8 @@ def _seen(memory: Memory | None, kind: type) -> Seen | None:
 def seen_tensor(tensor: Any) -> Seen:
     """What a call sees of a tensor whose memory kernels can use; strides are PyTorch's, in elements."""
     address = tensor.data_ptr()
-    return Seen((tensor.shape, tensor.stride(), tensor.dtype, _place(tensor.get_device()), False,
-                 tensors.tensor_type(), alignment_of(address)), address)
+    return Seen((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), False, tensors.tensor_type(),
+                 alignment_of(address)), address)
 
 
 def _kind_of(array: Any) -> type:

@@ -53,42 +53,59 @@ class MainGrads(NamedTuple):
     bias: Tensor | None = None
 
 
-def _as_matrices(*given: Tensor | None) -> list[Tensor | None]:
-    """Tensors of one sample, without a batch axis, as batches of it."""
-    return [tensor[None] if tensor is not None and tensor.dim() == 1 else tensor for tensor in given]
+#: the operators; defined by the library itself, since custom_op takes longer than what it wraps
+_operators = torch.library.Library("densegrad", "DEF")
+_operators.define("linear_backward(Tensor da, Tensor x, Tensor weight, Tensor? z, str? activation, "
+                  "float? negative_slope, str[] need) -> Tensor[]")
+_operators.define("linear_backward_into(Tensor da, Tensor x, Tensor weight, Tensor? z, str? activation, "
+                  "float? negative_slope, Tensor(a!)? dw, Tensor(b!)? db, bool need_dx) -> Tensor")
 
 
-@torch.library.custom_op("densegrad::linear_backward", mutates_args=(), schema=(
-    "(Tensor da, Tensor x, Tensor weight, Tensor? z, str? activation, float? negative_slope, str[] need) -> Tensor[]"))
-def _linear_backward(da, x, weight, z, activation, negative_slope, need):
+def _linear_backward_on_device(da, x, weight, z, activation, negative_slope, need):
     """Those of the gradients dx, dw and db that are needed, in this order."""
-    rows, below, beside = _as_matrices(x, da, z)
-    grads = dense_grads(rows, weight, below, need=need, activation=activation, z=beside, negative_slope=negative_slope,
+    if x.dim() == 1:
+        return _of_one_sample(_linear_backward_on_device, da, x, weight, z, activation, negative_slope, need)
+    grads = dense_grads(x, weight, da, need=need, activation=activation, z=z, negative_slope=negative_slope,
                         weight_layout="out_in")
-    dx = None if grads.dx is None else grads.dx.reshape(x.shape)
-    return [grad for grad in (dx, grads.dw, grads.db) if grad is not None]
+    return [grad for grad in grads if grad is not None]
 
 
-@_linear_backward.register_fake
+def _linear_backward_into_on_device(da, x, weight, z, activation, negative_slope, dw, db, need_dx):
+    """dw and db added into these; dx, or a tensor of no elements where it is not needed."""
+    if x.dim() == 1:
+        return _of_one_sample(_linear_backward_into_on_device, da, x, weight, z, activation, negative_slope, dw, db,
+                              need_dx)
+    into = {name: out for name, out in (("dw", dw), ("db", db)) if out is not None}
+    dx = dense_grads(x, weight, da, need=(*["dx"] * need_dx, *into), activation=activation, z=z,
+                     negative_slope=negative_slope, weight_layout="out_in", out=DenseGrads(**into),
+                     accumulate=tuple(into)).dx
+    torch.autograd.graph.increment_version(list(into.values()))
+    return x.new_empty(0) if dx is None else dx
+
+
+def _of_one_sample(backward, da, x, weight, z, *others):
+    """What an operator gives for a sample without a batch axis: dx, which comes first, without one either."""
+    found = backward(da[None], x[None], weight, None if z is None else z[None], *others)
+    if isinstance(found, Tensor):
+        return found.reshape(-1)
+    return [found[0][0], *found[1:]] if "dx" in others[-1] else found
+
+
+for _name, _function in (("linear_backward", _linear_backward_on_device),
+                         ("linear_backward_into", _linear_backward_into_on_device)):
+    for _key in ("CPU", "CUDA"):
+        _operators.impl(_name, _function, _key)
+_linear_backward = torch.ops.densegrad.linear_backward.default
+_linear_backward_into = torch.ops.densegrad.linear_backward_into.default
+
+
+@torch.library.register_fake("densegrad::linear_backward", lib=_operators)
 def _(da, x, weight, z, activation, negative_slope, need):
     made = {"dx": (x, x.shape), "dw": (weight, weight.shape), "db": (da, da.shape[-1:])}
     return [tensor.new_empty(shape) for name, (tensor, shape) in made.items() if name in need]
 
 
-@torch.library.custom_op("densegrad::linear_backward_into", mutates_args=("dw", "db"), schema=(
-    "(Tensor da, Tensor x, Tensor weight, Tensor? z, str? activation, float? negative_slope, Tensor(a!)? dw, "
-    "Tensor(b!)? db, bool need_dx) -> Tensor"))
-def _linear_backward_into(da, x, weight, z, activation, negative_slope, dw, db, need_dx):
-    """dw and db added into these; dx, or a tensor of no elements where it is not needed."""
-    rows, below, beside = _as_matrices(x, da, z)
-    added = [name for name, out in (("dw", dw), ("db", db)) if out is not None]
-    dx = dense_grads(rows, weight, below, need=["dx"] * need_dx + added, activation=activation, z=beside,
-                     negative_slope=negative_slope, weight_layout="out_in", out=DenseGrads(dw=dw, db=db),
-                     accumulate=added).dx
-    return x.new_empty(0) if dx is None else dx.reshape(x.shape)
-
-
-@_linear_backward_into.register_fake
+@torch.library.register_fake("densegrad::linear_backward_into", lib=_operators)
 def _(da, x, weight, z, activation, negative_slope, dw, db, need_dx):
     return x.new_empty(x.shape if need_dx else 0)
 
