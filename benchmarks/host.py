@@ -56,7 +56,7 @@ class Unlaunched(Simulator):
     def seen(self, array: Any) -> Seen | None:
         """What a call sees of the array, of a tensor as on a GPU."""
         if type(array) is not np.ndarray:
-            return seen_tensor(array) if tensors.is_plain(array) else None
+            return seen_tensor(array)
         address = self.address(array)
         return Seen((array.shape, array.strides, array.dtype, alignment_of(address)), address)
 

@@ -172,9 +172,11 @@ def _seen(memory: Memory | None, kind: type) -> Seen | None:
                  alignment_of(memory.byte)), memory.byte, memory.stream)
 
 
-def seen_tensor(tensor: Any) -> Seen:
-    """What a call sees of a tensor whose memory kernels can use; strides are PyTorch's, in elements."""
-    address = tensor.data_ptr()
+def seen_tensor(tensor: Any) -> Seen | None:
+    """What a call sees of a CUDA tensor, or None if kernels cannot use it; strides are PyTorch's, in elements."""
+    address = tensors.address(tensor)
+    if address is None:
+        return None
     return Seen((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), False, tensors.tensor_type(),
                  alignment_of(address)), address)
 
@@ -437,7 +439,7 @@ class Gpu:
         """What a call sees of the array, or None if it is none that kernels can use."""
         if type(array) is not self._array:
             if tensors.is_tensor(array) and array.is_cuda:
-                return seen_tensor(array) if tensors.is_plain(array) else None
+                return seen_tensor(array)
             return _seen(self.memory(array), _kind_of(array))
         data = array.data
         address = data.ptr
@@ -628,6 +630,10 @@ class GpuOfTensors(Gpu):
         vars(self).update(vars(gpu))
         self.torch, self.index = sys.modules["torch"], index
         self.torch_device = self.torch.device("cuda", index)
+
+    def address(self, array: Any) -> int:
+        """Where the element (0, ..., 0) lies, for a kernel."""
+        return array.data_ptr() if tensors.is_tensor(array) else super().address(array)
 
     def placed(self, array: Any, compact: bool) -> Any:
         """The array where kernels can read it: itself, or a copy in C order if compact."""

@@ -6,6 +6,7 @@ whether or not they require a gradient.
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -61,13 +62,28 @@ def cure(tensor: Any, devices: tuple[str, ...], *, of_memory: bool = True) -> st
     return ""
 
 
-def is_plain(tensor: Any) -> bool:
-    """Whether a CUDA tensor is memory that kernels can use; its dtype is for others to look at."""
+@cache
+def _plain() -> tuple[tuple[type, ...], Any]:
+    """The types of tensors that are memory and nothing else, and the layout of such memory."""
     torch = sys.modules["torch"]
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return not cure(tensor, ("cuda",))
-    return (tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_neg()
-            and _has_memory(torch, tensor))
+    return (torch.Tensor, torch.nn.Parameter), torch.strided
+
+
+def address(tensor: Any) -> int | None:
+    """Where the first element of a CUDA tensor lies, or None if it is no memory that kernels can use.
+
+    Of its dtype that says nothing, which is for others to look at.
+    """
+    types, strided = _plain()
+    if type(tensor) not in types:
+        return None if cure(tensor, ("cuda",)) else tensor.data_ptr()
+    if tensor.layout is not strided or tensor.is_nested or tensor.is_neg():
+        return None
+    try:
+        begin = tensor.data_ptr()
+    except RuntimeError:  # torch.func's tensors have none
+        return None
+    return begin if begin or not tensor.numel() else None
 
 
 def _has_memory(torch: Any, tensor: Any) -> bool:
