@@ -160,7 +160,8 @@ class _Linear(torch.autograd.Function):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise NotImplementedError("gradients that are added into main gradients cannot be differentiated again "
                                           "(call backward without create_graph=True)")
-            dx = _linear_backward_into(da, x, weight, z, *ctx.options, ctx.into_weight, ctx.into_bias, needed[0])
+            dx = _linear_backward_into(da, x, weight, z, *ctx.options, ctx.into_weight if needed[1] else None,
+                                       ctx.into_bias if needed[2] else None, needed[0])
             return dx if needed[0] else None, *[None] * 6
         need = [name for name, wanted in zip(("dx", "dw", "db"), needed, strict=False) if wanted]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
