@@ -4,6 +4,7 @@ Left out without PyTorch, as tests/test_against_torch.py is. What a layer's back
 NumPy arrays, which other tests hold to float64; PyTorch's own backward is held to the same bounds beside it.
 """
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -128,10 +130,9 @@ def test_a_prepared_call_takes_other_tensors(draw, place):
 
 
 def without_warnings(make):
-    import warnings
-
+    """What it makes, without the warnings of what is in beta or about to leave."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is in beta or leaves
+        warnings.simplefilter("ignore")
         return make()
 
 
@@ -202,7 +203,7 @@ def test_samples_of_pytorch_for_linear(dtype, place):
     info, = (one for one in op_db if one.name == "nn.functional.linear")
     samples = list(info.sample_inputs(place, dtype, requires_grad=True))
     assert len(samples) >= 18
-    for sample in samples:
+    for sample in samples if dtype in (torch.float32, torch.bfloat16) else samples[::3]:
         x, weight, bias = (sample.input, *sample.args, None)[:3]
         given = x, weight, bias
         z, own = linear(*given), functional.linear(*given)
@@ -289,6 +290,7 @@ def test_torch_func_grad_and_its_own_gradient(draw):
                                torch.func.grad(twice(functional.linear))(weight.detach()))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # which torch.func.jvp calls
 def test_vmap_and_forward_mode_are_refused_with_a_sentence(draw):
     x, weight = draw((3, 4), (2, 4))
     mapped = (lambda: torch.vmap(lambda row: linear(row, weight))(x),
@@ -335,9 +337,9 @@ def test_compiled_whole_it_gives_the_bits_of_the_plain_call(backend, draw):
         found = gradients(compiled, given, dz)
         for one, other in zip(found, gradients(lambda *given, options=options: linear(*given, **options), given, dz),
                               strict=True):
-            # inductor's own forward of gelu is another one, in whose last bits z differs
+            # of gelu the forward is compiled too, and the z that it saves is another one in its last bits
             torch.testing.assert_close(one, other, rtol=1e-5 * bool(options), atol=1e-5 * bool(options))
-    with pytest.raises(RuntimeError, match="double backward"):
+    with pytest.raises(RuntimeError, match="double backward|create_graph=False"):
         first, = torch.autograd.grad(compiled(*given).sum(), given[1], create_graph=True)
         first.sum().backward()
 
@@ -418,7 +420,7 @@ def test_what_cannot_be_differentiated_is_refused_by_name_or_left_to_pytorch(dra
             linear(*given)
         found = linear(*given, fallback=True)
         torch.testing.assert_close(found, functional.linear(*given))
-        assert "_Linear" not in type(found.grad_fn).__name__
+        assert type(found.grad_fn).__name__ != "_RefusingJvpBackward"
     with pytest.raises(dg.DTypeError):
         linear(x.int(), weight.int(), into=MainGrads(torch.zeros(2, 4)), fallback=True)
     with pytest.raises(ValueError, match="activation must be one of identity.*got 'swish'"):
@@ -559,7 +561,7 @@ def test_linear_is_a_linear_of_pytorch_with_another_backward(place):
     for layer in (ours, *others):
         assert type(layer) is dt.Linear
         z = layer(x)
-        assert "_Linear" in type(z.grad_fn).__mro__[1].__name__ or "Refusing" in type(z.grad_fn).__name__
+        assert type(z.grad_fn).__name__ == "_RefusingJvpBackward"
         same_bits([z], [theirs(x)])
 
 
@@ -595,7 +597,7 @@ def test_convert_swaps_in_place_and_says_what_it_left(place):
                   if not name.startswith("lazy")}
     found = convert(model)
     assert found.swapped == ["one", "again", "deep.0"]
-    assert {name: reason for name, reason in found.left.items()} == {
+    assert found.left == {
         "attention.out_proj": "torch.nn.MultiheadAttention reads its weight and never calls it",
         "own": f"it is a {Own.__module__}.Own, a subclass",
         "lazy": "it is a LazyLinear without weights (call the model once before)",
@@ -613,7 +615,7 @@ def test_convert_swaps_in_place_and_says_what_it_left(place):
 def test_the_root_is_converted_too_and_its_optimizer_goes_on(place):
     model = torch.nn.Linear(4, 3, device=place)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    assert convert(model, main_grad=True) == (["", ], {})
+    assert convert(model, main_grad=True) == ([""], {})
     assert type(model) is dt.Linear
     before = model.bias.detach().clone()
     model(torch.ones(2, 4, device=place)).sum().backward()
@@ -629,10 +631,13 @@ def network(dtype, place):
     return torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10)).to(place, dtype)
 
 
+SAMPLES = 9
+
+
 def digits(place):
     data = load_digits()
-    return (torch.from_numpy(data.train_x[:24].astype("float32")).to(place),
-            torch.from_numpy(data.train_y[:24].astype("int64")).to(place))
+    return (torch.from_numpy(data.train_x[:SAMPLES].astype("float32")).to(place),
+            torch.from_numpy(data.train_y[:SAMPLES].astype("int64")).to(place))
 
 
 def losses(model, x, labels, steps):
@@ -663,7 +668,7 @@ def test_main_gradients_from_bfloat16_are_closer_to_float64_than_pytorchs_own(pl
     for model in (theirs, ours):
         model.load_state_dict({name: one.bfloat16() for name, one in exact.state_dict().items()})
     x = x.bfloat16()
-    for part in range(0, 24, 3):
+    for part in range(0, SAMPLES, 3):
         for model in (exact, theirs, ours):
             z = model(x[part:part + 3].to(next(model.parameters()).dtype))
             functional.cross_entropy(z.double() if model is exact else z.float(), labels[part:part + 3]).backward()
@@ -695,8 +700,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "pytorch.md"
 
 @pytest.mark.only("simulator")
 @pytest.mark.filterwarnings("ignore")
-def test_the_program_of_the_page_runs():
+def test_the_program_of_the_page_runs(monkeypatch):
     torch.compiler.reset()
+    if "inductor" not in BACKENDS:
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"))
     names = {}
     for block in blocks:
