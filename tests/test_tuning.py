@@ -15,7 +15,7 @@ from densegrad.calls import recorded
 from densegrad.commands import cli, race, timing, tune
 from densegrad.commands.checks import Case
 from densegrad.errors import PlanError
-from densegrad.plans import BatchSumPlan, MatmulPlan, TensorCorePlan
+from densegrad.plans import BatchSumPlan, MatmulPlan, TensorCorePlan, ThinPlan
 from densegrad.tuned import Entry, Table, use_plans
 from tests.stub_clock import StubClock
 
@@ -303,6 +303,8 @@ def test_every_class_of_plans_comes_back_as_it_was_written(write):
     made += [Entry(plans.tensor_core_candidates(99, 65, 4000, dtype, precision)[0], "along", 0.5, 1.25)
              for dtype, precision in (("bfloat16", None), ("float32", "tf32"), ("float32", "tf32x3"))
              if capability >= plans.TENSOR_CORE_CAPABILITY]
+    made += [Entry(plans.thin_candidates(2, 65, 4000, dtype, "across")[0], "across", 0.5, 1.25)
+             for dtype in ("bfloat16", "float32")]
     assert {type(entry.plan).__name__ for entry in made} == set(tuned.PLANS)
     text = write(*made).read_text()
     assert list(tuned.table_of(text, "plans.json").entries) == made
@@ -508,7 +510,7 @@ def test_a_time_in_which_the_gpu_may_have_waited_is_none(clocked):
 ], ids=str)
 def test_what_has_won_is_what_such_calls_take(case, write, monkeypatch):
     """In every orientation and precision: the file answers what the very functions ask."""
-    monkeypatch.setattr(race, "candidates", lambda model, order: ([model, another(model)], 0))
+    monkeypatch.setattr(race, "candidates", lambda model, *_: ([model, another(model)], 0))
     with recorded() as launches:
         clock = PlanClock(launches, {})
         made = race.Race(case, clock, timing.Effort(warm_up=0, samples=1, calls=1))
@@ -533,6 +535,8 @@ def another(model):
         return replace(model, in_flight=2 * model.in_flight)
     if isinstance(model, TensorCorePlan):
         return replace(model, stages=model.stages - 1)
+    if isinstance(model, ThinPlan):
+        return replace(model, threads_along=model.threads_along // 2)
     return replace(model, tile_depth=2 * model.tile_depth)
 
 
@@ -604,15 +608,19 @@ def test_a_race_leaves_the_active_plans_alone_and_is_not_ruled_by_them(clocked, 
                                                   ("float64", None)])
 def test_candidates_answer_what_the_models_choice_does(sizes, dtype, precision):
     model = plans.plan_product(*sizes, dtype, precision, (8, 0), order="along")
-    found, left_out = race.candidates(model, "along")
+    found, left_out = race.candidates(model, "along", precision, (8, 0))
     assert found[0] == model
     assert len(set(found)) == len(found) > 1
     assert {tuned.question_of(plan, "along") for plan in found} == {tuned.question_of(model, "along")}
-    everything = (plans.matmul_candidates(*sizes, dtype) if isinstance(model, MatmulPlan)
-                  else plans.tensor_core_candidates(*sizes, dtype, precision))
+    everything = plans.product_candidates(*sizes, dtype, precision, (8, 0), order="along")
     assert left_out == len(everything) - len(found)
     if (sizes[0], dtype, precision) == (8192, "float32", None):
         assert left_out > 0
+        assert any(plan.cost("along") is None for plan in found)  # what nobody has measured takes part
+    kinds = {type(plan) for plan in found}
+    if (sizes[0], precision) == (1, None):
+        assert ThinPlan in kinds
+    assert len(kinds - {ThinPlan}) == 1
 
 
 @pytest.mark.parametrize("layout", plans.LAYOUTS)
@@ -633,7 +641,7 @@ def test_candidates_of_sums_are_right(samples, outputs, dtype, axis):
     """All of them: of rows without gaps, of wide ones, and of outputs whose samples lie side by side."""
     effort = timing.Effort(samples=1, calls=1)
     made = race.Race(Case("bias_grad", samples, 1, outputs, dtype, axis, "in_out"), StubClock(), effort)
-    found, _ = race.candidates(made.model, made.order)
+    found, _ = race.candidates(made.model, made.order, None, (8, 0))
     assert len(found) > 3
     assert not [fault for fault in map(made._fault, found) if fault]
 
@@ -680,7 +688,7 @@ def test_the_command_writes_what_is_faster_and_shows_all(run, layer):
         for part in ("40, 24, 16", "float32", *words):
             assert part in rows[row], rows[row]
     assert "6 plans were timed. Left out were 0" in done.stderr
-    assert "2 of 3 plans in" in done.stderr
+    assert f"{done.path} has 2 plans faster than the model's choice, for 3 gradients" in done.stderr
     with use_plans(done.path):
         assert planned(densegrad.bias_grad, layer[2]) == [OTHER_SUM]
         assert planned(densegrad.weight_grad, layer[0], layer[2]) == [WEIGHT]
@@ -689,7 +697,7 @@ def test_the_command_writes_what_is_faster_and_shows_all(run, layer):
 def test_an_equal_sum_of_another_layer_is_timed_once(run):
     done = run("40,24,16")
     assert done.status == 0, done.stderr
-    assert "2 of 3 plans in" in done.stderr
+    assert f"{done.path} has 2 plans faster than the model's choice, for 3 gradients" in done.stderr
     use_plans(done.path)
 
 

@@ -54,6 +54,7 @@ def tune(
     from ..families.product import check_known
     from . import race, timing
     from .checks import Case
+    from .explain import count
 
     check_known(precision)
     cases = [Case(function, *layer, kind, batch_axis, weight_layout,
@@ -75,8 +76,8 @@ def tune(
     console = notes() if is_standard_output(out) else results()
     console.print(_table_of(done, made.gpu))
     _show_remarks(done)
-    remark(f"{len(entries)} of {len(done)} plans in {out} are faster than the model's choice. "
-           f"densegrad.use_plans({str(out)!r}) takes them.")
+    remark(f"{out} has {count(len(entries), 'plan')} faster than the model's choice, for "
+           f"{count(len(done), 'gradient')}. densegrad.use_plans({str(out)!r}) takes what is there.")
     if any(outcome.faults for outcome in done):
         raise typer.Exit(1)
 
