@@ -52,6 +52,7 @@ ARROWS = {
     "prepared": {"calls", "errors", "launches", "operands"},
     "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients", "tuned"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands"},
+    "torch": {"activations", "device", "errors", "gradients", "tensors"},
     "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches",
                 "output_gradients"},
     "testing": {"activations", "device", "plans", "reference"},
@@ -64,6 +65,7 @@ OUTSIDE = {
     "cuda": {"cache", "device"},
     "numba": {"compiler", "device"},
     "platformdirs": {"cache"},
+    "torch": {"torch"},
 }
 #: the command line may use the whole package, but only `python -m densegrad` uses the command line
 COMMANDS = SOURCE / "commands"
