@@ -31,7 +31,8 @@ IN_CI = {
     'pip install -e ".[dev]"': 'pip install -q -e ".[dev]"',
 }
 #: commands that install an extra -> the extra
-EXTRAS = {'pip install -e ".[cuda12]"': "cuda12", 'pip install -e ".[cuda13]"': "cuda13", 'pip install -e ".[torch]"': "torch"}
+EXTRAS = {'pip install -e ".[cuda12]"': "cuda12", 'pip install -e ".[cuda13]"': "cuda13",
+          'pip install -e ".[torch]"': "torch"}
 #: command -> the command that is run here, shorter or dry
 HERE = {
     "bash .ci/run": "bash -n .ci/run",

@@ -1,4 +1,4 @@
-"""CUDA tensors of PyTorch, played by a stand-in for torch over CuPy's memory: whose stream, whose memory, what is copied.
+"""CUDA tensors of PyTorch, played by a stand-in for torch over CuPy's memory: whose stream and memory, what is copied.
 
 A torch with CUDA runs tests/test_torch.py instead; here stands what can be seen without one.
 """
@@ -129,11 +129,13 @@ def test_results_and_workspace_are_pytorchs_on_its_current_stream(dtype, torch, 
     for _ in range(2):  # as described, and as kept
         torch.allocated.clear()
         streams.clear()
-        found = dg.dense_grads(*(Tensor(xp.asarray(one)) for one in arrays))
+        x, w, dz = (Tensor(xp.asarray(one)) for one in arrays)
+        found = dg.dense_grads(x, w, dz, activation="relu", z=dz)
         assert {*streams} == {*torch.used} == {torch.own.ptr}
         assert len(torch.allocated) == 4  # a workspace, too
         assert all(any(one is made for made in torch.allocated) for one in found)
-        for one, other in zip(found, dg.dense_grads(*map(xp.asarray, arrays)), strict=True):
+        x, w, dz = map(xp.asarray, arrays)
+        for one, other in zip(found, dg.dense_grads(x, w, dz, activation="relu", z=dz), strict=True):
             np.testing.assert_array_equal(bits(one.array), bits(other))
     assert not torch.copied
 

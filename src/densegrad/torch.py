@@ -124,8 +124,8 @@ def _refuse_vmap(info, in_dims, *given):
 
 
 def _refuse_jvp(ctx, *tangents):
-    raise NotImplementedError("densegrad.torch.linear has no forward-mode derivatives (differentiate backwards, or call "
-                              "torch.nn.functional.linear there)")
+    raise NotImplementedError("densegrad.torch.linear has no forward-mode derivatives (differentiate backwards, or "
+                              "call torch.nn.functional.linear there)")
 
 
 class _Linear(torch.autograd.Function):
@@ -196,7 +196,8 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         da, x, weight, bias = ctx.saved_tensors
-        offset = weight.new_zeros(weight.shape[0]) if bias is None else bias  # whose gradient may be needed all the same
+        # The bias's gradient may be one of those that are needed, though none depends on it.
+        offset = weight.new_zeros(weight.shape[0]) if bias is None else bias
 
         def gradients(da, *operands):
             _, back = torch.func.vjp(lambda *given: _activated(functional.linear(*given), *ctx.options), *operands)
