@@ -213,7 +213,7 @@ def _allocating_operator() -> Any:
 
     from densegrad import torch as ours
 
-    def allocate(da: Any, x: Any, weight: Any, z: Any, activation: Any, negative_slope: Any, need: Any) -> Any:
+    def allocate(da: Any, x: Any, weight: Any, z: Any, **options: Any) -> Any:
         return [torch.empty_like(x), torch.empty_like(weight), da.new_empty(da.shape[-1:])]
 
     operators = torch.library.Library("densegrad_benchmarks", "DEF")

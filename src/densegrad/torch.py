@@ -55,62 +55,62 @@ class MainGrads(NamedTuple):
 
 #: the operators; defined by the library itself, since custom_op takes longer than what it wraps
 _operators = torch.library.Library("densegrad", "DEF")
-_operators.define("linear_backward(Tensor da, Tensor x, Tensor weight, Tensor? z, str? activation, "
+_operators.define("linear_backward(Tensor da, Tensor x, Tensor weight, Tensor? z, *, str? activation, "
                   "float? negative_slope, str[] need) -> Tensor[]")
-_operators.define("linear_backward_into(Tensor da, Tensor x, Tensor weight, Tensor? z, str? activation, "
-                  "float? negative_slope, Tensor(a!)? dw, Tensor(b!)? db, bool need_dx) -> Tensor")
+_operators.define("linear_backward_into(Tensor da, Tensor x, Tensor weight, Tensor? z, Tensor(a!)? dw, Tensor(b!)? db, "
+                  "*, str? activation, float? negative_slope, bool need_dx) -> Tensor")
 
 
-def _linear_backward_on_device(da, x, weight, z, activation, negative_slope, need):
+def _linear_backward_on_device(da, x, weight, z, *, activation, negative_slope, need):
     """Those of the gradients dx, dw and db that are needed, in this order."""
-    if x.dim() == 1:
-        return _of_one_sample(_linear_backward_on_device, da, x, weight, z, activation, negative_slope, need)
-    grads = dense_grads(x, weight, da, need=need, activation=activation, z=z, negative_slope=negative_slope,
-                        weight_layout="out_in")
+    grads = _dense_grads(da, x, weight, z, activation=activation, negative_slope=negative_slope, need=need)
     return [grad for grad in grads if grad is not None]
 
 
-def _linear_backward_into_on_device(da, x, weight, z, activation, negative_slope, dw, db, need_dx):
+def _linear_backward_into_on_device(da, x, weight, z, dw, db, *, activation, negative_slope, need_dx):
     """dw and db added into these; dx, or a tensor of no elements where it is not needed."""
-    if x.dim() == 1:
-        return _of_one_sample(_linear_backward_into_on_device, da, x, weight, z, activation, negative_slope, dw, db,
-                              need_dx)
     into = {name: out for name, out in (("dw", dw), ("db", db)) if out is not None}
-    dx = dense_grads(x, weight, da, need=(*["dx"] * need_dx, *into), activation=activation, z=z,
-                     negative_slope=negative_slope, weight_layout="out_in", out=DenseGrads(**into),
-                     accumulate=tuple(into)).dx
+    dx = _dense_grads(da, x, weight, z, activation=activation, negative_slope=negative_slope,
+                      need=(*["dx"] * need_dx, *into), out=DenseGrads(**into), accumulate=tuple(into)).dx
     torch.autograd.graph.increment_version(list(into.values()))
     return x.new_empty(0) if dx is None else dx
 
 
-def _of_one_sample(backward, da, x, weight, z, *others):
-    """What an operator gives for a sample without a batch axis: dx, which comes first, without one either."""
-    found = backward(da[None], x[None], weight, None if z is None else z[None], *others)
-    if isinstance(found, Tensor):
-        return found.reshape(-1)
-    return [found[0][0], *found[1:]] if "dx" in others[-1] else found
+def _dense_grads(da, x, weight, z, **options):
+    """Those of a layer of PyTorch, or of one sample without a batch axis."""
+    if x.dim() > 1:
+        return dense_grads(x, weight, da, z=z, weight_layout="out_in", **options)
+    grads = _dense_grads(da[None], x[None], weight, None if z is None else z[None], **options)
+    return grads if grads.dx is None else grads._replace(dx=grads.dx[0])
 
 
-for _name, _function in (("linear_backward", _linear_backward_on_device),
-                         ("linear_backward_into", _linear_backward_into_on_device)):
-    for _key in ("CPU", "CUDA"):
-        _operators.impl(_name, _function, _key)
+for _key in ("CPU", "CUDA"):
+    _operators.impl("linear_backward", _linear_backward_on_device, _key)
+    _operators.impl("linear_backward_into", _linear_backward_into_on_device, _key)
 _linear_backward = torch.ops.densegrad.linear_backward.default
 _linear_backward_into = torch.ops.densegrad.linear_backward_into.default
 
 
 @torch.library.register_fake("densegrad::linear_backward", lib=_operators)
-def _(da, x, weight, z, activation, negative_slope, need):
+def _(da, x, weight, z, *, activation, negative_slope, need):
     made = {"dx": (x, x.shape), "dw": (weight, weight.shape), "db": (da, da.shape[-1:])}
     return [tensor.new_empty(shape) for name, (tensor, shape) in made.items() if name in need]
 
 
 @torch.library.register_fake("densegrad::linear_backward_into", lib=_operators)
-def _(da, x, weight, z, activation, negative_slope, dw, db, need_dx):
+def _(da, x, weight, z, dw, db, *, activation, negative_slope, need_dx):
     return x.new_empty(x.shape if need_dx else 0)
 
 
-def _activated(z: Tensor, activation: str | None, negative_slope: float | None) -> Tensor:
+class _Options(NamedTuple):
+    """The activation above a layer."""
+
+    activation: str | None
+    negative_slope: float | None
+
+
+def _activated(z: Tensor, options: _Options) -> Tensor:
+    activation, negative_slope = options
     if activation is None:
         return z
     if activation == "leaky_relu":
@@ -134,16 +134,15 @@ class _Linear(torch.autograd.Function):
     vmap = staticmethod(_refuse_vmap)
 
     @staticmethod
-    def forward(x, weight, bias, activation, negative_slope, into_weight, into_bias):
+    def forward(x, weight, bias, options, into_weight, into_bias):
         z = functional.linear(x, weight, bias)
-        return z if activation is None else (_activated(z, activation, negative_slope), z)
+        return z if options.activation is None else (_activated(z, options), z)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, activation, negative_slope, ctx.into_weight, ctx.into_bias = inputs
-        ctx.options = activation, negative_slope
+        x, weight, bias, ctx.options, ctx.into_weight, ctx.into_bias = inputs
         ctx.set_materialize_grads(False)
-        if activation is None:  # no gradient depends on the bias
+        if ctx.options.activation is None:  # no gradient depends on the bias
             ctx.save_for_backward(x, weight, None, None)
         else:
             _, z = output
@@ -153,23 +152,24 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, da, *_):
         if da is None:
-            return (None,) * 7
+            return (None,) * 6
         x, weight, bias, z = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        needed, (activation, negative_slope) = ctx.needs_input_grad, ctx.options
         if ctx.into_weight is not None or ctx.into_bias is not None:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise NotImplementedError("gradients that are added into main gradients cannot be differentiated again "
                                           "(call backward without create_graph=True)")
-            dx = _linear_backward_into(da, x, weight, z, *ctx.options, ctx.into_weight if needed[1] else None,
-                                       ctx.into_bias if needed[2] else None, needed[0])
-            return dx if needed[0] else None, *[None] * 6
+            dx = _linear_backward_into(da, x, weight, z, ctx.into_weight if needed[1] else None,
+                                       ctx.into_bias if needed[2] else None, activation=activation,
+                                       negative_slope=negative_slope, need_dx=needed[0])
+            return dx if needed[0] else None, *[None] * 5
         need = [name for name, wanted in zip(("dx", "dw", "db"), needed, strict=False) if wanted]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _Backward.apply(da, x, weight, bias, z, *ctx.options, need)
+            grads = _Backward.apply(da, x, weight, bias, z, (ctx.options, need))
         else:
-            grads = _linear_backward(da, x, weight, z, *ctx.options, need)
+            grads = _linear_backward(da, x, weight, z, activation=activation, negative_slope=negative_slope, need=need)
         found = iter(grads)
-        return *[next(found) if wanted else None for wanted in needed[:3]], *[None] * 4
+        return *[next(found) if wanted else None for wanted in needed[:3]], *[None] * 3
 
 
 class _RefusingJvp(_Linear):
@@ -184,28 +184,29 @@ class _Backward(torch.autograd.Function):
     vmap = staticmethod(_refuse_vmap)
 
     @staticmethod
-    def forward(da, x, weight, bias, z, activation, negative_slope, need):
-        return tuple(_linear_backward(da, x, weight, z, activation, negative_slope, need))
+    def forward(da, x, weight, bias, z, how):
+        options, need = how
+        return tuple(_linear_backward(da, x, weight, z, **options._asdict(), need=need))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        da, x, weight, bias, _, activation, negative_slope, ctx.need = inputs
-        ctx.options = activation, negative_slope
+        da, x, weight, bias, _, ctx.how = inputs
         ctx.save_for_backward(da, x, weight, bias)
 
     @staticmethod
     def backward(ctx, *cotangents):
         da, x, weight, bias = ctx.saved_tensors
+        options, need = ctx.how
         # The bias's gradient may be one of those that are needed, though none depends on it.
         offset = weight.new_zeros(weight.shape[0]) if bias is None else bias
 
         def gradients(da, *operands):
-            _, back = torch.func.vjp(lambda *given: _activated(functional.linear(*given), *ctx.options), *operands)
-            return [grad for name, grad in zip(("dx", "dw", "db"), back(da), strict=True) if name in ctx.need]
+            _, back = torch.func.vjp(lambda *given: _activated(functional.linear(*given), options), *operands)
+            return [grad for name, grad in zip(("dx", "dw", "db"), back(da), strict=True) if name in need]
 
         _, back = torch.func.vjp(gradients, da, x, weight, offset)
         *below, of_bias = back(list(cotangents))
-        return *below, None if bias is None else of_bias, *[None] * 4
+        return *below, None if bias is None else of_bias, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None,
@@ -262,12 +263,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     if negative_slope is not None and activation != "leaky_relu":
         raise TypeError(f'negative_slope is the derivative of "leaky_relu" alone; got {negative_slope!r} with '
                         f"activation={activation!r} (leave it out)")
-    activation = None if activation == "identity" else activation
+    options = _Options(None if activation == "identity" else activation, negative_slope)
     problem = _problem(x, weight, bias)
     if problem is not None:
         if not fallback or into is not None:
             raise problem
-        return _activated(functional.linear(x, weight, bias), activation, negative_slope)
+        return _activated(functional.linear(x, weight, bias), options)
     into = MainGrads() if into is None else MainGrads(*into)
     _check_into(into, weight, bias)
     kind = x.device.type
@@ -276,8 +277,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
         x, weight, bias = (one if one is None or one.dtype == torch.float64 else one.to(low)
                            for one in (x, weight, bias))
     function = _Linear if torch.compiler.is_compiling() else _RefusingJvp
-    found = function.apply(x, weight, bias, activation, negative_slope, *into)
-    return found if activation is None else found[0]
+    found = function.apply(x, weight, bias, options, *into)
+    return found if options.activation is None else found[0]
 
 
 def _problem(x: Tensor, weight: Tensor, bias: Tensor | None) -> DensegradError | TypeError | None:
