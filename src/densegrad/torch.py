@@ -9,6 +9,7 @@ differentiated in turn: so autograd, torch.func and torch.compile all find what 
 """
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 try:
@@ -128,12 +129,19 @@ def _refuse_jvp(ctx, *tangents):
                               "call torch.nn.functional.linear there)")
 
 
+def _with_its_signature(function):
+    """The function with its signature kept, which autograd asks for at every call."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 class _Linear(torch.autograd.Function):
     """PyTorch's forward with densegrad's backward: a, and the z that an activation was applied to."""
 
     vmap = staticmethod(_refuse_vmap)
 
     @staticmethod
+    @_with_its_signature
     def forward(x, weight, bias, options, into_weight, into_bias):
         z = functional.linear(x, weight, bias)
         return z if options.activation is None else (_activated(z, options), z)
@@ -184,6 +192,7 @@ class _Backward(torch.autograd.Function):
     vmap = staticmethod(_refuse_vmap)
 
     @staticmethod
+    @_with_its_signature
     def forward(da, x, weight, bias, z, how):
         options, need = how
         return tuple(_linear_backward(da, x, weight, z, **options._asdict(), need=need))
