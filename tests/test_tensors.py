@@ -141,14 +141,15 @@ def test_results_and_workspace_are_pytorchs_on_its_current_stream(dtype, torch, 
 
 
 def test_what_is_kept_of_one_layout_serves_no_other(torch, xp):
-    dz, = drawn((6, 4))
-    cells = xp.zeros(25, "float32")
-    offset = cells[1:].reshape(6, 4)
+    dz, = drawn((64, 16))
+    cells = xp.zeros(64 * 16 + 1, "float32")
+    offset = cells[1:].reshape(64, 16)
     offset[...] = xp.asarray(dz)
     for given in (xp.asarray(dz), xp.asarray(dz.T.copy()).T, xp.asarray(dz.astype(device.dtype_of("bfloat16"))), offset,
                   xp.asarray(dz[:4]), xp.asarray(dz)):
         np.testing.assert_array_equal(host(dg.bias_grad(Tensor(given)).array).astype("float32"),
                                       host(given).astype("float32").sum(axis=0))
+    assert device.current().seen(Tensor(offset)).layout[-1] == 4  # bytes that the address is a multiple of
 
 
 def test_arrays_of_cupy_keep_its_stream_and_memory(torch, streams, xp):

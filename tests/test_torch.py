@@ -585,6 +585,13 @@ def test_main_gradients_follow_their_parameters(place):
     layer(torch.ones(5, 4, dtype=torch.bfloat16, device=place)).sum().backward()
     same_bits([layer.bias.main_grad], [np.full(3, 5, "float32")])
     assert layer.to(torch.float32).bias.main_grad.tolist() == [5, 5, 5]
+    left_behind = torch.zeros(3, device="meta")  # as the device that the layer was on before
+    layer.bias.main_grad = left_behind
+    assert layer.float().bias.main_grad.device.type == place
+    elsewhere = dt.Linear(4, 3, device="meta", main_grad=True)
+    elsewhere.bias.main_grad = torch.zeros(3, device=place)
+    assert elsewhere.half().bias.main_grad.is_meta
+    assert elsewhere.bias.main_grad.dtype == torch.float32
     frozen = dt.Linear(4, 3, device=place, main_grad=True).requires_grad_(False)
     assert not frozen(torch.ones(5, 4, device=place)).requires_grad
 
