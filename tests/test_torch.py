@@ -383,6 +383,18 @@ def test_autocast_casts_before_it_saves(draw, place):
     assert {one.dtype for one in found.grad_fn.saved_tensors if one is not None} == {torch.bfloat16}
     low = [one.detach().bfloat16().requires_grad_() for one in given]
     same_bits(torch.autograd.grad(found, given, dz), [one.float() for one in gradients(linear, low, dz)])
+    for options in ({"activation": "softplus"}, {"into": MainGrads(torch.zeros(3, 4, device=place),
+                                                                   torch.zeros(3, device=place))}):
+        with torch.autocast(place, dtype=torch.bfloat16):
+            found = linear(*given, **options)
+        own = linear(*low, **options)
+        same_bits([found], [own])
+        if "activation" in options:
+            same_bits(torch.autograd.grad(found, given, dz), [one.float() for one in torch.autograd.grad(own, low, dz)])
+        else:
+            found.backward(dz)
+            assert given[1].grad is None
+            assert options["into"].weight.any()
     wide = draw((2, 3), (2, 3), dtype=torch.float64)
     with torch.autocast(place, dtype=torch.bfloat16):
         assert linear(*wide).dtype == functional.linear(*wide).dtype == torch.float64
@@ -513,7 +525,8 @@ def test_a_weight_that_is_used_twice_or_frozen(draw, place):
 @pytest.mark.parametrize(("into", "words"), [
     (MainGrads(torch.zeros(4, 3)), r"into\.weight must have the shape of weight, \(3, 4\); got \(4, 3\)"),
     (MainGrads(torch.zeros(3, 4, dtype=torch.bfloat16)), r"into\.weight must be torch\.float32"),
-    (MainGrads(bias=torch.zeros(3)), r"into\.bias was given, but there is no bias"),
+    (MainGrads(torch.zeros(3, 4), torch.zeros(3)), r"into\.bias was given, but there is no bias"),
+    (MainGrads(bias=torch.zeros(3)), r"into\.weight is missing, and weight requires a gradient"),
 ])
 def test_main_gradients_that_do_not_fit_are_refused(into, words, draw):
     with pytest.raises((ValueError, TypeError), match=words):

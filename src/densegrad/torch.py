@@ -48,7 +48,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class MainGrads(NamedTuple):
-    """Where gradients are added: tensors with the shapes of weight and bias, or None for what is not wanted."""
+    """Where gradients are added: tensors with the shapes of weight and bias, or None for what requires no gradient."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -237,9 +237,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     into : MainGrads of Tensors or None, optional
         Main gradients: float32, or float64 of float64, with the shapes of weight and bias. The gradients of both are
         added there by the kernel that makes them, and `.grad` stays None. Not under DistributedDataParallel, which
-        reduces `.grad` alone. What is None, or requires no gradient, gets none.
+        reduces `.grad` alone. What requires no gradient gets none, and may be None here.
     fallback : bool
-        Whether what densegrad has no kernel for, a dtype or a device, is left to PyTorch altogether.
+        Whether what densegrad has no kernel for, a dtype or a device, is left to PyTorch altogether; never with main
+        gradients.
 
     Returns
     -------
@@ -257,7 +258,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     Notes
     -----
     The bits of the forward are PyTorch's. Those of the backward are `densegrad.dense_grads`'s, the same on every run.
-    Under autocast x, weight and bias are cast as PyTorch's linear does, before they are saved. Double backward is
+    Under autocast x, weight and bias are cast as PyTorch's linear does, before they are saved, and the activation is
+    computed in that dtype. Double backward is
     computed by PyTorch's products; torch.compile has none. An activation saves z beside x and weight.
 
     Examples
@@ -283,8 +285,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         low = torch.get_autocast_dtype(kind)
-        x, weight, bias = (one if one is None or one.dtype == torch.float64 else one.to(low)
-                           for one in (x, weight, bias))
+        operands = (one if one is None or one.dtype == torch.float64 else one.to(low) for one in (x, weight, bias))
+        with torch.autocast(kind, enabled=False):
+            return linear(*operands, activation=activation, negative_slope=negative_slope, into=into)
     function = _Linear if torch.compiler.is_compiling() else _RefusingJvp
     found = function.apply(x, weight, bias, options, *into)
     return found if options.activation is None else found[0]
@@ -327,6 +330,9 @@ def _check_into(into: MainGrads, weight: Tensor, bias: Tensor | None) -> None:
         return
     for name, main, parameter in (("weight", into.weight, weight), ("bias", into.bias, bias)):
         if main is None:
+            if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"into.{name} is missing, and {name} requires a gradient (pass a tensor for it, or "
+                                 f"{name}.detach())")
             continue
         if parameter is None:
             raise ShapeError(f"into.{name} was given, but there is no {name} (leave it out)")
@@ -367,9 +373,9 @@ class Linear(torch.nn.Linear):
         self.main_grad, self.fallback = main_grad, fallback
         self._main_grads()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """z, or what `fallback` lets PyTorch compute."""
-        return linear(x, self.weight, self.bias, into=self._main_grads(), fallback=self.fallback)
+        return linear(input, self.weight, self.bias, into=self._main_grads(), fallback=self.fallback)
 
     def _main_grads(self) -> MainGrads | None:
         return MainGrads(_main_grad(self.weight), _main_grad(self.bias)) if self.main_grad else None
