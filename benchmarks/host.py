@@ -178,7 +178,7 @@ def _backward(torch: Any, x: Any, w: Any, dz: Any, dw: Any, db: Any) -> Callable
 def backwards() -> dict[str, Callable[[], Any] | None]:
     """The backward of densegrad.torch.linear, whole, and the same around an operator that only allocates.
 
-    None in their place without PyTorch.
+    None in their place without PyTorch, or beside a GPU that it does not see.
     """
     labels = "backward of densegrad.torch.linear", "the same, around an operator that only allocates"
     if importlib.util.find_spec("torch") is None:
@@ -188,6 +188,8 @@ def backwards() -> dict[str, Callable[[], Any] | None]:
     from densegrad import torch as ours
 
     where = "cpu" if device.gpu_missing() else "cuda"
+    if where == "cuda" and not torch.cuda.is_available():
+        return dict.fromkeys(labels)
     given = [torch.ones(shape, device=where, requires_grad=True) for shape in (
         (SAMPLES, IN_FEATURES), (OUT_FEATURES, IN_FEATURES), (OUT_FEATURES,))]
     z, dz = ours.linear(*given), torch.ones(SAMPLES, OUT_FEATURES, device=where)

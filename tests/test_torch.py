@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import densegrad as dg
+from benchmarks import host
 from densegrad import calls, device, tensors
 from densegrad.commands.demo import load_digits
 from densegrad.plans import ACTIVATIONS
@@ -704,6 +705,21 @@ def test_main_gradients_from_bfloat16_are_closer_to_float64_than_pytorchs_own(pl
         off = [(one.double() - true.grad).norm().item() for one in (own.grad, main.main_grad)]
         print(f"off by {off[1] / off[0]:.2f} of what PyTorch's own is")
         assert off[1] < off[0]
+
+
+# What a backward costs Python
+
+
+@pytest.mark.only("simulator")
+def test_the_benchmark_of_pythons_time_calls_the_backward_whole_and_without_densegrad():
+    with host.somewhere():
+        whole, allocating = host.backwards().values()
+        with calls.recorded() as launches:
+            assert [one.shape for one in whole()] == [one.shape for one in allocating()]
+    assert launches
+    with calls.recorded() as launches, host.somewhere():
+        allocating()
+    assert not launches
 
 
 # Importing
