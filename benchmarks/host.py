@@ -105,7 +105,7 @@ class UnlaunchedBesideTensors(Unlaunched):
 
     def address(self, array: Any) -> Any:
         """A number, as kernels take it."""
-        return array.data_ptr()
+        return array.data_ptr() if tensors.is_tensor(array) else super().address(array)
 
     def deliver(self, array: Any, like: Any) -> Any:
         """The tensor."""

@@ -104,6 +104,22 @@ def test_results_are_written_into_tensors(dtype, draw, place):
     same_bits((out, half), (wide, narrow))
 
 
+def test_a_tensor_may_be_resized_afterwards(place):
+    """As FSDP does with gathered weights; tensor.numpy() would forbid it for good."""
+    dz = torch.ones(6, 4, device=place)
+    dg.bias_grad(dz)
+    dz.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="has no memory of its own"):
+        dg.bias_grad(dz)
+
+
+def test_tensors_without_elements(place):
+    for dtype in DTYPES:
+        found = dg.dense_grads(*(torch.zeros(shape, dtype=dtype, device=place) for shape in ((0, 4), (4, 3), (0, 3))))
+        assert [tuple(one.shape) for one in found] == [(0, 4), (4, 3), (3,)]
+        assert not any(one.any() for one in found)
+
+
 def test_any_strides_axes_and_places_in_memory(draw):
     z, da = draw((3, 2, 4), (3, 2, 4))
     z, da = z.permute(1, 2, 0), da.permute(1, 2, 0)

@@ -106,16 +106,28 @@ def strides(tensor: Any) -> tuple[int, ...]:
     return tuple(step * size for step in tensor.stride())
 
 
+class _Held:
+    """A tensor's memory for NumPy's eyes, which keeps the tensor.
+
+    tensor.numpy() would do, but PyTorch could not resize the tensor's storage from then on, as FSDP does.
+    """
+
+    def __init__(self, tensor: Any, dtype: str):
+        self.tensor = tensor
+        self.__array_interface__ = {"shape": tuple(tensor.shape), "strides": strides(tensor), "version": 3,
+                                    "typestr": np.dtype(dtype).str, "data": (tensor.data_ptr(), False)}
+
+
 def host_array(array: Any) -> Any:
     """A NumPy array over the memory of a tensor on the CPU; what is none, or has no such memory, as it is."""
     if isinstance(array, np.ndarray) or not is_tensor(array) or cure(array, ("cpu",)):
         return array
-    values = array.detach()
-    if dtype_name(values) == "bfloat16":
+    dtype = dtype_name(array)
+    if dtype == "bfloat16":
         import ml_dtypes
 
-        return values.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16)
-    return values.numpy()
+        return np.asarray(_Held(array, "int16")).view(ml_dtypes.bfloat16)
+    return np.asarray(_Held(array, dtype))
 
 
 def host_tensor(array: np.ndarray) -> Any:
