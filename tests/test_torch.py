@@ -242,7 +242,8 @@ def test_samples_of_pytorch_for_linear(dtype, place):
         for ours, theirs, (exact, bound) in zip(found, gradients(functional.linear, given, dz), bounds(x, weight, dz),
                                                 strict=False):
             check_within(numpy_of(ours), exact, bound)
-            check_within(numpy_of(theirs), exact, bound + np.abs(exact) * torch.finfo(dtype).eps)
+            if place == "cpu":  # on a GPU cuBLAS may add up in half types
+                check_within(numpy_of(theirs), exact, bound + np.abs(exact) * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=3))[:-1])
@@ -545,7 +546,8 @@ def test_a_weight_that_is_used_twice_or_frozen(draw, place):
     (MainGrads(torch.zeros(3, 4), torch.zeros(3)), r"into\.bias was given, but there is no bias"),
     (MainGrads(bias=torch.zeros(3)), r"into\.weight is missing, and weight requires a gradient"),
 ])
-def test_main_gradients_that_do_not_fit_are_refused(into, words, draw):
+def test_main_gradients_that_do_not_fit_are_refused(into, words, draw, place):
+    into = MainGrads(*(one if one is None else one.to(place) for one in into))
     with pytest.raises((ValueError, TypeError), match=words):
         linear(*draw((5, 4), (3, 4)), into=into)
 

@@ -63,10 +63,10 @@ def cure(tensor: Any, devices: tuple[str, ...], *, of_memory: bool = True) -> st
 
 
 @cache
-def _plain() -> tuple[tuple[type, ...], Any]:
+def _plain() -> tuple[frozenset[type], Any]:
     """The types of tensors that are memory and nothing else, and the layout of such memory."""
     torch = sys.modules["torch"]
-    return (torch.Tensor, torch.nn.Parameter), torch.strided
+    return frozenset((torch.Tensor, torch.nn.Parameter)), torch.strided
 
 
 def address(tensor: Any) -> int | None:

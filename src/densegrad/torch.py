@@ -300,27 +300,20 @@ def _problem(x: Tensor, weight: Tensor, bias: Tensor | None) -> DensegradError |
         if tensor.dtype not in _DTYPES:
             return DTypeError(f"{name} must be float16, bfloat16, float32 or float64; got {tensor.dtype} (convert it "
                               "with float(), or pass fallback=True for PyTorch's backward)")
-        if not torch.compiler.is_compiling():
-            reason = tensors.cure(tensor, _devices(), of_memory=False)
-            if reason:
-                return TypeError(f"{name} is no tensor that kernels can use: {reason}, or fallback=True for PyTorch's "
-                                 "backward")
     if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return ShapeError(f"weight must have 2 dimensions (out_features, in_features), and bias (out_features,); got "
                           f"{tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}")
-    return None if torch.compiler.is_compiling() else _no_device()
-
-
-def _devices() -> tuple[str, ...]:
-    """The kinds of device whose memory kernels can use; "meta" has shapes alone, which are enough for a forward."""
-    return ("meta", *(("cpu", "cuda") if _no_device() is not None else device.current().tensor_devices))
-
-
-def _no_device() -> DeviceError | None:
+    if torch.compiler.is_compiling():  # the operator says the rest when it is run
+        return None
     try:
-        device.current()
+        devices = "meta", *device.current().tensor_devices  # of meta shapes alone, which are enough for a forward
     except DeviceError as error:
         return error
+    for name, tensor in given.items():
+        reason = tensors.cure(tensor, devices, of_memory=False)
+        if reason:
+            return TypeError(f"{name} is no tensor that kernels can use: {reason}, or fallback=True for PyTorch's "
+                             "backward")
     return None
 
 
