@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import os
 import platform
@@ -28,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 import densegrad
-from densegrad import device
-from densegrad.device import Memory, PackedLaunch, Seen, Simulator, alignment_of
+from densegrad import device, tensors
+from densegrad.device import Memory, PackedLaunch, Seen, Simulator, alignment_of, seen_tensor
 
 from . import records
 
@@ -45,10 +46,17 @@ class Unlaunched(Simulator):
 
     def memory(self, array: Any) -> Memory | None:
         """Where the array lies."""
+        array = tensors.host_array(array)
         return Memory(array.shape, array.strides, array.dtype, self.address(array), False, "NumPy's memory")
 
-    def seen(self, array: Any) -> Seen:
-        """What a call sees of the array."""
+    def serving(self, like: Any) -> Unlaunched:
+        """Itself, or what allocates tensors where this is one."""
+        return self if isinstance(like, np.ndarray) else UnlaunchedBesideTensors()
+
+    def seen(self, array: Any) -> Seen | None:
+        """What a call sees of the array, of a tensor as on a GPU."""
+        if type(array) is not np.ndarray:
+            return seen_tensor(array)
         address = self.address(array)
         return Seen((array.shape, array.strides, array.dtype, alignment_of(address)), address)
 
@@ -79,6 +87,29 @@ class Unlaunched(Simulator):
     def pointer(self, stream: Any) -> int:
         """No stream, whichever is asked for."""
         return 0
+
+
+class UnlaunchedBesideTensors(Unlaunched):
+    """The same with the memory of PyTorch's allocator."""
+
+    def __init__(self) -> None:
+        self.torch = sys.modules["torch"]
+
+    def empty(self, shape: Any, dtype: str) -> Any:
+        """A tensor with undefined elements."""
+        return self.torch.empty(shape, dtype=getattr(self.torch, dtype))
+
+    def workspace(self, size: int) -> Any:
+        """Undefined bytes."""
+        return self.torch.empty(size, dtype=self.torch.uint8)
+
+    def address(self, array: Any) -> Any:
+        """A number, as kernels take it."""
+        return array.data_ptr() if tensors.is_tensor(array) else super().address(array)
+
+    def deliver(self, array: Any, like: Any) -> Any:
+        """The tensor."""
+        return array
 
 
 @contextlib.contextmanager
@@ -144,6 +175,56 @@ def _backward(torch: Any, x: Any, w: Any, dz: Any, dw: Any, db: Any) -> Callable
     return lambda: torch.autograd.grad(z, given, dz, retain_graph=True)
 
 
+def backwards() -> dict[str, Callable[[], Any] | None]:
+    """The backward of densegrad.torch.linear, whole, and the same around an operator that only allocates.
+
+    None in their place without PyTorch, or beside a GPU that it does not see.
+    """
+    labels = "backward of densegrad.torch.linear", "the same, around an operator that only allocates"
+    if importlib.util.find_spec("torch") is None:
+        return dict.fromkeys(labels)
+    import torch
+
+    from densegrad import torch as ours
+
+    where = "cpu" if device.gpu_missing() else "cuda"
+    if where == "cuda" and not torch.cuda.is_available():
+        return dict.fromkeys(labels)
+    given = [torch.ones(shape, device=where, requires_grad=True) for shape in (
+        (SAMPLES, IN_FEATURES), (OUT_FEATURES, IN_FEATURES), (OUT_FEATURES,))]
+    z, dz = ours.linear(*given), torch.ones(SAMPLES, OUT_FEATURES, device=where)
+    _, allocating = _allocating_operator()
+
+    def backward() -> Any:
+        return torch.autograd.grad(z, given, dz, retain_graph=True)
+
+    def allocate() -> Any:
+        operator, ours._linear_backward = ours._linear_backward, allocating
+        try:
+            return backward()
+        finally:
+            ours._linear_backward = operator
+
+    return dict(zip(labels, (backward, allocate), strict=True))
+
+
+@functools.cache
+def _allocating_operator() -> Any:
+    """An operator like the backward's that only allocates its results."""
+    import torch
+
+    from densegrad import torch as ours
+
+    def allocate(da: Any, x: Any, weight: Any, z: Any, **options: Any) -> Any:
+        return [torch.empty_like(x), torch.empty_like(weight), da.new_empty(da.shape[-1:])]
+
+    operators = torch.library.Library("densegrad_benchmarks", "DEF")
+    operators.define(str(ours._linear_backward._schema).partition("::")[2].replace("linear_backward", "allocate", 1))
+    for key in ("CPU", "CUDA"):
+        operators.impl("allocate", allocate, key)
+    return operators, torch.ops.densegrad_benchmarks.allocate.default
+
+
 def peers(module: Any) -> dict[str, Callable[[], Any] | None]:
     """Those that can be called here; None in place of the others."""
     if module is np:
@@ -198,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         old = _of_another_state(python, checkout, options.rounds, options.repeats)
     new, open_rows = [], []
     with somewhere() as (module, name):
-        for label, call in (calls(module) | peers(module)).items():
+        for label, call in (calls(module) | backwards() | peers(module)).items():
             if call is None:
                 open_rows.append(label)
                 continue

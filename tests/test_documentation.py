@@ -31,7 +31,8 @@ IN_CI = {
     'pip install -e ".[dev]"': 'pip install -q -e ".[dev]"',
 }
 #: commands that install an extra -> the extra
-EXTRAS = {'pip install -e ".[cuda12]"': "cuda12", 'pip install -e ".[cuda13]"': "cuda13"}
+EXTRAS = {'pip install -e ".[cuda12]"': "cuda12", 'pip install -e ".[cuda13]"': "cuda13",
+          'pip install -e ".[torch]"': "torch"}
 #: command -> the command that is run here, shorter or dry
 HERE = {
     "bash .ci/run": "bash -n .ci/run",
@@ -128,10 +129,10 @@ def test_commands_run(command):
 def code(*, gpu):
     """(page, its blocks of Python): those that need a GPU say so by importing CuPy, and stand alone.
 
-    Without the gallery, which .ci/run executes as a notebook.
+    Without the gallery, which .ci/run executes as a notebook, and the page on PyTorch, which tests/test_torch.py runs.
     """
     for name, text in PAGES.items():
-        if name == "docs/gallery.md":
+        if name in ("docs/gallery.md", "docs/pytorch.md"):
             continue
         chosen = [block for _, block in blocks(text, "python") if ("import cupy" in block) == gpu]
         if chosen:

@@ -44,25 +44,28 @@ ARROWS = {
     "cache": {"compiler", "launches"},
     "catalogue": {"compiler", "families", "launches"},
     "estimate": {"launches"},
-    "device": {"cache", "compiler", "errors", "estimate", "launches"},
-    "operands": {"device", "errors", "launches"},
+    "tensors": set(),
+    "device": {"cache", "compiler", "errors", "estimate", "launches", "tensors"},
+    "operands": {"device", "errors", "launches", "tensors"},
     "tuned": {"__version__", "errors", "families"},
-    "calls": {"device", "errors", "facts", "launches", "operands", "tuned"},
+    "calls": {"device", "errors", "facts", "launches", "operands", "tensors", "tuned"},
     "prepared": {"calls", "errors", "launches", "operands"},
     "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients", "tuned"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands"},
+    "torch": {"activations", "device", "errors", "gradients", "tensors"},
     "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches",
                 "output_gradients"},
     "testing": {"activations", "device", "plans", "reference"},
 }
 #: what is not the standard library -> the modules that may import it
 OUTSIDE = {
-    "numpy": {"device", "operands", "reference", "testing", "warming"},
-    "ml_dtypes": {"device"},
+    "numpy": {"device", "operands", "reference", "tensors", "testing", "warming"},
+    "ml_dtypes": {"device", "tensors"},
     "cupy": {"device"},
     "cuda": {"cache", "device"},
     "numba": {"compiler", "device"},
     "platformdirs": {"cache"},
+    "torch": {"torch"},
 }
 #: the command line may use the whole package, but only `python -m densegrad` uses the command line
 COMMANDS = SOURCE / "commands"

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from . import device, tuned
+from . import device, tensors, tuned
 from .device import Seen
 from .errors import DeviceError, DTypeError, OutError, PrepareError, ShapeError
 from .facts import accumulator_of
@@ -122,6 +122,7 @@ def _span(argument: Argument | None) -> tuple[int, int] | None:
 class _Kept(NamedTuple):
     """A recipe whose launches are loaded, with what every call of the layout asks it for."""
 
+    where: Any  # the device with the memory and the streams of the library that the results are of
     recipe: Recipe
     loaded: tuple[Any, ...]
     needs_memory: bool
@@ -169,8 +170,9 @@ def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: t
     except TypeError:  # an option that has no hash: describing refuses it, or each call describes anew
         key = kept = None
     if kept is None or (kept.watches and not _as_described(kept.recipe, arrays, seen)):
-        kept = _described(key, describe(arrays, outs, options), where, numbers)
-    recipe, values = kept.recipe, {}
+        recipe = describe(arrays, outs, options)
+        kept = _described(key, recipe, where.serving(arrays[recipe.like]), numbers)
+    where, recipe, values = kept.where, kept.recipe, {}
     for position, (slot, largest) in enumerate(kept.ranges):
         value = numbers[position]
         if type(value) is not float or not -largest <= value <= largest:
@@ -186,9 +188,9 @@ def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: t
                            "cupy.ascontiguousarray(...))")
     pointer = where.current_stream(recipe.place) if stream is None else None
     if pointer is not None:
-        return _finished(Bound(where, kept, (arrays, outs, seen), values, pointer), describe, options)
+        return _finished(Bound(kept, (arrays, outs, seen), values, pointer), describe, options)
     with where.using(stream, recipe.place) as pointer:
-        return _finished(Bound(where, kept, (arrays, outs, seen), values, pointer), describe, options)
+        return _finished(Bound(kept, (arrays, outs, seen), values, pointer), describe, options)
 
 
 def _finished(bound: Bound, describe: Callable[..., Recipe], options: tuple) -> list[Any]:
@@ -257,7 +259,7 @@ def _described(key: Any, recipe: Recipe, where: Any, numbers: tuple) -> _Kept:
         _checked(where, recipe, number, value)
     with where.using(None, recipe.place):
         loaded = where.loaded(recipe.launches, recipe.place)
-    kept = _Kept(recipe, loaded, bool(recipe.workspace_bytes or recipe.copied), recipe.workspace_bytes,
+    kept = _Kept(where, recipe, loaded, bool(recipe.workspace_bytes or recipe.copied), recipe.workspace_bytes,
                  any(made.given for made in recipe.made),
                  tuple((number.slot, LARGEST.get(number.dtype, -1.0)) for number in recipe.numbers))
     if key is not None:
@@ -282,9 +284,8 @@ class Bound:
     describe: Callable[[tuple, tuple], Recipe]
     asked: tuple[Any, ...]  # what was seen of the arrays that the launches are for
 
-    def __init__(self, where: Any, kept: _Kept, operands: tuple[tuple, tuple, list[Any]], values: dict[str, Any],
-                 stream: int):
-        recipe = kept.recipe
+    def __init__(self, kept: _Kept, operands: tuple[tuple, tuple, list[Any]], values: dict[str, Any], stream: int):
+        where, recipe = kept.where, kept.recipe
         self.where, self.kept, self.recipe, self.stream = where, kept, recipe, stream
         arrays, self.outs, seen = operands
         self.arrays, self.seen = arrays, seen
@@ -342,7 +343,8 @@ class Bound:
         elif made.features_first and not made.given:
             *batch, features = made.shape
             array = self.where.empty((features, *batch), made.dtype)
-            array = array.transpose(*range(1, array.ndim), 0)
+            for axis in range(len(batch)):  # NumPy, CuPy and PyTorch all have swapaxes
+                array = array.swapaxes(axis, axis + 1)
         else:
             array = self.where.empty(made.shape, made.dtype)
         self.results[made.position] = array
@@ -371,7 +373,8 @@ class Bound:
             position = made.position
             if made.copied:
                 out = self.outs[position]
-                out[...] = self.where.deliver(results[position], out)
+                host = tensors.host_array(out)
+                host[...] = self.where.deliver(results[position], host)
                 results[position] = out
             elif not made.given:
                 results[position] = self.where.deliver(results[position], self.arrays[self.recipe.like])

@@ -1,5 +1,7 @@
 """Where kernels run: a GPU, with CuPy's memory and streams, or the Numba CUDA simulator, with NumPy's memory.
 
+Beside PyTorch's tensors on a GPU memory and streams are PyTorch's; its tensors on the CPU are taken as NumPy's arrays.
+
 The only module that knows which. Both kinds of device have the same methods, and ``current`` finds the one to use.
 Loading makes a launch ready for many calls: its kernel is compiled or brought from the cache, and what no call changes
 is packed. A call fills in the rest, by the names of the slots, and launches.
@@ -21,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import compiler
+from . import compiler, tensors
 from .errors import DeviceError
 from .estimate import duration, simulated_seconds
 from .launches import ALIGNMENT, OPERAND_ALIGNMENT, Clear, Launch, Room, Slot
@@ -153,8 +155,8 @@ class Seen(NamedTuple):
     def __str__(self) -> str:
         shape, strides, dtype, place, *others, alignment = self.layout
         read_only, kind = others or (False, None)
-        return (f"shape {shape}, strides {strides}, {dtype}, {'read-only ' * read_only}on "
-                f"{_place(place) if kind is None else place}, at a multiple of {alignment} bytes"
+        return (f"shape {tuple(shape)}, strides {strides}, {dtype}, {'read-only ' * read_only}on "
+                f"{_place(place) if isinstance(place, int) else place}, at a multiple of {alignment} bytes"
                 + (f" ({kind.__name__})" if kind else ""))
 
 
@@ -170,6 +172,20 @@ def _seen(memory: Memory | None, kind: type) -> Seen | None:
                  alignment_of(memory.byte)), memory.byte, memory.stream)
 
 
+def seen_tensor(tensor: Any) -> Seen | None:
+    """What a call sees of a CUDA tensor, or None if kernels cannot use it; strides are PyTorch's, in elements."""
+    address = tensors.address(tensor)
+    if address is None:
+        return None
+    return Seen((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), False, tensors.tensor_type(),
+                 alignment_of(address)), address)
+
+
+def _kind_of(array: Any) -> type:
+    """The kind of container that an array is: of parameters that of all tensors."""
+    return tensors.tensor_type() if tensors.is_tensor(array) else type(array)
+
+
 def _host_memory(array: np.ndarray, place: str) -> Memory:
     return Memory(array.shape, array.strides, array.dtype, array.__array_interface__["data"][0],
                   not array.flags.writeable, place)
@@ -180,20 +196,27 @@ class Simulator:
 
     kind = "simulator"
     name = "Numba CUDA simulator"
-    array_kinds = "a NumPy array"
+    array_kinds = "a NumPy array or a CPU tensor of PyTorch"
+    tensor_devices: tuple[str, ...] = ("cpu",)
 
     def memory(self, array: Any) -> Memory | None:
         """Where the array lies, or None if it is no array that kernels can use."""
+        array = tensors.host_array(array)
         return _host_memory(array, "the simulator") if isinstance(array, np.ndarray) else None
 
     def seen(self, array: Any) -> Seen | None:
         """What a call sees of the array, or None if it is none that kernels can use."""
-        return _seen(self.memory(array), type(array))
+        return _seen(self.memory(array), _kind_of(array))
 
-    def placed(self, array: np.ndarray, compact: bool) -> np.ndarray:
+    def serving(self, like: Any) -> Simulator:
+        """The device with the memory and the streams of the library whose array this is: itself."""
+        return self
+
+    def placed(self, array: Any, compact: bool) -> Any:
         """The array where kernels can read it: itself, or an aligned copy in C order if compact."""
         if not compact:
             return array
+        array = tensors.host_array(array)
         copy = self.workspace(array.nbytes)[:array.nbytes].view(array.dtype).reshape(array.shape)
         copy[...] = array
         return copy
@@ -212,11 +235,11 @@ class Simulator:
 
     def deliver(self, array: np.ndarray, like: Any) -> Any:
         """The array as the kind of container that like is."""
-        return array
+        return array if isinstance(like, np.ndarray) else tensors.host_tensor(array)
 
-    def address(self, array: np.ndarray) -> SimulatedAddress:
+    def address(self, array: Any) -> SimulatedAddress:
         """Where the element (0, ..., 0) lies, for a kernel."""
-        return SimulatedAddress(array)
+        return SimulatedAddress(tensors.host_array(array))
 
     @contextlib.contextmanager
     def using(self, stream: Any, place: str) -> Iterator[int]:
@@ -227,9 +250,9 @@ class Simulator:
         """The stream that is used where none is asked for."""
         return 0
 
-    def argument(self, array: np.ndarray, seen: Seen) -> SimulatedAddress:
+    def argument(self, array: Any, seen: Seen) -> SimulatedAddress:
         """Where an array lies that was seen, for a kernel."""
-        return SimulatedAddress(array)
+        return SimulatedAddress(tensors.host_array(array))
 
     def workspace_address(self, workspace: np.ndarray) -> np.ndarray:
         """Where a workspace lies, for a launch."""
@@ -237,6 +260,7 @@ class Simulator:
 
     def number_memory(self, value: Any, accumulator: str) -> Memory | None:
         """Where a number lies that kernels can read as one of this type, or None if it is one of the host's."""
+        value = tensors.host_array(value)
         on_device = type(value) is np.ndarray and value.ndim == 0 and value.dtype == accumulator
         return self.memory(value) if on_device else None
 
@@ -376,7 +400,8 @@ class Gpu:
     """CUDA devices. Memory and streams are CuPy's; kernels are launched by Numba and nothing is synchronised."""
 
     kind = "gpu"
-    array_kinds = "a CuPy or NumPy array, or one with __cuda_array_interface__"
+    array_kinds = "a CuPy or NumPy array, a tensor of PyTorch or an array with __cuda_array_interface__"
+    tensor_devices: tuple[str, ...] = ("cpu", "cuda")
 
     def __init__(self) -> None:
         import cupy
@@ -386,6 +411,7 @@ class Gpu:
         self._functions: OrderedDict[tuple, Any] = OrderedDict()
         self._loading = threading.RLock()
         self._models: dict[int, tuple[str, tuple[int, int]]] = {}
+        self._of_tensors: dict[int, GpuOfTensors] = {}
 
     @property
     def name(self) -> str:
@@ -396,6 +422,8 @@ class Gpu:
         """Where the array lies, or None if it is no array that kernels can use."""
         if isinstance(array, self.cupy.ndarray):
             return Memory(array.shape, array.strides, array.dtype, array.data.ptr, False, _place(array.device.id))
+        if tensors.is_tensor(array):
+            return self._tensor_memory(array)
         if isinstance(array, np.ndarray):
             return _host_memory(array, HOST)
         interface = getattr(array, "__cuda_array_interface__", None)
@@ -410,10 +438,30 @@ class Gpu:
     def seen(self, array: Any) -> Seen | None:
         """What a call sees of the array, or None if it is none that kernels can use."""
         if type(array) is not self._array:
-            return _seen(self.memory(array), type(array))
+            if tensors.is_tensor(array) and array.is_cuda:
+                return seen_tensor(array)
+            return _seen(self.memory(array), _kind_of(array))
         data = array.data
         address = data.ptr
         return Seen((array.shape, array.strides, array.dtype, data.device_id, alignment_of(address)), address)
+
+    def _tensor_memory(self, tensor: Any) -> Memory | None:
+        host = tensors.host_array(tensor)
+        if isinstance(host, np.ndarray):
+            return _host_memory(host, HOST)
+        if tensors.cure(tensor, self.tensor_devices):
+            return None
+        return Memory(tuple(tensor.shape), tensors.strides(tensor), dtype_of(tensors.dtype_name(tensor)),
+                      tensor.data_ptr(), False, _place(tensor.get_device()))
+
+    def serving(self, like: Any) -> Gpu:
+        """The device with the memory and the streams of the library whose array this is."""
+        if not (tensors.is_tensor(like) and like.is_cuda):
+            return self
+        index = like.get_device()
+        if index not in self._of_tensors:
+            self._of_tensors[index] = GpuOfTensors(self, index)
+        return self._of_tensors[index]
 
     def _device_of(self, byte: int) -> int:
         runtime = self.cupy.cuda.runtime
@@ -423,8 +471,11 @@ class Gpu:
 
     def placed(self, array: Any, compact: bool) -> Any:
         """The array where kernels can read it: itself, its copy on the device, or a copy in C order if compact."""
+        array = tensors.host_array(array)
         if isinstance(array, np.ndarray):
             return self.cupy.asarray(np.ascontiguousarray(array))
+        if tensors.is_tensor(array):
+            array = self.cupy.from_dlpack(array.detach())
         return self.cupy.asarray(array).copy(order="C") if compact else array
 
     def wait_for(self, memory: Memory | Seen, stream: int) -> None:
@@ -444,12 +495,11 @@ class Gpu:
 
     def deliver(self, array: Any, like: Any) -> Any:
         """The array as the kind of container that like is: NumPy's, PyTorch's, Numba's, or CuPy's for all others."""
-        library = type(like).__module__.partition(".")[0]
         if isinstance(like, np.ndarray):
             return array.get()
-        if library == "torch":
-            return sys.modules["torch"].as_tensor(array)
-        if library == "numba":
+        if tensors.is_tensor(like):
+            return tensors.host_tensor(array.get())
+        if type(like).__module__.partition(".")[0] == "numba":
             return sys.modules["numba.cuda"].as_cuda_array(array)
         return array
 
@@ -457,6 +507,8 @@ class Gpu:
         """Where the element (0, ..., 0) lies, for a kernel."""
         if isinstance(array, self.cupy.ndarray):
             return array.data.ptr
+        if tensors.is_tensor(array):
+            return array.data_ptr()
         return array.__cuda_array_interface__["data"][0]
 
     @contextlib.contextmanager
@@ -484,7 +536,9 @@ class Gpu:
 
     def number_memory(self, value: Any, accumulator: str) -> Memory | None:
         """Where a number lies that kernels can read, or None if it is one of the host's."""
-        return None if isinstance(value, (np.ndarray, np.generic, float, int)) else self.memory(value)
+        if isinstance(value, (np.ndarray, np.generic, float, int)) or (tensors.is_tensor(value) and not value.is_cuda):
+            return None
+        return self.memory(value)
 
     def current_stream(self, place: str) -> int | None:
         """The stream that is used where none is asked for, or None if that is one of a device that is not in use."""
@@ -564,6 +618,68 @@ class Gpu:
                 raise DeviceError(f"{self.name} refuses {launch.shared_bytes} bytes of shared memory a block: {status} "
                                   "(pass a plan with fewer stages or smaller tiles)")
         return driver.CUfunction(int(kernel))
+
+
+class GpuOfTensors(Gpu):
+    """A CUDA device beside PyTorch's tensors: results and workspaces are of PyTorch's allocator, streams are its own.
+
+    Kernels that one of the two has loaded serve the other.
+    """
+
+    def __init__(self, gpu: Gpu, index: int):
+        vars(self).update(vars(gpu))
+        self.torch, self.index = sys.modules["torch"], index
+        self.torch_device = self.torch.device("cuda", index)
+
+    def address(self, array: Any) -> int:
+        """Where the element (0, ..., 0) lies, for a kernel."""
+        return array.data_ptr() if tensors.is_tensor(array) else super().address(array)
+
+    def placed(self, array: Any, compact: bool) -> Any:
+        """The array where kernels can read it: itself, or a copy in C order if compact."""
+        if not compact:
+            return array
+        tensor = array.detach() if tensors.is_tensor(array) else self.torch.from_dlpack(array)
+        return tensor.clone(memory_format=self.torch.contiguous_format)
+
+    def empty(self, shape: tuple[int, ...] | int, dtype: str) -> Any:
+        """A tensor with undefined elements."""
+        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=self.torch_device)
+
+    def workspace(self, size: int) -> Any:
+        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT."""
+        return self.torch.empty(max(size, 1), dtype=self.torch.uint8, device=self.torch_device)
+
+    def deliver(self, array: Any, like: Any) -> Any:
+        """The tensor, which is one already."""
+        return array
+
+    def current_stream(self, place: str) -> int | None:
+        """PyTorch's current stream, or None if that is one of a device that is not in use."""
+        if self.cupy.cuda.runtime.getDevice() != self.index:
+            return None
+        return self.torch.cuda.current_stream(self.index).cuda_stream
+
+    @contextlib.contextmanager
+    def using(self, stream: Any, place: str) -> Iterator[int]:
+        """The stream and device that memory is allocated and kernels are launched on, as that stream's pointer."""
+        cuda = self.torch.cuda
+        with cuda.device(self.index):
+            current = cuda.current_stream(self.index).cuda_stream
+            pointer = current if stream is None else stream_pointer(stream)
+            if pointer == current:
+                yield pointer
+            else:
+                with cuda.stream(cuda.ExternalStream(pointer, device=self.torch_device)):
+                    yield pointer
+
+    def stream_in_use(self) -> Any:
+        """PyTorch's current stream, which lives as long as this is kept."""
+        return self.torch.cuda.current_stream(self.index)
+
+    def capturing(self, stream: int) -> bool:
+        """Never in the way: a graph that PyTorch captures keeps the memory that was allocated meanwhile."""
+        return False
 
 
 def _done(outcome: tuple) -> Any:
@@ -654,6 +770,8 @@ def stream_pointer(stream: Any) -> int:
         return stream
     if hasattr(stream, "__cuda_stream__"):
         return int(stream.__cuda_stream__()[1])
+    if hasattr(stream, "cuda_stream"):
+        return int(stream.cuda_stream)
     if hasattr(stream, "ptr"):
         return int(stream.ptr)
     if hasattr(stream, "handle"):

@@ -76,7 +76,8 @@ def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensat
     plan : BatchSumPlan, optional
         How to compute it, compensated or not, instead of what `plans.plan_batch_sum` says, which tells the layouts.
     stream : CuPy stream, Numba stream, int or object with `__cuda_stream__`, optional
-        Where to queue the work instead of CuPy's current stream. Nothing is synchronised.
+        Where to queue the work instead of CuPy's current stream, or PyTorch's beside its tensors. Nothing is
+        synchronised.
 
     Returns
     -------

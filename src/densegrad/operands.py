@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import device
+from . import device, tensors
 from .errors import DeviceError, DTypeError, OutDeviceError, OutError, ShapeError
 from .launches import ALIGNMENT, Matrix, Result, Slot
 
@@ -196,8 +196,11 @@ def given(name: str, array: Any) -> Any:
 def _memory(where: Any, name: str, array: Any) -> device.Memory:
     memory = None if isinstance(array, np.ma.MaskedArray) else where.memory(array)
     if memory is None:
-        cure = "numpy.ma's mask would be lost; use numpy.ma.filled" if isinstance(array, np.ma.MaskedArray) else \
-            "convert it with numpy.asarray or cupy.asarray"
+        cure = "convert it with numpy.asarray or cupy.asarray"
+        if isinstance(array, np.ma.MaskedArray):
+            cure = "numpy.ma's mask would be lost; use numpy.ma.filled"
+        elif tensors.is_tensor(array):
+            cure = tensors.cure(array, where.tensor_devices)
         raise TypeError(f"{name} must be {where.array_kinds}; got {type(array).__name__} ({cure})")
     return memory
 
@@ -210,7 +213,7 @@ def _name_of(dtype: np.dtype) -> str:
 
 def _dtype(name: str, dtype: np.dtype) -> str:
     if _name_of(dtype) not in DTYPES:
-        cure = f"convert it, for example with {name}.astype('float32')"
+        cure = f"convert it, for example with {name}.astype('float32'), or {name}.float() of PyTorch"
         if dtype == "V2":
             cure = f"if that was bfloat16 before numpy.save, {name}.view(ml_dtypes.bfloat16) makes it so again"
         raise DTypeError(f"{name} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}; got {dtype} ({cure})")
@@ -346,6 +349,7 @@ def check_label_values(array: Any, classes: int, ignored: int, sample_weight: An
     ValueError
         If one is no class. Labels on a GPU are not looked at, since that would take waiting for it.
     """
+    array, sample_weight = tensors.host_array(array), tensors.host_array(sample_weight)
     if isinstance(array, np.ndarray):
         wrong = (array != ignored) & ((array < 0) | (array >= classes))
         if isinstance(sample_weight, np.ndarray) and sample_weight.dtype == bool:
@@ -372,6 +376,7 @@ def accept_number(name: str, value: Any, dtype: str = "float64") -> float:
     ValueError
         If it is finite, but infinite to the kernels.
     """
+    value = tensors.host_array(value)
     if isinstance(value, np.ndarray):
         scalar = value.ndim == 0 and not isinstance(value, np.ma.MaskedArray) and (
             value.dtype.kind in "iuf" or value.dtype.name in DTYPES)

@@ -169,7 +169,8 @@ def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sa
     plan : UpstreamPlan, optional
         How to cut the work, instead of what `plans.plan_upstream` says.
     stream : CuPy stream, Numba stream, int or object with `__cuda_stream__`, optional
-        Where to queue the work instead of CuPy's current stream. Nothing is synchronised.
+        Where to queue the work instead of CuPy's current stream, or PyTorch's beside its tensors. Nothing is
+        synchronised.
 
     Returns
     -------

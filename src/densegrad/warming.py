@@ -202,6 +202,10 @@ class _Foreseen:
         """What a call sees of the array."""
         return device.Seen((array.shape, array.strides, array.dtype, device.alignment_of(array.byte)), array.byte)
 
+    def serving(self, like: Any) -> _Foreseen:
+        """Itself, for all arrays."""
+        return self
+
     def argument(self, array: Any, seen: device.Seen) -> int:
         """Where an array lies."""
         return seen.address
