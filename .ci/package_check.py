@@ -63,7 +63,7 @@ def main() -> None:
         names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
         hold("wheel", names, {place for name in tracked() if (place := in_wheel(name))})
         with tarfile.open(sdist) as archive:
-            archive.extractall(work, filter="data")
+            archive.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         unpacked = work / sdist.name.removesuffix(".tar.gz")
         files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
         hold("sdist", {name for name in files if not name.startswith(ADDED)}, tracked())
