@@ -1,4 +1,4 @@
-"""Matrix product of which one operand is thin: dL/dW and dL/dX of few inputs, outputs or samples.
+"""Matrix product of which one operand is thin: dL/dW of few inputs or outputs, dL/dX of few inputs or samples.
 
     result[r, c] = alpha * sum over k of left[r, k] right[k, c]      left (rows, depth), right (depth, cols), rows <= 8
 
