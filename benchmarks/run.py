@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None, clock: timing.Clock | None = No
         print(NO_GPU.format(reason=reason))
         return 2
     console = Console()
-    bench = Bench(clock or timing.GpuClock(), options.quick, console)
+    bench = Bench(clock or timing.GpuClock(device.current().cupy), options.quick, console)
     chosen = [one for one in IMPLEMENTATIONS if one.ours or one.name in options.peers]
     for name in dict.fromkeys(one.name for one in chosen if one.missing):
         missing = next(one.missing for one in chosen if one.name == name)

@@ -40,11 +40,9 @@ class Clock(Protocol):
 
 
 class GpuClock:
-    """CUDA events on CuPy's current stream."""
+    """CUDA events on the current stream of CuPy, whose module it is given."""
 
-    def __init__(self) -> None:
-        import cupy
-
+    def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
         runtime = cupy.cuda.runtime
         self.device = runtime.deviceGetPCIBusId(runtime.getDevice())

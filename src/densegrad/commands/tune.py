@@ -101,7 +101,7 @@ def gpu_clock() -> Clock:
     if reason:
         raise DeviceError(f"plans are timed on a GPU, and there is none here: {reason} (the simulator's times say "
                           "nothing about one; run densegrad tune where calls will run)")
-    return GpuClock()
+    return GpuClock(device.current().cupy)
 
 
 def _table_of(outcomes: list[Outcome], gpu: str) -> Any:

@@ -259,9 +259,11 @@ def bias_rides_along(plan: ProductPlan) -> bool:
     The blocks of the first tile row spend about 2 % more instructions on it on FMA units, 10 % on tensor cores, and
     end up to that much later.
     """
+    if not plan.sums_ride:
+        return False
     cost = plan.cost("across")
-    if isinstance(plan, ThinPlan) or cost is None:
-        return plan.sums_ride
+    if cost is None:
+        return True
     share = 0.1 if isinstance(plan, TensorCorePlan) else 0.02
     extra = share * cost.loop / ceil_div(max(plan.rows, 1), plan.tile_rows)
     again = plan.depth * plan.cols * ITEM_BYTES[plan.dtype] / BYTES_A_MICROSECOND
