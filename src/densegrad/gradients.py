@@ -207,7 +207,7 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
                      alpha: float = 1.0, precision: str | None = None, out: WeightBiasGrads | None = None,
                      accumulate: bool | Iterable[str] = False, plan: ProductPlan | None = None,
                      stream: Any = None) -> WeightBiasGrads:
-    """Gradients with respect to weights and bias, with dz read once: db is added up while dw is multiplied.
+    """Gradients with respect to weights and bias, together: db is added up while dw is multiplied.
 
         dw = x.T @ dz          db = dz.sum(axis=0)
 
@@ -234,8 +234,9 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
     Notes
     -----
     db has the same bits on every run, and from FMA units on every device, but not those of `bias_grad`, since its order
-    of additions follows the tiles of dw. On FMA units thread row r of R adds the samples r, r + R, ... of each part,
-    the R sums are added in ascending order, then the parts.
+    of additions follows the plan of dw. By a MatmulPlan thread row r of R adds the samples r, r + R, ... of each part,
+    the R sums are added in ascending order, then the parts; by a ThinPlan db is added as each row of dw is. Where there
+    are at most 8 outputs and over 8 inputs, a ThinPlan leaves db to a sum of its own, with the bits of `bias_grad`.
 
     Examples
     --------
