@@ -351,10 +351,12 @@ def make_sum_parts(constants):
         at a time; then a thread for each column adds the lanes in ascending order.
     Grid
         (tiles of tile_cols columns).
+    Beside
+        Sums that are not compensated may have a last column of another meaning, whose sum goes to a place of its own.
     Shared memory
         most_threads accumulators, twice that for compensated sums.
     """
-    accumulator, result, most_threads, accumulate, compensated = constants
+    accumulator, result, most_threads, accumulate, compensated, has_beside = constants
     sums_array = primitives.shared_array("sums", accumulator, most_threads * (1 + compensated))
     zero = primitives.zeros(accumulator, 1 + compensated)
     load, add_rows = (primitives.load_each(accumulator, PARTS, accumulator),
@@ -362,10 +364,12 @@ def make_sum_parts(constants):
     keep_sum = keep_fold(accumulator, compensated)
     add_lanes = add_copies(accumulator, compensated, most_threads)
     finish = finish_column(accumulator, result, accumulate, compensated)
+    store_beside = primitives.store_vector(accumulator, 1, accumulator)
     alpha_at = primitives.scale_at(constants.number, accumulator)
 
     @primitives.jit(most_threads)
-    def sum_parts(source, row_pitch, rows, outputs, tile_cols, lanes, target, col_stride, alpha, alpha_address):
+    def sum_parts(source, row_pitch, rows, outputs, tile_cols, lanes, target, col_stride, beside, alpha,
+                  alpha_address):
         thread, width = cuda.threadIdx.x, int32(tile_cols)
         lane, column = int(thread // width), cuda.blockIdx.x * tile_cols + int(thread % width)
         index, step = lane * row_pitch + column, lanes * row_pitch
@@ -381,6 +385,9 @@ def make_sum_parts(constants):
         cuda.syncthreads()
         if lane == 0 and column < outputs:
             total = add_lanes(sums, int32(thread), width, int32(lanes))
-            finish(total, target, column * col_stride, 0, alpha_at(alpha, alpha_address))
+            if has_beside and column == outputs - 1:
+                store_beside(beside, 0, total)
+            else:
+                finish(total, target, column * col_stride, 0, alpha_at(alpha, alpha_address))
 
     return sum_parts

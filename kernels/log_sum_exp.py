@@ -1,21 +1,27 @@
-"""What softmax needs of every sample: its largest value, and the logarithm of its sum of exponentials less that.
+"""What cross-entropy needs of every sample whose row no block can hold, from a first reading of its logits.
 
-    result[0, s] = max over m of z[s, m]                                        z (samples, outputs)
-    result[1, s] = log(sum over m of exp(z[s, m] - result[0, s]))               result (2, samples)
+    result[0, s] = max over m of z[s, m]                                     all matrices (samples, outputs)
+    result[1, s] = log(sum over m of exp(z[s, m] - result[0, s]))            not a number if the label is no class
+    result[2, s] = Q[s] = sum over m of q[s, m]                              as in cross_entropy, if it may differ from 1
+    loss[s]      = weight[s] (Q[s] (result[0, s] - z[s, 0] + result[1, s]) + sum over m of q[s, m] (z[s, 0] - z[s, m]))
+
+and what each block's samples weigh, for the divisor of a mean, and their losses.
 
 How the work is cut
-    A block has a few samples, and `adders` threads for each: thread a adds the outputs a, a + adders, ..., keeping the
-    largest value so far and the sum of the exponentials of what the others are less than it; the first thread merges
-    them in order. The threads that lie side by side are those of one sample where outputs are contiguous, else those of
-    neighbouring samples: memory is read in whole lines.
+    A block has a few samples at a time, and `adders` threads for each: thread a takes the vectors a, a + adders, ... of
+    16 bytes, which begin at multiples of 16 bytes in memory, whatever the row does: its first and last ones are read
+    element by element. It keeps the largest value so far and the sum of the exponentials of what the others are less
+    than it. Where samples lie side by side, a thread takes one output after another. The threads that lie side by side
+    are those of one sample where its outputs are contiguous, else those of neighbouring samples: memory is read in
+    whole lines. The lanes of warps are merged in pairs, what is left in order.
 Threads
-    adders * samples of the block.
+    adders * samples of the block, whole warps.
 Grid
-    As many blocks as the samples take.
+    As many blocks as the samples take, up to 1,024; a block goes on with the samples of every gridDim-th group.
 Shared memory
-    2 accumulators a thread, and 2 a sample.
+    4 accumulators for each warp of a sample, or each adder where samples lie side by side; 2 a sample.
 Bytes and flops
-    Reads samples * outputs elements once; one exponential and 6 flops each.
+    Reads samples * outputs elements once, and probabilities once; one exponential and 6 flops each.
 
 Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
@@ -23,45 +29,170 @@ Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
 from numba import cuda
 
 from . import primitives
+from .cross_entropy import NOT_A_NUMBER, over_lanes, weight_of_sample
 from .primitives.factories import cache
+from .primitives.layout import ITEM_BYTES, LANES, WIDEST
+
+LOWEST = float("-inf")
 
 
 @cache
 def make_log_sum_exp(constants):
     """The kernel for these types and threads; features_first says that samples lie side by side."""
-    dtype, accumulator, adders, samples_of_block, features_first = constants
-    threads = adders * samples_of_block
-    load = primitives.load_pieces(dtype, 1, (0,), accumulator)
-    nothing, exponential = primitives.no_exponentials(accumulator), primitives.exponential(accumulator)
-    merge, logarithm = primitives.merge_exponentials(accumulator), primitives.log_of_exponentials(accumulator)
+    dtype, accumulator, adders, samples_of_block, features_first, targets, loss, mean = constants
+    labels, class_weights, weights = targets
+    threads, item = adders * samples_of_block, ITEM_BYTES[dtype]
+    count = 1 if features_first else WIDEST // item
+    of_labels, of_classes, dense = labels != "", class_weights != "", targets.dense
+    weighted, masked, with_loss, each_loss = weights not in ("", "bool"), weights == "bool", loss != "", loss == "each"
+    leaves = mean or loss == "sum"
+    number, fill = primitives.typed(accumulator), primitives.fill(accumulator, 1)
+    zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
+    divide, minus = primitives.divide(accumulator), primitives.minus(accumulator, count, 1)
+    load_all, load_edge = (primitives.load_vector(dtype, count, accumulator),
+                           primitives.load_between(dtype, count, accumulator, LOWEST))
+    load_element = primitives.load_each(dtype, 1, accumulator)
+    between = primitives.between(accumulator, count)
+    # What is held against softmax, element by element.
+    labelled, smooth = (primitives.labelled(accumulator, tuple(range(count)), 1),
+                        primitives.smooth(accumulator, count))
+    load_probabilities = primitives.load_between(dtype, count, accumulator, 0.0)
+    load_classes = primitives.load_between(class_weights or accumulator, count, accumulator, 0.0)
+    weigh_classes = primitives.weigh(accumulator, count, count)
+    add_each, add_products = primitives.add_each(accumulator, count, False), primitives.weighted_sum(accumulator, count)
+    # States are (largest, total, Q, sum of q times what z is less than the row's first).
+    nothing, add_values = primitives.no_exponentials(accumulator), primitives.add_exponentials(dtype, accumulator, count)
+    merge, add_two = primitives.merge_exponentials(accumulator), primitives.add(accumulator, 2)
+    both, front, turn = (primitives.join(accumulator, (2, 2)), primitives.head(accumulator, 4, 2),
+                         primitives.rotate(accumulator, 4, 2))
+    two = primitives.join(accumulator, (1, 1))
+
+    @cuda.jit(device=True, inline="always")
+    def merge_all(left, right):
+        return both(merge(front(left), front(right)), add_two(front(turn(left)), front(turn(right))))
+
+    def others(distance):
+        return primitives.of_lane(accumulator, 4, distance)
+
+    over_warp = over_lanes(merge_all, others, 0 if features_first else LANES // 2)
+    shares = adders if features_first else adders // LANES
     # One place more a sample, so that samples begin at different banks.
-    pitch = 2 * (adders + 1)
+    pitch = 4 * (shares + 1)
     state_array = primitives.shared_array("states", accumulator, samples_of_block * pitch)
-    load_state, store_state = primitives.load_shared(accumulator, 2), primitives.store_shared(accumulator, 2)
-    store = primitives.store_each(accumulator, 2, accumulator)
+    load_state, store_state = primitives.load_shared(accumulator, 4), primitives.store_shared(accumulator, 4)
+    left_array = primitives.shared_array("left", accumulator, 2 * samples_of_block)
+    store_left, add_left = primitives.store_shared(accumulator, 1), primitives.add_shared(accumulator, samples_of_block)
+    load_label = primitives.load_integers(labels or "int64", (0,))
+    load_kept = primitives.load_integers("bool", (0,))
+    load_weight = primitives.load_each(weights if weighted else accumulator, 1, accumulator)
+    weight_of, log_of = weight_of_sample(accumulator, targets), primitives.log_of_exponentials(accumulator)
+    store = primitives.store_vector(accumulator, 1, accumulator)
 
     @primitives.jit(threads)
-    def log_sum_exp(z, z_down, z_across, samples, outputs, result):
-        thread = cuda.threadIdx.x
-        first = cuda.blockIdx.x * samples_of_block
+    def log_sum_exp(z, z_down, z_across, probabilities, probabilities_down, probabilities_across, labels, labels_step,
+                    class_weights, class_weights_step, weights, weights_step, losses, losses_step, left, ignored,
+                    smoothing, samples, outputs, result):
+        thread, block, blocks = cuda.threadIdx.x, cuda.blockIdx.x, cuda.gridDim.x
         if features_first:
             row, adder = thread % samples_of_block, thread // samples_of_block
         else:
             row, adder = thread // adders, thread % adders
+        elsewhere = divide(number(smoothing), number(outputs))
+        more = number(1) - number(smoothing)
+        states, weight_sum, loss_sum = state_array(), zero(), zero()
+        for first in range(block * samples_of_block, samples, blocks * samples_of_block):
+            # 1. This thread's share of its sample; one beyond the last adds nothing.
+            sample = first + row
+            inside = sample < samples
+            there = 1 if inside else 0
+            start = sample * z_down
+            label = load_label(labels, sample * labels_step, 1, there, ignored)[0] if of_labels else 0
+            origin = load_element(z, start, 1, there)
+            if origin[0] == number(LOWEST):
+                origin = zero()
+            shift = 0 if features_first else (int(z) // item + start) % count
+            state, target_sum, lost = nothing(), zero(), zero()
+            for vector in range(adder, (outputs + shift + count - 1) // count if inside else 0, adders):
+                position = vector * count - shift
+                if position >= 0 and position + count <= outputs:
+                    values = load_all(z, start + position * z_across)
+                else:
+                    values = load_edge(z, start + position * z_across, z_across, position, outputs)
+                state = add_values(state, values)
+                if dense:
+                    if of_labels:
+                        q = labelled((label,), position, elsewhere, more)
+                    else:
+                        q = smooth(load_probabilities(
+                            probabilities, sample * probabilities_down + position * probabilities_across,
+                            probabilities_across, position, outputs), elsewhere, more)
+                    if of_classes:
+                        q = weigh_classes(q, load_classes(class_weights, position, 1, position, outputs))
+                    q = between(q, position, outputs)
+                    target_sum = add_each(target_sum, q)
+                    if with_loss:
+                        lost = add_products(lost, q, minus(values, origin))
+                elif with_loss and elsewhere != 0:
+                    lost = add_each(lost, between(minus(values, origin), position, outputs))
+            whole = over_warp(both(state, two(target_sum, lost)))
+            if features_first:
+                store_state(states, row * pitch + 4 * adder, whole)
+            elif adder % LANES == 0:
+                store_state(states, row * pitch + 4 * (adder // LANES), whole)
+            cuda.syncthreads()
 
-        # 1. This thread's share of its sample is in shared memory; one beyond the last adds nothing.
-        state = nothing()
-        for output in range(adder, outputs if first + row < samples else 0, adders):
-            state = merge(state, exponential(load(z, (first + row) * z_down + output * z_across, 1, 1)))
-        states = state_array()
-        store_state(states, row * pitch + 2 * adder, state)
-        cuda.syncthreads()
+            # 2. The shares are merged in ascending order, and the sample's results are written.
+            sample = first + thread
+            if thread < min(samples_of_block, samples - first):
+                whole = both(nothing(), two(zero(), zero()))
+                for share in range(shares):
+                    whole = merge_all(whole, load_state(states, thread * pitch + 4 * share))
+                found = log_of(front(whole))
+                log_total, target_sum, lost = found[1], number(1), front(turn(whole))[1]
+                if dense:
+                    target_sum = front(turn(whole))[0]
+                left_out = False
+                if of_labels:
+                    label = load_label(labels, sample * labels_step, 1, 1, ignored)[0]
+                    left_out = label == ignored
+                    if label < 0 or label >= outputs:
+                        log_total = number(NOT_A_NUMBER)
+                store(result, sample, fill(found[0]))
+                store(result, samples + sample, fill(log_total))
+                if dense:
+                    store(result, 2 * samples + sample, fill(target_sum))
+                if with_loss:
+                    origin = load_element(z, sample * z_down, 1, 1)
+                    if origin[0] == number(LOWEST):
+                        origin = zero()
+                    if not dense:
+                        lost = lost * elsewhere if elsewhere != 0 else number(0)
+                        if label >= 0 and label < outputs and more != 0:
+                            lost += more * (load_element(z, sample * z_down + label * z_across, 1, 1)[0] - origin[0])
+                    row_loss = target_sum * (found[0] - origin[0] + log_total) - lost
+                    if weighted:
+                        row_loss *= load_weight(weights, sample * weights_step, 1, 1)[0]
+                    if masked:
+                        left_out = left_out or load_kept(weights, sample * weights_step, 1, 1, 0)[0] == 0
+                    if left_out:
+                        row_loss = number(0)
+                    if each_loss:
+                        store(losses, sample * losses_step, fill(row_loss))
+                    loss_sum = add(loss_sum, fill(row_loss))
+                if mean:
+                    weight_sum = add(weight_sum, weight_of(sample, labels, labels_step, class_weights,
+                                                           class_weights_step, weights, weights_step, ignored, outputs))
+            cuda.syncthreads()
 
-        # 2. The shares are merged in ascending order.
-        for row in range(thread, min(samples_of_block, samples - first), threads):
-            state = nothing()
-            for adder in range(adders):
-                state = merge(state, load_state(states, row * pitch + 2 * adder))
-            store(result, first + row, samples, 2, logarithm(state))
+        # 3. What the block's samples weigh and lose, in ascending order.
+        if leaves:
+            cells = left_array()
+            if thread < samples_of_block:
+                store_left(cells, thread, weight_sum)
+                store_left(cells, samples_of_block + thread, loss_sum)
+            cuda.syncthreads()
+            if thread == 0:
+                store(left, block, add_left(zero(), cells, 0, 1))
+                store(left, blocks + block, add_left(zero(), cells, samples_of_block, 1))
 
     return log_sum_exp

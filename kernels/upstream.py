@@ -1,15 +1,15 @@
 """dL/dZ from what comes from above the layer, and dL/db summed on the way.
 
     dZ[s, m] = alpha weight[s] dA[s, m] f'(Z[s, m])                           below an activation A = f(Z)
-    dZ[s, m] = alpha weight[s] (softmax(Z[s])[m] - target[s, m])              below softmax and cross-entropy
+    dZ[s, m] = alpha / divisor weight[s] (Q[s] softmax(Z[s])[m] - q[s, m])    below softmax and cross-entropy, wide rows
     result[m] = sum_alpha * sum over s of dZ[s, m]                            all matrices (samples, outputs)
 
 alpha is for who wants dZ, which is rounded to its dtype with alpha in it; sum_alpha is for who wants the sum alone,
 and is multiplied in the type of the sums.
 
-softmax(Z[s])[m] = exp(Z[s, m] - largest[s] - log_total[s]), which log_sum_exp finds. target[s, m] is 1 - smoothing +
-smoothing / outputs where m is the label of s, smoothing / outputs elsewhere. Samples that are left out, by their label
-or by a mask, have a dZ of zero whatever all else is.
+softmax(Z[s])[m] = exp(Z[s, m] - largest[s] - log_total[s]), which log_sum_exp finds, and Q[s]; q is what cross_entropy
+says. log_sum_exp leaves each of its blocks' sums of weights, which make up the divisor of a mean, and of losses. Samples
+that are left out, by their label or by a mask, have a dZ of zero whatever all else is.
 
 How the work is cut
     One pass: every element is read once, and dZ is written while it is summed. Blocks walk down the batch like those of
@@ -31,14 +31,13 @@ Shared memory
 Bytes and flops
     Reads one matrix, or two below an activation, and writes one. 3 flops an element, and 1 to 40 for f' or exp.
 
-Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, sections 6.2 and 6.5; Szegedy et al., "Rethinking the
-Inception Architecture for Computer Vision", 2016, section 7 (smoothing).
+Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, sections 6.2 and 6.5.
 """
 
-from numba import cuda
+from numba import cuda, int32
 
 from . import primitives
-from .columns import finish_column
+from .columns import add_copies, finish_column
 from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, WIDEST
 
@@ -73,48 +72,91 @@ def _all_kept(values, labels, ignored):
 
 
 @cache
-def _form(above, dtype, accumulator, columns, samples):
-    """(gradient above, z, largest, log total, labels, first output, outputs, parameter) -> dZ before its weight."""
-    if above == CROSS_ENTROPY:
-        minus = primitives.minus(accumulator, len(columns), samples)
-        softmax_minus_target = primitives.cross_entropy(accumulator, columns, samples)
+def _form(constants, columns, samples):
+    """What makes dZ before its weight of what is loaded; see make_upstream_sum."""
+    above, dtype, accumulator, targets = constants.above, constants.dtype, constants.accumulator, constants.targets
+    count = len(columns)
+    if above != CROSS_ENTROPY:
+        backward = primitives.backward(above, dtype, accumulator, count)
 
         @cuda.jit(device=True, inline="always")
-        def form(gradient, z, largest, log_total, labels, output, outputs, parameter):
-            return softmax_minus_target(minus(z, largest), log_total, labels, output, outputs, parameter)
-    else:
-        backward = primitives.backward(above, dtype, accumulator, len(columns))
-
-        @cuda.jit(device=True, inline="always")
-        def form(gradient, z, largest, log_total, labels, output, outputs, parameter):
+        def form(gradient, z, largest, log_total, target_sum, labels, class_weights, output, elsewhere, parameter):
             return backward(gradient, z, parameter)
 
+        return form
+
+    minus, subtract = (primitives.minus(accumulator, count, each) for each in (samples, count))
+    exponentials = primitives.exponentials(dtype, accumulator, count)
+    labelled, smooth = primitives.labelled(accumulator, columns, samples), primitives.smooth(accumulator, count)
+    weigh, weigh_classes = (primitives.weigh(accumulator, count, each)
+                            for each in (samples, 1 if constants.features_first else count))
+    number, of_labels, of_classes, dense = (primitives.typed(accumulator), targets.labels != "",
+                                            targets.class_weights != "", targets.dense)
+
+    @cuda.jit(device=True, inline="always")
+    def form(gradient, z, largest, log_total, target_sum, labels, class_weights, output, elsewhere, parameter):
+        if of_labels:
+            q = labelled(labels, output, elsewhere, number(1) - parameter)
+        else:
+            q = smooth(gradient, elsewhere, number(1) - parameter)
+        if of_classes:
+            q = weigh_classes(q, class_weights)
+        values = exponentials(minus(minus(z, largest), log_total))
+        if dense:
+            values = weigh(values, target_sum)
+        return subtract(values, q)
+
     return form
+
+
+@cache
+def _sum_left(accumulator, threads):
+    """(cells, address, first, count, thread) -> the sum of so many numbers there, for every thread."""
+    zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
+    load, store = primitives.load_vector(accumulator, 1, accumulator), primitives.store_shared(accumulator, 1)
+    add_cells = add_copies(accumulator, False, 0)
+
+    @cuda.jit(device=True, inline="always")
+    def sum_left(cells, address, first, count, thread):
+        total = zero()
+        for item in range(thread, count, threads):
+            total = add(total, load(address, first + item))
+        store(cells, thread, total)
+        cuda.syncthreads()
+        total = add_cells(cells, int32(0), int32(1), int32(min(threads, count)))
+        cuda.syncthreads()
+        return total
+
+    return sum_left
 
 
 @cache
 def make_upstream_sum(constants):
     """The kernel for what lies above the layer: the name of an activation, or CROSS_ENTROPY.
 
-    A thread has `elements`, and an access takes `width` of them. weights and labels are dtypes, or empty where there
-    are none; weights of dtype "bool" choose samples: the others' dZ is zero, whatever their gradients are.
-    weights_width is how many weights an access takes, all of a piece or 1.
+    A thread has `elements`, and an access takes `width` of them. Weights of dtype "bool" choose samples: the others'
+    dZ is zero, whatever their gradients are.
     """
     (above, dtype, accumulator, result, elements, width, threads_x, lanes, features_first, blocks_per_multiprocessor,
-     weights, weights_width, labels, accumulate) = constants
+     targets, weights_width, mean, with_loss, accumulate) = constants
+    labels, class_weights, weights = targets
     threads, spacing, line = threads_x * lanes, threads_x * width, threads_x * elements
     tile, step = (lanes, line) if features_first else (line, lanes)
     pieces = tuple(piece * spacing for piece in range(elements // width))
     places = tuple(piece + element for piece in pieces for element in range(width))
     # Which of a thread's elements need a sample's value each, and how far their outputs lie apart.
     of_samples, columns = (places, (0,) * elements) if features_first else ((0,), places)
-    has_gradient, has_z = above != CROSS_ENTROPY, above != "identity"
+    has_totals, has_z, dense = above == CROSS_ENTROPY, above != "identity", above == CROSS_ENTROPY and targets.dense
+    has_gradient, of_classes = not has_totals or labels == "", class_weights != ""
     zeros = primitives.zeros(accumulator, elements)
     load = primitives.load_pieces(dtype, width, pieces, accumulator)
     load_gradient = load if has_gradient else _absent(zeros)
     load_z = load if has_z else _absent(zeros)
-    load_total = _absent(zeros) if has_gradient else _load_values(
-        accumulator, accumulator, of_samples, width if features_first else 1)
+    load_total = _load_values(accumulator, accumulator, of_samples, width if features_first else 1) if (
+        has_totals) else _absent(primitives.zeros(accumulator, len(of_samples)))
+    of_outputs = (0,) if features_first else places
+    load_classes = primitives.load_row(class_weights or accumulator, 1, of_outputs, accumulator)
+    no_classes = primitives.zeros(accumulator, len(of_outputs))
     load_labels = primitives.load_integers(labels, of_samples) if labels else _no_labels
     weighted, chosen = weights not in ("", "bool"), weights == "bool"
     load_weights = _load_values(weights if weighted else accumulator, accumulator, of_samples, weights_width)
@@ -122,7 +164,7 @@ def make_upstream_sum(constants):
     weigh = primitives.weigh(accumulator, elements, len(of_samples))
     leave_out = primitives.leave_out(accumulator, elements, len(of_samples))
     leave_out_labels = leave_out if labels else _all_kept
-    form = _form(above, dtype, accumulator, columns, len(of_samples))
+    form, divide = _form(constants, columns, len(of_samples)), primitives.divide(accumulator)
     scale, rounded = primitives.scale(accumulator, elements), primitives.rounded(dtype, accumulator, elements)
     store, add = primitives.store_pieces(dtype, width, pieces, accumulator), primitives.add(accumulator, elements)
     line_array = primitives.shared_array("lines", accumulator, lanes * line)
@@ -135,11 +177,14 @@ def make_upstream_sum(constants):
     add_folds = primitives.add_shared(accumulator, threads_x)
     finish = finish_column(accumulator, result, accumulate)
     number, alpha_at = primitives.typed(accumulator), primitives.scale_at(constants.number, accumulator)
+    sum_left = _sum_left(accumulator, threads)
+    store_loss, scale_loss = primitives.store_vector(accumulator, 1, accumulator), primitives.scale(accumulator, 1)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def upstream_sum(gradient, gradient_down, gradient_across, z, z_down, z_across, dz, dz_down, dz_across, weights,
-                     weights_step, labels, labels_step, totals, ignored, parameter, alpha, alpha_address, sum_alpha,
-                     sum_alpha_address, samples, outputs, samples_per_part, target, part_stride, col_stride):
+                     weights_step, labels, labels_step, class_weights, class_weights_step, totals, left_by_blocks,
+                     left_count, loss, ignored, parameter, alpha, alpha_address, sum_alpha, sum_alpha_address, samples,
+                     outputs, samples_per_part, target, part_stride, col_stride):
         thread = cuda.threadIdx.x
         lane, place = thread // threads_x, thread % threads_x * width
 
@@ -158,8 +203,16 @@ def make_upstream_sum(constants):
             gradient_along, z_along, dz_along = gradient_across, z_across, dz_across
 
         # 2. dZ is written, and sums[j] is the sum of the thread's j-th elements; the next ones travel meanwhile.
-        sums = zeros()
+        sums, lines, share = zeros(), line_array(), number(1)
         parameter, alpha = number(parameter), number(alpha_at(alpha, alpha_address))
+        if mean:
+            share = divide(number(1), sum_left(lines, left_by_blocks, 0, left_count, thread)[0])
+            alpha = alpha * share
+        if with_loss and part == 0 and cuda.blockIdx.x == 0:
+            total = sum_left(lines, left_by_blocks, left_count, left_count, thread)
+            if thread == 0:
+                store_loss(loss, 0, scale_loss(total, share))
+        elsewhere = divide(parameter, number(outputs))
         next_gradient = load_gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along, left)
         next_z = load_z(z, sample * z_down + output * z_across, z_along, left)
         while left > 0:
@@ -170,8 +223,14 @@ def make_upstream_sum(constants):
                                           left)
             next_z = load_z(z, sample * z_down + output * z_across, z_along, left)
             label = load_labels(labels, this_sample * labels_step, labels_step, this_left, ignored)
-            values = form(this_gradient, this_z, load_total(totals, this_sample, 1, this_left),
-                          load_total(totals, samples + this_sample, 1, this_left), label, output, outputs, parameter)
+            of_output, target_sum = no_classes(), load_total(totals, this_sample, 1, this_left)
+            largest = target_sum
+            if of_classes:
+                of_output = load_classes(class_weights, output, int32(min(outputs - output, line)))
+            if dense:
+                target_sum = load_total(totals, 2 * samples + this_sample, 1, this_left)
+            values = form(this_gradient, this_z, largest, load_total(totals, samples + this_sample, 1, this_left),
+                          target_sum, label, of_output, output, elsewhere, parameter)
             if weighted:
                 values = weigh(values, load_weights(weights, this_sample * weights_step, weights_step, this_left))
             values = scale(values, alpha)
@@ -182,7 +241,6 @@ def make_upstream_sum(constants):
             store(dz, this_sample * dz_down + output * dz_across, dz_along, this_left, values)
             sums = add(sums, rounded(values))
         sum_alpha = alpha_at(sum_alpha, sum_alpha_address)
-        lines = line_array()
         for piece in range(elements // width):
             store_sums(lines, lane * line + piece * spacing + place, first(sums), thread)
             sums = turn(sums)

@@ -2,7 +2,7 @@
 
 Every name exists twice: in ``ptx`` as LLVM and PTX for the compiler, and in ``simulator`` as plain Python and NumPy for
 the Numba CUDA simulator; what becomes of numbers between memory and sums in ``number_ptx`` and ``number_simulator``,
-tiles of operands in ``tile_ptx`` and ``tile_simulator``, what the lanes of a warp do together in ``warp_ptx`` and
+rows that are kept in registers in ``row_ptx`` and ``row_simulator``, tiles of operands in ``tile_ptx`` and ``tile_simulator``, what the lanes of a warp do together in ``warp_ptx`` and
 ``warp_simulator``. A test holds the two to each other.
 
 Names
@@ -17,11 +17,13 @@ from numba import config
 
 if config.ENABLE_CUDASIM:
     from .number_simulator import *
+    from .row_simulator import *
     from .simulator import *
     from .tile_simulator import *
     from .warp_simulator import *
 else:
     from .number_ptx import *
     from .ptx import *
+    from .row_ptx import *
     from .tile_ptx import *
     from .warp_ptx import *

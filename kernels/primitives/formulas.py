@@ -7,13 +7,18 @@ Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
 
 
-def cross_entropy(number, below, log_total, is_label, smoothing, outputs):
-    """Softmax minus target, which is smoothing / outputs, and at the label 1 - smoothing more.
-
-    below is how much less than the sample's largest the value is, and log_total as log_of_exponentials gives it.
-    """
-    target = smoothing / outputs
-    return number.exp(below - log_total) - number.where(is_label, target + (1 - smoothing), target)
+def add_exponentials(number, state, values):
+    """(largest, total) with more values: total is the sum of exp(value - largest) over the values."""
+    largest, total = state
+    highest = largest
+    for value in values:
+        highest = number.where(value > highest, value, highest)
+    # Minus infinities alone have no difference, and add nothing.
+    base = number.where(highest == -number.inf, 0, highest)
+    total = total * number.exp(largest - base)
+    for value in values:
+        total = total + number.exp(value - base)
+    return highest, total
 
 
 def merge_exponentials(number, left, right):

@@ -206,29 +206,6 @@ def leave_out(dtype, count, samples):
 
 
 @cache
-def cross_entropy(dtype, columns, samples):
-    """(z - largest, log total, labels, first column, outputs, smoothing) -> softmax minus target, element by element.
-
-    columns are the elements' distances from the first column. NaN where the label is no column.
-    """
-    fragment, count, bad = _fragment_type(dtype, len(columns)), len(columns), ir.Constant(_FLOAT[dtype], float("nan"))
-
-    def body(builder, below, log_total, labels, column, outputs, smoothing):
-        number = _Functions(builder)
-        smoothing, classes = _Number(builder, smoothing), _Number(builder, builder.sitofp(outputs, _FLOAT[dtype]))
-        values = []
-        for value, total, label, distance in zip(_numbers(builder, below), _spread(_numbers(builder, log_total), count),
-                                                 _spread(_unpack(builder, labels), count), columns, strict=True):
-            is_label = builder.icmp_signed("==", label, builder.add(column, ir.Constant(_INT64, distance)))
-            found = formulas.cross_entropy(number, value, total, is_label, smoothing, classes).value
-            values.append(builder.select(builder.icmp_unsigned("<", label, outputs), found, bad))
-        return _pack(builder, values)
-
-    return _expand(fragment, (fragment, _fragment_type(dtype, samples), types.UniTuple(types.int64, samples),
-                              types.int64, types.int64, _NUMBA[dtype]), body)
-
-
-@cache
 def no_exponentials(dtype):
     """() -> the state of a sum of exponentials to which nothing was added."""
     return _expand(_fragment_type(dtype, 2), (), lambda builder: _pack(
@@ -236,10 +213,16 @@ def no_exponentials(dtype):
 
 
 @cache
-def exponential(dtype):
-    """(value) -> the state of a sum of the one exponential of this value."""
-    return _expand(_fragment_type(dtype, 2), (_fragment_type(dtype, 1),), lambda builder, value: _pack(
-        builder, [*_unpack(builder, value), ir.Constant(_FLOAT[dtype], 1)]))
+def add_exponentials(dtype, wide, count):
+    """(state, fragment) -> the state of the sum with its exponentials, as exact as values of dtype need them."""
+    state = _fragment_type(wide, 2)
+
+    def body(builder, found, values):
+        number = _Functions(builder, dtype in ("float16", "bfloat16"))
+        return _pack_numbers(builder, formulas.add_exponentials(
+            number, _numbers(builder, found), _numbers(builder, values)))
+
+    return _expand(state, (state, _fragment_type(wide, count)), body)
 
 
 @cache

@@ -58,31 +58,15 @@ def leave_out(dtype, count, samples):
 
 
 @cache
-def cross_entropy(dtype, columns, samples):
-    """(z - largest, log total, labels, first column, outputs, smoothing) -> softmax minus target, element by element.
-
-    columns are the elements' distances from the first column. NaN where the label is no column.
-    """
-
-    def run(below, log_total, labels, column, outputs, smoothing):
-        label = np.array(labels)
-        values = formulas.cross_entropy(_Arrays, below, log_total, label == column + np.array(columns), smoothing,
-                                        _TYPE[dtype](outputs))
-        return np.where((label >= 0) & (label < outputs), values, _TYPE[dtype](np.nan))
-
-    return _quiet(run)
-
-
-@cache
 def no_exponentials(dtype):
     """() -> the state of a sum of exponentials to which nothing was added."""
     return lambda: np.array([-np.inf, 0], _TYPE[dtype])
 
 
 @cache
-def exponential(dtype):
-    """(value) -> the state of a sum of the one exponential of this value."""
-    return lambda value: np.array([value[0], 1], _TYPE[dtype])
+def add_exponentials(dtype, wide, count):
+    """(state, fragment) -> the state of the sum with its exponentials, as exact as values of dtype need them."""
+    return _quiet(lambda state, values: np.array(formulas.add_exponentials(_Arrays, state, values), _TYPE[wide]))
 
 
 @cache

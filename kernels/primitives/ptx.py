@@ -158,6 +158,11 @@ def _load_global(builder, address, index, dtype, count, condition=None):
 
 def _load_bytes(builder, pointer, dtype, count, condition=None, bounds=(), further=0):
     """As _load_global, `further` bytes on, where the condition holds and of each pair of bounds the first is less."""
+    return _split(builder, _load_words(builder, pointer, dtype, count, condition, bounds, further), dtype, count)
+
+
+def _load_words(builder, pointer, dtype, count, condition=None, bounds=(), further=0, absent=0):
+    """The registers that _load_bytes loads; where they are not to be loaded, each is `absent`."""
     words, word, letter = _words(dtype, count)
     outputs = ", ".join(f"${n}" for n in range(words))
     load = f"ld.global{_suffix(words, word)} {{{outputs}}}" if words > 1 else f"ld.global.b{word.width} {outputs}"
@@ -173,16 +178,13 @@ def _load_bytes(builder, pointer, dtype, count, condition=None, bounds=(), furth
         tests.append(f"setp.ne{combined}.b32 wanted, ${words + len(arguments)}, 0{', wanted' if tests else ''};")
         arguments.append(builder.zext(condition, _INT32))
     if tests:
-        clear = " ".join(f"mov.b{word.width} ${n}, 0;" for n in range(words))
+        clear = " ".join(f"mov.b{word.width} ${n}, {absent};" for n in range(words))
         code = f"{{ .reg .pred wanted; {' '.join(tests)} {clear} @wanted {code} }}"
     constraints = ",".join([f"=&{letter}"] * words + ["l"] + ["r"] * (len(arguments) - 1))
     result = word if words == 1 else ir.LiteralStructType([word] * words)
     function = ir.FunctionType(result, [argument.type for argument in arguments])
     loaded = builder.asm(function, code, constraints, arguments, side_effect=True)
-    if words == 1 and count == 1:
-        return [builder.bitcast(loaded, _STORED[dtype])]
-    parts = [loaded] if words == 1 else [builder.extract_value(loaded, n) for n in range(words)]
-    return _split(builder, parts, dtype, count)
+    return [loaded] if words == 1 else [builder.extract_value(loaded, n) for n in range(words)]
 
 
 def _load_partly(builder, address, index, dtype, count, mask):
@@ -247,13 +249,20 @@ def _store_global(builder, address, index, dtype, values):
     _store_bytes(builder, pointer, dtype, values)
 
 
-def _store_bytes(builder, pointer, dtype, values):
+def _store_bytes(builder, pointer, dtype, values, further=0, condition=None):
+    """As _store_global, `further` bytes on, and where there is a condition only if it holds."""
     words, word, letter = _words(dtype, len(values))
     parts = [builder.bitcast(values[0], word)] if len(values) == 1 else _joined(builder, values, dtype)
     inputs = ", ".join(f"${n + 1}" for n in range(words))
-    code = f"st.global{_suffix(words, word)} [$0], {{{inputs}}};" if words > 1 else f"st.global.b{word.width} [$0], $1;"
-    function = ir.FunctionType(ir.VoidType(), [_INT64] + [word] * words)
-    builder.asm(function, code, ",".join(["l"] + [letter] * words), [pointer, *parts], side_effect=True)
+    place = f"[$0 + {further}]"
+    code = f"st.global{_suffix(words, word)} {place}, {{{inputs}}};" if words > 1 else (
+        f"st.global.b{word.width} {place}, $1;")
+    arguments, letters = [pointer, *parts], ["l"] + [letter] * words
+    if condition is not None:
+        code = f"{{ .reg .pred wanted; setp.ne.b32 wanted, ${len(arguments)}, 0; @wanted {code} }}"
+        arguments, letters = [*arguments, builder.zext(condition, _INT32)], [*letters, "r"]
+    function = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.asm(function, code, ",".join(letters), arguments, side_effect=True)
 
 
 def _words(dtype, count):
@@ -266,6 +275,8 @@ def _words(dtype, count):
 
 def _split(builder, words, dtype, count):
     """The stored values in registers."""
+    if len(words) == count == 1:
+        return [builder.bitcast(words[0], _STORED[dtype])]
     return _halves(builder, words) if dtype == "bfloat16" else _elements(builder, _vector(builder, words), dtype, count)
 
 

@@ -355,7 +355,20 @@ def _over_quarters(builder, value):
 
 def _of_lane(builder, value, distance):
     """The value of the lane whose number differs in this bit."""
+    if value.type == ir.DoubleType():
+        halves = ".reg .b32 low, high;"
+        moved = " ".join(f"shfl.sync.bfly.b32 {half}, {half}, {distance}, 31, -1;" for half in ("low", "high"))
+        return _together(builder, value.type, f"{{ {halves} mov.b64 {{low, high}}, $1; {moved} mov.b64 $0, "
+                         "{low, high}; }", "=d,d", [value])
     return _together(builder, ir.FloatType(), f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", "=f,f", [value])
+
+
+@cache
+def of_lane(dtype, count, distance):
+    """(fragment) -> that of the lane whose number differs in the bit `distance`; all lanes of the warp together."""
+    fragment = _fragment_type(dtype, count)
+    return _expand(fragment, (fragment,), lambda builder, values: _pack(
+        builder, [_of_lane(builder, value, distance) for value in _unpack(builder, values)]))
 
 
 def _products(builder, kind, left, right, sums, down, across):

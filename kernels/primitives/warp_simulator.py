@@ -62,6 +62,15 @@ def exchange(meaning, value):
     return warps[number].exchange(lane, meaning, value)
 
 
+@cache
+def of_lane(dtype, count, distance):
+    """(fragment) -> that of the lane whose number differs in the bit `distance`; all lanes of the warp together."""
+    def swap(fragments):
+        return [fragments[lane ^ distance] for lane in range(LANES)]
+
+    return lambda fragment: exchange(swap, fragment)
+
+
 # -- shared memory
 
 

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
         weight_bias_grad,
         weight_grad,
     )
-    from .output_gradients import OutputGrads, activation_grad, cross_entropy_grad
+    from .losses import LossGrads, cross_entropy, cross_entropy_grad
+    from .output_gradients import OutputGrads, activation_grad
     from .prepared import Prepared, prepare
     from .tuned import use_plans
     from .warming import Warmed, warmup
@@ -56,7 +57,7 @@ else:
         return sorted({*globals(), *__all__, *_MODULES})
 
 #: where the names of __all__ stand, and the modules that are reached as attributes of the package
-_WHERE = ("errors", "gradients", "output_gradients", "prepared", "tuned", "warming")
+_WHERE = ("errors", "gradients", "losses", "output_gradients", "prepared", "tuned", "warming")
 _MODULES = ("calls", "device", "launches", "layers", "plans", "reference", *_WHERE)
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "DenseGrads",
     "DensegradError",
     "DeviceError",
+    "LossGrads",
     "OutDeviceError",
     "OutError",
     "OutputGrads",
@@ -75,6 +77,7 @@ __all__ = [
     "WeightBiasGrads",
     "activation_grad",
     "bias_grad",
+    "cross_entropy",
     "cross_entropy_grad",
     "dense_grads",
     "input_grad",

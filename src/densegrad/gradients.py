@@ -417,7 +417,7 @@ def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
         result = Result(scratch(behind, 1, inputs.out_features, inputs.dtype))
         if db is not None and not compensated:
             result = db.result
-        form = upstream_plan(plans.db, inputs, above, "plan.db")
+        form = upstream_plan(plans.db, inputs, above.name, "plan.db")
         launches = upstream.launches(form, above.matrices(inputs), gradient, result, (ONE, ALPHA),
                                      max(behind, result.matrix.end))
     weight_plan = _weight_plan(plans.dw, inputs, precision, "plan.dw") if dw is not None else None

@@ -16,6 +16,7 @@ import numpy as np
 
 from . import device, tensors
 from .errors import DeviceError, DTypeError, OutDeviceError, OutError, ShapeError
+from .facts import accumulator_of
 from .launches import ALIGNMENT, Matrix, Result, Slot
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -320,25 +321,43 @@ def accept_sample_weight(array: Any, inputs: Inputs) -> Argument:
 
 
 def accept_labels(array: Any, inputs: Inputs, batch_axis: int) -> Argument:
-    """Check the array of the samples' classes.
+    """Check the array of the samples' classes, or of their class probabilities: a matrix then, of floats.
 
     Raises
     ------
     ShapeError, DTypeError, DeviceError, TypeError
-        As for any array of one value for each sample.
+        As for any array of one value for each sample, or of a matrix beside z.
     """
     shape, z = getattr(array, "shape", None), inputs.dz.memory.shape
     if shape == z:
-        cure = f"one-hot? then pass labels.argmax(axis={0 if batch_axis else -1})"
-        if _memory(inputs.device, "labels", array).dtype.kind not in "iub":
-            cure = ("class probabilities are not taken; dz = softmax(z) - labels is theirs, which bias_grad and "
-                    "dense_grads take")
-        raise ShapeError(f"labels must be the class of each sample, shape {inputs.batch_shape}; got the shape of z, "
-                         f"{shape}: {cure}")
+        if _memory(inputs.device, "labels", array).dtype.kind in "iub":
+            raise DTypeError(f"labels of the shape of z, {shape}, are class probabilities and must be {inputs.dtype}; got "
+                             f"integers (one-hot? pass labels.astype({inputs.dtype!r}), or "
+                             f"labels.argmax(axis={0 if batch_axis else -1}) for the class of each sample)")
+        return accept_beside("labels", array, inputs, batch_axis)
     if len(z) > 2 and shape == (*z[:1], *z[2:]) != inputs.batch_shape:
         raise ShapeError(f"labels must have one value for each sample, shape {inputs.batch_shape}; got {shape}; are "
                          "the classes on axis 1 of z? then pass numpy.moveaxis(z, 1, -1)")
-    return _accept_per_sample("labels", array, inputs, ("int64", "int32"), "astype('int64')")
+    return _accept_per_sample("labels", array, inputs, ("int64", "int32"), "astype('int64'); class probabilities have "
+                              "the shape of z")
+
+
+def accept_class_weight(array: Any, inputs: Inputs) -> Argument:
+    """Check the weights of the classes, one for each output; seen as a column without gaps.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, TypeError
+        If they have another length than there are classes, another device, or a dtype that kernels do not read.
+    """
+    known = ("float32", "float16", "bfloat16") + ("float64",) * (inputs.dtype == "float64")
+    memory = _memory_of("class_weight", array, inputs, known, "astype('float32')")
+    if memory.shape != (inputs.out_features,):
+        raise ShapeError(f"class_weight must have one weight for each class, shape ({inputs.out_features},); got "
+                         f"{memory.shape}")
+    row = Argument.of("class_weight", array, replace(memory, shape=(1, *memory.shape), strides=(0, *memory.strides)),
+                      memory.dtype.name, any_strides=True)
+    return replace(row, row_stride=row.cols, col_stride=1, compact=row.compact or row.col_stride != 1).T
 
 
 def check_label_values(array: Any, classes: int, ignored: int, sample_weight: Any) -> None:
@@ -426,6 +445,14 @@ def accept_integer(name: str, value: Any) -> int:
 
 
 def _accept_per_sample(name: str, array: Any, inputs: Inputs, dtypes: tuple[str, ...], cure: str) -> Argument:
+    memory = _memory_of(name, array, inputs, dtypes, cure)
+    if memory.shape != inputs.batch_shape:
+        raise ShapeError(f"{name} must have one value for each sample, shape {inputs.batch_shape}; got {memory.shape}")
+    return Argument.of(name, array, _as_column(memory), memory.dtype.name, any_strides=True)
+
+
+def _memory_of(name: str, array: Any, inputs: Inputs, dtypes: tuple[str, ...], cure: str) -> device.Memory:
+    """The memory of an array that stands beside the inputs: of one of these dtypes, and on their device."""
     memory = _memory(inputs.device, name, array)
     if memory.dtype.name not in dtypes or not memory.dtype.isnative:
         raise DTypeError(f"{name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}; got {memory.dtype} (convert it "
@@ -433,10 +460,7 @@ def _accept_per_sample(name: str, array: Any, inputs: Inputs, dtypes: tuple[str,
     if memory.place != inputs.place:
         raise DeviceError(f"{name} and {inputs.dz.name} must lie on the same device; {name} is on {memory.place} and "
                           f"{inputs.dz.name} on {inputs.place} (move one of them, for example with cupy.asarray)")
-    if memory.shape != inputs.batch_shape:
-        raise ShapeError(f"{name} must have one value for each sample, shape {inputs.batch_shape}; got {memory.shape}")
-    column = replace(memory, shape=(*memory.shape, 1), strides=(*memory.strides, memory.dtype.itemsize))
-    return Argument.of(name, array, column, memory.dtype.name, any_strides=True)
+    return memory
 
 
 @dataclass(frozen=True)
@@ -450,6 +474,7 @@ class Target:
     accumulate: bool
     #: whether a new array has its last axis first in memory, before the batch axes in their own order
     features_first: bool = False
+    column: bool = False  # whether it has one value for each sample, or in all, and no axis of features
 
     @property
     def result(self) -> Result:
@@ -463,7 +488,7 @@ class Target:
             # A copy of what lies on the host is a new array, too.
             alignment = NEW_ALIGNMENT if self.argument.compact else self.argument.matrix.alignment
             return replace(self.argument.matrix, address=Slot(self.name), alignment=alignment)
-        *batch, cols = self.shape
+        *batch, cols = (*self.shape, 1) if self.column else self.shape
         rows = math.prod(batch)
         row_stride, col_stride = (1, rows) if self.features_first else (cols, 1)
         return Matrix(Slot(self.name), self.dtype, rows, cols, row_stride, col_stride, alignment=NEW_ALIGNMENT)
@@ -503,11 +528,33 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
             continue
         if overlap(memory, argument.memory):
             raise OutError(f"{name} overlaps {argument.name} in memory (pass another array)")
+    return Target(name, shape, dtype, _writable(name, out, memory, dtype), accumulate)
+
+
+def _writable(name: str, out: Any, memory: device.Memory, dtype: str) -> Argument:
+    """The array that kernels write to, or write a copy of if it lies on the host."""
     flat = Argument.of(name, out, memory, dtype, any_strides=True)
     if flat.compact and memory.place != device.HOST:
         raise OutError(f"{name} must be aligned, with leading axes that flatten to one; got strides {memory.strides} "
                        "(pass a new array and copy from it)")
-    return Target(name, shape, dtype, flat, accumulate)
+    return flat
+
+
+def accept_loss_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...]) -> Target:
+    """Check an array that losses are to be written to, of the type of the sums, as `accept_out` does."""
+    accumulator = accumulator_of(inputs.dtype)
+    if out is None:
+        return Target(name, shape, accumulator, None, False, column=True)
+    target = accept_out(name, out, inputs, shape, False)
+    if target.dtype != accumulator:
+        raise DTypeError(f"{name} must have the type of the sums, {accumulator}; got {target.dtype}")
+    memory = _memory(inputs.device, name, out)
+    return replace(target, argument=_writable(name, out, _as_column(memory), target.dtype), column=True)
+
+
+def _as_column(memory: device.Memory) -> device.Memory:
+    """The same memory with another axis of one behind the others: one value for each sample."""
+    return replace(memory, shape=(*memory.shape, 1), strides=(*memory.strides, memory.dtype.itemsize))
 
 
 def accept_bias_out(name: str, out: Any, inputs: Inputs, keepdims: bool, accumulate: bool) -> Target:

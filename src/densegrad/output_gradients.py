@@ -1,4 +1,4 @@
-"""The public functions that form dL/dZ from what lies above the layer, and sum dL/db in the same pass over memory."""
+"""The public function that forms dL/dZ below an activation, and sums dL/db in the same pass over memory."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from .calls import Recipe, call, recipe_of
 from .errors import PlanError
 from .families.batch_sum import BatchSumPlan
 from .families.common import check_plan
-from .families.upstream import CROSS_ENTROPY, Upstream, UpstreamPlan, launches, plan_upstream
+from .families.upstream import Upstream, UpstreamPlan, launches, plan_upstream
 from .launches import ALPHA, ONE
 from .operands import (
     Argument,
@@ -17,15 +17,12 @@ from .operands import (
     accept,
     accept_beside,
     accept_bias_out,
-    accept_labels,
-    accept_number,
     accept_out,
     accept_outs,
     accept_sample_weight,
     accept_tuple,
     as_names,
     check_apart,
-    check_label_values,
 )
 
 
@@ -38,12 +35,11 @@ class OutputGrads(NamedTuple):
 
 @dataclass(frozen=True)
 class UpstreamArguments:
-    """What lies above a layer, checked: an activation, or softmax and cross-entropy, and the weights of the samples."""
+    """What lies above a layer, checked: an activation, and the weights of the samples."""
 
     name: str
     z: Argument | None = None
     weights: Argument | None = None
-    labels: Argument | None = None
 
     @property
     def parameter(self) -> tuple[str, str]:
@@ -53,14 +49,12 @@ class UpstreamArguments:
     @property
     def arguments(self) -> tuple[Argument, ...]:
         """The arrays that it reads beside the gradient."""
-        return tuple(argument for argument in (self.z, self.weights, self.labels) if argument is not None)
+        return tuple(argument for argument in (self.z, self.weights) if argument is not None)
 
     def matrices(self, inputs: Inputs) -> Upstream:
-        """What dz is formed from; without an activation's gradient, what the user calls z is what others call dz."""
-        source = inputs.dz.matrix
-        z, weights, labels = (None if argument is None else argument.matrix
-                              for argument in (self.z, self.weights, self.labels))
-        return Upstream(None, source, weights, labels) if labels else Upstream(source, z, weights)
+        """What dz is formed from."""
+        z, weights = (None if argument is None else argument.matrix for argument in (self.z, self.weights))
+        return Upstream(inputs.dz.matrix, z, weights)
 
 
 def parameter_of(negative_slope: float | None) -> float:
@@ -105,8 +99,7 @@ def accept_activation(inputs: Inputs, activation: tuple[Any, Any], z: Any, batch
                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs))
 
 
-def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: UpstreamArguments,
-                  name: str = "plan") -> UpstreamPlan:
+def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: str, name: str = "plan") -> UpstreamPlan:
     """The plan that a user passed, checked, or the one for these inputs and what lies above them.
 
     Raises
@@ -114,16 +107,16 @@ def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: UpstreamArgu
     PlanError, TypeError
         If it was made for other sizes or something else above, or is no plan of forming dz.
     """
-    usual = plan_upstream(inputs.samples, inputs.out_features, inputs.dtype, inputs.dz.layout, above.name)
+    usual = plan_upstream(inputs.samples, inputs.out_features, inputs.dtype, inputs.dz.layout, above)
     if plan is None:
         return usual
     if isinstance(plan, BatchSumPlan):
         raise TypeError(f"{name} must be an UpstreamPlan, which says what dz is formed from; got BatchSumPlan (make "
                         "one with densegrad.plans.plan_upstream)")
     check_plan(plan, UpstreamPlan, {}, name)
-    if plan.above != above.name:
-        raise PlanError(f"{name} forms dz below {plan.above}, but it is {above.name} that lies above (make one for "
-                        f'that, for example with dataclasses.replace(plan, above="{above.name}"))')
+    if plan.above != above:
+        raise PlanError(f"{name} forms dz below {plan.above}, but it is {above} that lies above (make one for "
+                        f'that, for example with dataclasses.replace(plan, above="{above}"))')
     sizes = {name: getattr(usual.sum, name) for name in ("samples", "outputs", "dtype", "layout")}
     check_plan(plan.sum, BatchSumPlan, sizes, f"{name}.sum")
     return plan
@@ -216,99 +209,6 @@ def _describe_activation(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     return replace(recipe, in_place=((0, 0), (0, 1)))
 
 
-def cross_entropy_grad(z: Any, labels: Any, *, ignore_index: int = -100, label_smoothing: float = 0.0,
-                       sample_weight: Any = None, batch_axis: int = 0, keepdims: bool = False, alpha: float = 1.0,
-                       out: OutputGrads | None = None, accumulate: bool = False, plan: UpstreamPlan | None = None,
-                       stream: Any = None) -> OutputGrads:
-    """Gradients of softmax cross-entropy with respect to a layer's output, the logits, and its bias.
-
-        dz[s, m] = alpha sample_weight[s] (softmax(z[s])[m] - target[s, m])          db[m] = sum over s of dz[s, m]
-
-    target[s, m] is label_smoothing / M, and 1 - label_smoothing more where m is labels[s].
-
-    Parameters
-    ----------
-    z : array, (..., M) for batch_axis 0 or (M, S) for batch_axis 1, float16 | bfloat16 | float32 | float64
-        The logits, classes last. Any strides; copied once if neither axis is contiguous. PyTorch's order for more than
-        one batch axis, (N, C, d), is read as classes last too where C == d: pass `numpy.moveaxis(z, 1, -1)`, a view.
-    labels : array, the shape of the batch: (...), or (S,) for batch_axis 1; int32 | int64
-        The class of each sample, from 0 to M - 1. Class probabilities are not taken.
-    ignore_index : int
-        A label whose samples contribute exactly nothing: their dz is zero, whatever z holds.
-    label_smoothing : float, 0 to 1
-        How much of the target is spread evenly over all classes.
-    sample_weight, batch_axis, keepdims, out, accumulate, plan, stream
-        As in `activation_grad`; `out.dz` may be z itself.
-    alpha : float, or array of no dimensions on the device
-        What dz is multiplied by: 1.0 for the sum of the samples' losses; for their mean, 1 over their number, without
-        those that are ignored. dz is rounded to its dtype with alpha in it, as in `activation_grad`.
-
-    Returns
-    -------
-    OutputGrads
-        `(dz, db)`: dz with the shape and dtype of z, db (M,) or (1, M).
-
-    Raises
-    ------
-    ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
-        As in `activation_grad`; ValueError too for NumPy labels that are no class. To check labels on a GPU would take
-        waiting for it: there a sample whose label is no class gets NaN.
-
-    Notes
-    -----
-    Two launches read z: the first finds each sample's log-sum-exp, the second forms dz and db as in `activation_grad`.
-    Precision and reproducibility as there.
-    Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.2.2.3; Szegedy et al., "Rethinking the
-    Inception Architecture for Computer Vision", 2016, section 7.
-
-    Examples
-    --------
-    >>> cross_entropy_grad(numpy.zeros((1, 4), dtype="float32"), numpy.array([2])).dz
-    array([[ 0.25,  0.25, -0.75,  0.25]], dtype=float32)
-
-    The sum of the samples' losses, their mean, and the mean weighted by class, which PyTorch divides by the weights of
-    the samples that count:
-
-    >>> z, labels = numpy.zeros((3, 2), dtype="float32"), numpy.array([0, 1, -100])
-    >>> cross_entropy_grad(z, labels).db
-    array([0., 0.], dtype=float32)
-    >>> counted = labels != -100
-    >>> cross_entropy_grad(z, labels, alpha=1 / counted.sum()).dz[0]
-    array([-0.25,  0.25], dtype=float32)
-    >>> weight = numpy.array([3, 1], dtype="float32")[labels * counted] * counted
-    >>> cross_entropy_grad(z, labels, sample_weight=weight, alpha=1 / weight.sum()).db
-    array([-0.25,  0.25], dtype=float32)
-    """
-    smoothing = _accept_smoothing(label_smoothing)
-    options = batch_axis, keepdims, as_names(accumulate), plan
-    outs = accept_tuple("out", out, OutputGrads)
-    return OutputGrads(*call(_describe_cross_entropy, (z, labels, sample_weight), outs, options,
-                             (alpha, smoothing, ignore_index), stream))
-
-
-def _accept_smoothing(label_smoothing: Any) -> float:
-    smoothing = accept_number("label_smoothing", label_smoothing)
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"label_smoothing must be between 0 and 1; got {label_smoothing}")
-    return smoothing
-
-
-def _describe_cross_entropy(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
-    batch_axis = options[0]
-    z, labels, sample_weight = arrays
-    inputs = accept(dz=z, batch_axis=batch_axis, name="z")
-    weights = None if sample_weight is None else accept_sample_weight(sample_weight, inputs)
-    above = UpstreamArguments(CROSS_ENTROPY, None, weights, accept_labels(labels, inputs, batch_axis))
-    recipe = _describe(inputs, above, outs, options, (("parameter", "label_smoothing"), ("ignored", "ignore_index")))
-    classes = inputs.out_features
-
-    def check_values(arrays: tuple, numbers: tuple) -> None:
-        _accept_smoothing(numbers[1])
-        check_label_values(arrays[1], classes, numbers[2], arrays[2])
-
-    return replace(recipe, in_place=((0, 0),), check_values=check_values)
-
-
 def _describe(inputs: Inputs, above: UpstreamArguments, outs: tuple, options: tuple, numbers: tuple) -> Recipe:
     batch_axis, keepdims, accumulate, plan = options
     added = accept_outs(OutputGrads(*outs), accumulate, added=("db",))
@@ -317,8 +217,7 @@ def _describe(inputs: Inputs, above: UpstreamArguments, outs: tuple, options: tu
     dz = replace(dz, features_first=inputs.dz.layout == "features_first" and not batch_axis)
     db = accept_bias_out("out.db", outs[1], inputs, keepdims, "db" in added)
     check_apart([dz, db])
-    plan = upstream_plan(plan, inputs, above)
+    plan = upstream_plan(plan, inputs, above.name)
     matrix = dz.matrix.T if batch_axis else dz.matrix
-    beside = (above.labels, above.weights) if above.labels else (above.z, above.weights)
-    return recipe_of(inputs, (inputs.dz, *beside), (dz, db),
+    return recipe_of(inputs, (inputs.dz, above.z, above.weights), (dz, db),
                      launches(plan, above.matrices(inputs), matrix, db.result, (ALPHA, ONE)), numbers)

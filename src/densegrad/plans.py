@@ -7,6 +7,7 @@ from .facts import ITEM_BYTES, accumulator_of
 from .families.batch_sum import LAYOUTS, BatchSumPlan, batch_sum_candidates, plan_batch_sum
 from .families.common import GRID_Y, check_plan
 from .families.cost import ProductCost
+from .families.cross_entropy import CrossEntropyPlan, plan_cross_entropy
 from .families.matmul_simt import MATMUL_TILES, SHARED_BYTES, MatmulPlan, transposed_tile
 from .families.matmul_tensor_core import (
     DYNAMIC_SHARED_BYTES,
@@ -48,6 +49,7 @@ __all__ = [
     "TF32",
     "THIN",
     "BatchSumPlan",
+    "CrossEntropyPlan",
     "MatmulPlan",
     "ProductCost",
     "TensorCorePlan",
@@ -62,6 +64,7 @@ __all__ = [
     "log_sum_exp_block",
     "matmul_candidates",
     "plan_batch_sum",
+    "plan_cross_entropy",
     "plan_matmul",
     "plan_of_tile",
     "plan_product",

@@ -39,17 +39,46 @@ def activation_grad(da, z=None, activation=None, *, sample_weight=None, negative
     return _weighted(da, sample_weight, alpha, batch_axis)
 
 
-def cross_entropy_grad(z, labels, *, ignore_index=-100, label_smoothing=0.0, sample_weight=None, batch_axis=0,
-                       alpha=1.0):
-    """(dz, db): dz[s, m] = alpha sample_weight[s] (softmax(z[s])[m] - target[s, m]), and its sum over s."""
-    z, labels = _as_matrix(z, batch_axis), np.asarray(labels).reshape(-1)
-    outputs, kept = z.shape[1], labels != ignore_index
-    shifted = np.exp(z - z.max(axis=1, keepdims=True, initial=-np.inf))
-    target = np.full(z.shape, label_smoothing / max(outputs, 1))
-    target[kept, np.clip(labels[kept], 0, outputs - 1)] += 1 - label_smoothing
-    target[kept & ((labels < 0) | (labels >= outputs))] = np.nan
-    dz = shifted / shifted.sum(axis=1, keepdims=True) - target
-    return _weighted(dz, sample_weight, alpha, batch_axis, kept)
+def cross_entropy(z, labels, *, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean",
+                  sample_weight=None, batch_axis=0, alpha=1.0):
+    """(loss, dz, db) of the samples' losses, their sum or mean; labels are classes or their probabilities."""
+    z, labels = _as_matrix(z, batch_axis), np.asarray(labels)
+    q, kept = targets(z.shape, labels, class_weight, ignore_index, label_smoothing, batch_axis)
+    highest = z.max(axis=1, keepdims=True, initial=-np.inf)
+    shifted = np.exp(z - highest)
+    total = shifted.sum(axis=1, keepdims=True)
+    with np.errstate(all="ignore"):
+        loss = np.where(q == 0, 0, q * (highest + np.log(total) - z)).sum(axis=1)
+    divisor = np.where(kept, 1.0, 0.0)
+    if labels.dtype.kind in "iu" and class_weight is not None:
+        divisor[kept] = np.asarray(class_weight, np.float64)[np.clip(labels.reshape(-1)[kept], 0, z.shape[1] - 1)]
+    weigh = {"sample_weight": sample_weight, "kept": kept}
+    divisor = _weighted(divisor[:, None], alpha=1.0, batch_axis=0, **weigh)[1][0] if reduction == "mean" else 1.0
+    losses, summed = _weighted(loss[:, None], alpha=1.0, batch_axis=0, **weigh)
+    share = np.divide(1.0, divisor)
+    dz, db = _weighted(shifted / total * q.sum(axis=1, keepdims=True) - q, alpha=alpha * share, batch_axis=batch_axis,
+                       **weigh)
+    return (losses[:, 0] if reduction == "none" else summed[0] * share), dz, db
+
+
+def cross_entropy_grad(z, labels, *, reduction="sum", **options):
+    """(dz, db) of cross_entropy."""
+    return cross_entropy(z, labels, reduction=reduction, **options)[1:]
+
+
+def targets(shape, labels, class_weight=None, ignore_index=-100, label_smoothing=0.0, batch_axis=0):
+    """(q, kept): what softmax of a matrix (samples, outputs) is held against, and the samples that count."""
+    samples, outputs = shape
+    if labels.dtype.kind not in "iu":
+        target, kept = _as_matrix(labels, batch_axis), np.ones(samples, bool)
+    else:
+        labels = labels.reshape(-1)
+        kept = labels != ignore_index
+        target = np.zeros(shape)
+        target[kept, np.clip(labels[kept], 0, outputs - 1)] = 1
+        target[kept & ((labels < 0) | (labels >= outputs))] = np.nan
+    q = (1 - label_smoothing) * target + label_smoothing / max(outputs, 1)
+    return (q if class_weight is None else q * np.asarray(class_weight, np.float64)), kept
 
 
 def derivative(activation, z, parameter=0.01):

@@ -184,6 +184,7 @@ class SumParts(NamedTuple):
     most_threads: int
     accumulate: bool
     compensated: bool
+    beside: bool  # whether the last column is a sum of something else, with a place of its own
 
     @property
     def number(self) -> str:
@@ -202,6 +203,7 @@ class SumPartsArguments(NamedTuple):
     lanes: Integer  # that add the rows of a column
     target: Address
     col_stride: Integer
+    beside: Address  # where the last column's sum goes, as it is, if it is no column of the target
     alpha: Scale
 
 
@@ -327,7 +329,23 @@ class MatmulArguments(NamedTuple):
     depth_sums_part_stride: Integer
 
 
-# -- upstream
+# -- cross_entropy
+
+
+class Targets(NamedTuple):
+    """What softmax is held against, and what losses are weighted by: dtypes, each empty where there is none."""
+
+    labels: str  # empty where targets are probabilities
+    class_weights: str
+    weights: str  # of samples; "bool" for a mask
+
+    @property
+    def dense(self) -> bool:
+        """Whether a sample's targets have to be added up: else their sum is 1."""
+        return not self.labels or self.class_weights != ""
+
+
+NO_TARGETS = Targets("", "", "")
 
 
 class LogSumExp(NamedTuple):
@@ -338,15 +356,98 @@ class LogSumExp(NamedTuple):
     adders: int  # threads of a sample
     samples_of_block: int
     features_first: bool  # whether samples lie side by side
+    targets: Targets
+    loss: str  # "each" sample's, "sum" of each block's, or ""
+    mean: bool  # whether each block's sum of the samples' weights is asked for
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return self.accumulator
 
 
 class LogSumExpArguments(NamedTuple):
-    """z is (samples, outputs), the result (2, samples)."""
+    """All matrices are (samples, outputs), the result (3, samples)."""
 
     z: MatrixAt
+    probabilities: MatrixAt
+    labels: ColumnAt
+    class_weights: ColumnAt
+    weights: ColumnAt
+    losses: ColumnAt  # of samples
+    left: Address  # (2, blocks): the sums of the weights and of the losses
+    ignored: Integer
+    smoothing: Number
     samples: Integer
     outputs: Integer
     result: Address
+
+
+class WeighSamples(NamedTuple):
+    """What a mean is divided by: the sum of the samples' weights."""
+
+    accumulator: str
+    targets: Targets
+    threads: int
+
+
+class WeighSamplesArguments(NamedTuple):
+    """Block b leaves its sum in result[b]."""
+
+    labels: ColumnAt
+    class_weights: ColumnAt
+    weights: ColumnAt
+    ignored: Integer  # the label of samples that are left out
+    samples: Integer
+    outputs: Integer
+    result: Address
+
+
+class CrossEntropyRows(NamedTuple):
+    """dZ below softmax and cross-entropy, its sum and the loss, from one reading of rows that registers hold."""
+
+    dtype: str
+    accumulator: str
+    result: str
+    width: int  # elements of an access
+    threads_x: int  # of a row, a power of two
+    lanes: int  # rows of a block at a time
+    pieces: int  # of 16 bytes that a thread holds of a row
+    targets: Targets
+    divisor: str  # of a mean: each block adds up those of the "samples", or the "parts" left; "" if there is none
+    loss: str  # "each" sample's, the "sum", "part": each part's, behind its last output, or ""
+    accumulate: bool
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return wide_of(self.accumulator, self.result)
+
+
+class CrossEntropyRowsArguments(NamedTuple):
+    """All matrices are (samples, outputs); the elements of a row of z lie side by side."""
+
+    z: MatrixAt
+    dz: MatrixAt
+    probabilities: MatrixAt
+    labels: ColumnAt
+    class_weights: ColumnAt
+    weights: ColumnAt
+    losses: ColumnAt
+    divisors: Address  # what weigh_samples left
+    divisors_count: Integer  # of these, or the samples
+    ignored: Integer
+    smoothing: Number
+    alpha: Scale
+    samples: Integer
+    outputs: Integer
+    samples_per_part: Integer
+    target: Address
+    part_stride: Integer
+    col_stride: Integer
+
+
+# -- upstream
 
 
 class UpstreamSum(NamedTuple):
@@ -362,9 +463,10 @@ class UpstreamSum(NamedTuple):
     lanes: int
     features_first: bool
     blocks_per_multiprocessor: int
-    weights: str  # dtype of the weights, "bool" for a mask, or ""
-    weights_width: int  # weights of an access: all of a piece, or 1
-    labels: str  # dtype, or ""
+    targets: Targets
+    weights_width: int  # weights of samples of an access: all of a piece, or 1
+    mean: bool  # whether dz is divided by the sum of what log_sum_exp left of weights
+    loss: bool  # whether what it left of losses is added up
     accumulate: bool
 
     @property
@@ -376,12 +478,16 @@ class UpstreamSum(NamedTuple):
 class UpstreamSumArguments(NamedTuple):
     """All matrices are (samples, outputs)."""
 
-    gradient: MatrixAt
+    gradient: MatrixAt  # or class probabilities
     z: MatrixAt
     dz: MatrixAt
     weights: ColumnAt
     labels: ColumnAt
+    class_weights: ColumnAt
     totals: Address  # what log_sum_exp found
+    left: Address  # what its blocks left
+    left_count: Integer  # of blocks
+    loss: Address
     ignored: Integer  # the label of samples that are left out
     parameter: Number  # of the activation, or the smoothing of labels
     alpha: Scale  # of dz and of its sum

@@ -14,7 +14,7 @@ import numpy as np
 from . import device, reference
 from .activations import ENTRIES
 from .device import dtype_of
-from .plans import accumulator_of, log_sum_exp_block
+from .plans import CrossEntropyPlan, UpstreamPlan, accumulator_of
 
 #: unit roundoff, and the error of rounding the smallest results
 ROUNDOFF = {"float16": 2.0 ** -11, "bfloat16": 2.0 ** -8, "float32": 2.0 ** -24, "float64": 2.0 ** -53}
@@ -252,15 +252,64 @@ def activation_roundings(activation: str, dtype: str) -> int:
     return ENTRIES[activation].formula_of(dtype).roundings
 
 
-def cross_entropy_roundings(samples: int, outputs: int, features_first: bool) -> float:
-    """The same for softmax minus target.
+def cross_entropy_roundings(plan: CrossEntropyPlan | UpstreamPlan) -> float:
+    """Roundings on the way to softmax, each of a number of at most 1, by a plan of cross-entropy.
 
-    The sum of exponentials is off by 4 u for every merge of a chain, its logarithm by as much and by its own rounding;
-    times the probability, which is at most 1, the exponential is off by that. x exp(-x) is at most 1, so that the
-    roundings of its argument count once each.
+    With x what a logit is less than the largest, its exponential is off by 4 + 3 |x| u of it, where half types take
+    approximate ones. Each weighted by its share of the sum, the |x| add up to ln M at most. The sum itself is off by
+    every addition of its chain; where the largest is not known before, by 5 u for each, since what was added up is
+    multiplied by another exponential. The logarithm is off by what its argument is, and 2 ln M at most by itself; x
+    exp(-x) is at most 1, so that the roundings of the last exponential's argument count once each.
     """
-    adders, _ = log_sum_exp_block(samples, outputs, features_first)
-    return 4 * (outputs // adders + 1 + adders) + np.log(max(outputs, 1)) + 8
+    rescaled = 5 if isinstance(plan, UpstreamPlan) else 1
+    outputs = plan.sum.outputs if isinstance(plan, UpstreamPlan) else plan.outputs
+    return rescaled * plan.row_chain + 5 * np.log(max(outputs, 1)) + 16
+
+
+def expected_cross_entropy(z: np.ndarray, labels: np.ndarray, plan: CrossEntropyPlan | UpstreamPlan,
+                           **options: Any) -> tuple[tuple, tuple]:
+    """What cross_entropy should give, (loss, dz, db) in float64, and how far each may be off, by this plan.
+
+    A loss is a sum of at most as many roundings as softmax has, each of Q log(total) or of a target's product with what
+    a logit is less than the largest, or than the row's first. Divisors are off by the chain of their additions, which
+    is shorter than that of the losses.
+    """
+    dtype, batch_axis, alpha = z.dtype.name, options.get("batch_axis", 0), options.get("alpha", 1.0)
+    reduction, accumulator = options.get("reduction", "mean"), accumulator_of(dtype)
+    u, roundings = ROUNDOFF[accumulator], cross_entropy_roundings(plan) + plan.row_chain
+    with np.errstate(all="ignore"):
+        exact = reference.cross_entropy(z, labels, **options)
+        logits = z.astype(np.float64).T if batch_axis else z.astype(np.float64).reshape(-1, z.shape[-1])
+        named = ("class_weight", "ignore_index", "label_smoothing")
+        q, _ = reference.targets(logits.shape, labels, batch_axis=batch_axis,
+                                 **{name: options[name] for name in named if name in options})
+        # The weight of each sample's gradient, divisor included: of one column of ones.
+        weight = options.get("sample_weight")
+        size = np.ones(len(logits)) if weight is None else np.abs(np.asarray(weight, np.float64).reshape(-1))
+        share = 1.0
+        if reduction == "mean":
+            total = reference.cross_entropy(z, labels, **options | {"reduction": "sum", "alpha": 1.0})[0]
+            share = abs(exact[0] / total) if np.isfinite(total) and total else _share(z, labels, options)
+        magnitude = np.abs(q).sum(axis=1)
+        highest, first = logits.max(axis=1, keepdims=True), logits[:, :1]
+        spread = np.where(np.isfinite(logits), np.abs(highest - logits) + np.abs(first - logits), 0)
+        lost = size * (np.where(q == 0, 0, np.abs(q) * spread).sum(axis=1) + magnitude * (
+            np.log(max(logits.shape[1], 1)) + 1 + np.abs(np.where(np.isfinite(first), highest - first, 0))[:, 0]))
+        of_losses = 2 * (roundings + 8) * u * lost + UNDERFLOW[accumulator]
+        chain = plan.chain + 40
+        if reduction != "none":
+            of_losses = share * (of_losses.sum() + 2 * (chain + 8) * u * lost.sum())
+        scale = abs(alpha) * share * size * magnitude
+        of_dz = dz_bound(exact[1], (scale if batch_axis else scale[:, None]), roundings + chain, dtype)
+        of_db = of_dz.sum(axis=batch_axis) + error_bound(np.abs(exact[1]).sum(axis=batch_axis), exact[2], plan.chain,
+                                                         len(logits), dtype)
+    return exact, (of_losses, of_dz, of_db)
+
+
+def _share(z: np.ndarray, labels: np.ndarray, options: dict[str, Any]) -> float:
+    """One over the divisor of a mean, where no loss tells it."""
+    flat = reference.cross_entropy(np.zeros_like(z), labels, **options | {"reduction": "sum", "alpha": 1.0})[0]
+    return abs(reference.cross_entropy(np.zeros_like(z), labels, **options)[0] / flat) if flat else 0.0
 
 
 def dz_bound(exact: np.ndarray, scale: np.ndarray | float, roundings: float, dtype: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import cache, device, gradients, output_gradients
+from . import cache, device, gradients, losses, output_gradients
 from .compiler import check_capability, key_of
 from .errors import DeviceError
 from .facts import ITEM_BYTES, accumulator_of
@@ -166,7 +166,7 @@ def _call(arrays: dict[str, Any], options: dict[str, Any], activations: list[str
     for name in activations:
         into = output_gradients.OutputGrads(dz if out else None, db)
         if name == CROSS_ENTROPY:
-            output_gradients.cross_entropy_grad(dz, labels, **axis, **alone, out=into)
+            losses.cross_entropy_grad(dz, labels, **axis, **alone, out=into)
         else:
             output_gradients.activation_grad(dz, z, name, **axis, **alone, out=into)
             gradients.dense_grads(x, w, dz, activation=name, z=z, **options, **both,

@@ -9,6 +9,7 @@ FAMILIES = [
     "densegrad.families.batch_sum",
     "densegrad.families.add_parts",
     "densegrad.families.upstream",
+    "densegrad.families.cross_entropy",
     "densegrad.families.matmul_simt",
     "densegrad.families.matmul_thin",
     "densegrad.families.matmul_tensor_core",

@@ -62,9 +62,27 @@ class SumPartsPlan:
         return (ceil_div(self.outputs, self.tile_cols),)
 
     @property
+    def pitch(self) -> int:
+        """Elements from one row of the workspace to the next."""
+        return pitch_of(self.outputs, self.dtype)
+
+    @property
     def chain(self) -> int:
         """The longest chain of additions that one result goes through."""
         return ceil_div(self.rows, self.lanes) + (1 + self.compensated) * self.lanes
+
+
+@lru_cache(maxsize=4096)
+def plan_sum_parts(rows: int, outputs: int, accumulator: str, compensated: bool = False) -> SumPartsPlan:
+    """The plan for adding so many rows: by as many lanes as the sum of such a matrix has."""
+    return SumPartsPlan(rows, outputs, accumulator, _one_part(rows, outputs, accumulator, compensated).lanes,
+                        compensated)
+
+
+def pitch_of(outputs: int, accumulator: str) -> int:
+    """Elements from one row of sums in the workspace to the next: whole sectors."""
+    size = 32 // ITEM_BYTES[accumulator]
+    return ceil_div(outputs, size) * size
 
 
 @dataclass(frozen=True)
@@ -194,11 +212,10 @@ class BatchSumPlan:
 
     @cached_property
     def second(self) -> SumPartsPlan | None:
-        """The plan by which the parts are added, if there are several: by as many lanes as so many rows have."""
+        """The plan by which the parts are added, if there are several."""
         if self.parts == 1:
             return None
-        sizes = self.parts * (1 + self.compensated), self.outputs, self.accumulator
-        return SumPartsPlan(*sizes, _one_part(*sizes, self.compensated).lanes, self.compensated)
+        return plan_sum_parts(self.parts * (1 + self.compensated), self.outputs, self.accumulator, self.compensated)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -210,8 +227,7 @@ class BatchSumPlan:
     @property
     def pitch(self) -> int:
         """Elements from one row of the workspace to the next."""
-        size = 32 // ITEM_BYTES[self.accumulator]
-        return ceil_div(self.outputs, size) * size
+        return pitch_of(self.outputs, self.accumulator)
 
     @property
     def workspace_bytes(self) -> int:
@@ -502,13 +518,18 @@ def parts_of(plan: BatchSumPlan, workspace_at: int) -> Matrix:
 def add_parts_of(plan: BatchSumPlan, result: Result, alpha: Scale, workspace_at: int) -> tuple[Launch, ...]:
     """What adds the sums of the parts that another launch left there, if there are several, as the second plan says."""
     second = plan.second
-    if second is None:
-        return ()
-    parts, target = parts_of(plan, workspace_at), result.matrix
-    constants = SumParts(second.dtype, target.dtype, MOST_THREADS, result.accumulate, second.compensated)
+    return () if second is None else (sum_parts(second, parts_of(plan, workspace_at), result, alpha),)
+
+
+def sum_parts(second: SumPartsPlan, parts: Matrix, result: Result, alpha: Scale, beside: Matrix | None = None) -> Launch:
+    """What adds the rows of parts to the result; if there is one beside it, their last column to that, as it is."""
+    target = result.matrix
+    constants = SumParts(second.dtype, target.dtype, MOST_THREADS, result.accumulate, second.compensated,
+                         beside is not None)
     arguments = SumPartsArguments(parts.address, parts.row_stride, second.rows, second.outputs, second.tile_cols,
-                                  second.lanes, target.address, target.col_stride, alpha)
-    return (Launch(KERNELS, "sum_parts", constants, arguments, second.grid, second.threads, plan=second),)
+                                  second.lanes, target.address, target.col_stride,
+                                  beside.address if beside is not None else 0, alpha)
+    return Launch(KERNELS, "sum_parts", constants, arguments, second.grid, second.threads, plan=second)
 
 
 def _launch(plan: BatchSumPlan, source: Matrix, result: Result, alpha: Scale, *, partial: bool = False) -> Launch:

@@ -16,7 +16,9 @@ from ..signatures import (
     ColumnAt,
     LogSumExp,
     LogSumExpArguments,
+    MatrixAt,
     Scale,
+    Targets,
     UpstreamSum,
     UpstreamSumArguments,
 )
@@ -36,6 +38,8 @@ from .common import ceil_div, check_choice, check_sizes, named, nth, power_of_tw
 
 #: what lies above beside activations: softmax and cross-entropy
 CROSS_ENTROPY = "cross_entropy"
+#: blocks of the launch that reads logits first
+MOST_LOG_SUM_EXP_BLOCKS = 1024
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,22 @@ class UpstreamPlan:
         return log_sum_exp_block(self.sum.samples, self.sum.outputs, self.features_first)
 
     @property
+    def log_sum_exp_grid(self) -> int:
+        """Blocks of that launch: few enough for what they leave to be added up by every block of the next one."""
+        return min(max(ceil_div(self.sum.samples, self.log_sum_exp_block[1]), 1), MOST_LOG_SUM_EXP_BLOCKS)
+
+    @property
     def chain(self) -> int:
         """The longest chain of additions that an entry of dL/db goes through."""
         return self.sum.chain
+
+    @property
+    def row_chain(self) -> int:
+        """The longest chain of additions that the sum of a row goes through, below cross-entropy."""
+        adders, _ = self.log_sum_exp_block
+        vector = 1 if self.features_first else self.sum.vector
+        merges = adders if self.features_first else 5 + adders // 32
+        return (ceil_div(self.sum.outputs + vector, vector * adders)) * (vector + 1) + merges
 
     def explain(self) -> str:
         """The plan in words, with reasons."""
@@ -147,8 +164,11 @@ class UpstreamPlan:
         lines.append(f"{reads} read once, dz is written once: {moved} bytes")
         if self.above == CROSS_ENTROPY:
             threads, samples = self.log_sum_exp_block
+            why = ("the samples lie side by side" if self.features_first else
+                   f"a row of {cut.outputs * ITEM_BYTES[cut.dtype]} bytes does not fit into the registers of a block, or "
+                   "this plan was asked for")
             lines.append(f"before that another launch reads z for each sample's log-sum-exp, by blocks of {samples} "
-                         f"samples and {threads} threads for each")
+                         f"samples and {threads} threads for each: two readings, since {why}")
         elements = f"{self.elements} element{'s' * (self.elements > 1)}"
         what = f"{elements} a thread, in accesses of {width} bytes where every matrix allows them"
         if self.features_first:
@@ -192,6 +212,8 @@ def plan_upstream(samples: int, outputs: int, dtype: str, layout: str, above: st
     rows, cols = max(samples, 1), max(outputs, 1)
     small = rows * cols <= SMALL
     threads = 64 if small else 256
+    if above == CROSS_ENTROPY and cols > 128 and cols % vector and ITEM_BYTES[dtype] == 2:
+        threads *= 2  # so that a warp reads one row, two bytes a lane
     if layout == "features_first" or cols == 1:
         lanes = min(threads // 32, power_of_two(cols))
         plan = BatchSumPlan(rows, cols, dtype, "features_first", 32, lanes, in_flight=2, samples_per_part=rows,
@@ -216,15 +238,35 @@ def plan_upstream(samples: int, outputs: int, dtype: str, layout: str, above: st
 
 @dataclass(frozen=True)
 class Upstream:
-    """What dZ is formed from: matrices (samples, outputs), weights and labels (samples, 1); None where there is none.
+    """What dZ is formed from: matrices (samples, outputs), columns (samples, 1); None where there is none.
 
-    Below cross-entropy z holds the logits, and there is no gradient.
+    Below cross-entropy z holds the logits; there are labels or class probabilities, and no gradient.
     """
 
     gradient: Matrix | None
     z: Matrix | None
     weights: Matrix | None = None
     labels: Matrix | None = None
+    probabilities: Matrix | None = None
+    class_weights: Matrix | None = None  # (outputs, 1)
+    reduction: str = "sum"  # of the loss: or "mean", "none"
+    loss: Matrix | None = None  # where it goes: (1, 1), or (samples, 1) of each sample
+
+    @property
+    def targets(self) -> Targets:
+        """The dtypes of what softmax is held against, and of weights."""
+        columns = self.labels, self.class_weights, self.weights
+        return Targets(*("" if column is None else column.dtype for column in columns))
+
+
+def column_at(column: Matrix | None) -> ColumnAt:
+    """What a kernel takes of a column."""
+    return NO_COLUMN if column is None else ColumnAt(column.address, column.row_stride)
+
+
+def matrix_at(matrix: Matrix | None) -> MatrixAt:
+    """What a kernel takes of a matrix."""
+    return NO_MATRIX if matrix is None else matrix.at
 
 
 def launches(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result, scales: tuple[Scale, Scale],
@@ -234,23 +276,25 @@ def launches(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result,
     dz is multiplied by the first of the scales before it is rounded and summed, the sum by the second one. The slot
     "parameter" holds the activation's or the smoothing of labels, "ignored" the label that is left out.
     """
-    if not dz.cols or (result.accumulate and not dz.rows):
+    reads = upstream.loss is not None
+    if not dz.cols or (result.accumulate and not dz.rows and not reads):
         return ()
-    cut = plan.sum
-    totals = scratch(workspace_at, 2, max(dz.rows, 1), cut.accumulator)
+    cut, above = plan.sum, upstream
+    totals = scratch(workspace_at, 3, max(dz.rows, 1), cut.accumulator)
+    left = scratch(totals.end, 2, plan.log_sum_exp_grid, cut.accumulator)
     before: tuple[Launch, ...] = ()
-    if plan.above == CROSS_ENTROPY and upstream.z is not None:
-        workspace_at = totals.end
-        before = (_log_sum_exp(plan, upstream.z, totals),)
+    if plan.above == CROSS_ENTROPY:
+        workspace_at = left.end
+        before = (_log_sum_exp(plan, upstream, totals, left),)
+        above = replace(upstream, gradient=upstream.probabilities)
     partial = cut.second is not None
     target = Result(parts_of(cut, workspace_at)) if partial else result
-    constants = _constants(plan, upstream, dz, target)
-    gradient, z = (NO_MATRIX if matrix is None else matrix.at for matrix in (upstream.gradient, upstream.z))
-    weights, labels = (NO_COLUMN if column is None else ColumnAt(column.address, column.row_stride)
-                       for column in (upstream.weights, upstream.labels))
+    constants = _constants(plan, above, dz, target)
     arguments = UpstreamSumArguments(
-        gradient, z, dz.at, weights, labels, totals.address if before else 0,
-        Slot("ignored") if upstream.labels else 0, Slot("parameter"), scales[0], ONE if partial else scales[1],
+        matrix_at(above.gradient), matrix_at(above.z), dz.at, column_at(above.weights), column_at(above.labels),
+        column_at(above.class_weights), totals.address if before else 0, left.address if before else 0,
+        left.cols if before else 0, upstream.loss.address if constants.loss and upstream.loss else 0,
+        Slot("ignored") if above.labels else 0, Slot("parameter"), scales[0], ONE if partial else scales[1],
         dz.rows, dz.cols, cut.samples_per_part, target.matrix.address,
         target.matrix.row_stride if partial else 0, target.matrix.col_stride)
     launch = Launch("densegrad.kernels.upstream", "upstream_sum", constants, arguments, plan.grid, plan.threads,
@@ -258,24 +302,35 @@ def launches(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result,
     return *before, launch, *add_parts_of(cut, result, scales[1], workspace_at)
 
 
-def _constants(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, target: Result) -> UpstreamSum:
+def _constants(plan: UpstreamPlan, above: Upstream, dz: Matrix, target: Result) -> UpstreamSum:
     """Accesses are as wide as every matrix allows; weights come in such pieces, too, or one by one."""
-    features_first, weights, labels = plan.features_first, upstream.weights, upstream.labels
+    features_first, weights = plan.features_first, above.weights
     width = min((matrix.T if features_first else matrix).access(plan.elements)
-                for matrix in (upstream.gradient, upstream.z, dz) if matrix is not None)
+                for matrix in (above.gradient, above.z, dz) if matrix is not None)
     of_pieces = weights is not None and features_first and weights.T.access(width) == width
+    summed = above.reduction if plan.above == CROSS_ENTROPY else ""
     return UpstreamSum(plan.above, plan.sum.dtype, plan.sum.accumulator, target.matrix.dtype, plan.elements, width,
                        plan.sum.threads_x, plan.sum.lanes, features_first, plan.blocks_per_multiprocessor,
-                       weights.dtype if weights else "", width if of_pieces else 1, labels.dtype if labels else "",
-                       target.accumulate)
+                       above.targets, width if of_pieces else 1, summed == "mean",
+                       above.loss is not None and summed in ("mean", "sum"), target.accumulate)
 
 
-def _log_sum_exp(plan: UpstreamPlan, z: Matrix, totals: Matrix) -> Launch:
+def _log_sum_exp(plan: UpstreamPlan, upstream: Upstream, totals: Matrix, left: Matrix) -> Launch:
     adders, samples = plan.log_sum_exp_block
+    z, reduction, loss = upstream.z, upstream.reduction, upstream.loss
+    if z is None:
+        raise PlanError("plan: cross-entropy needs the logits")
+    kind = "" if loss is None else "each" if reduction == "none" else "sum"
+    mean = reduction == "mean"
     return Launch("densegrad.kernels.log_sum_exp", "log_sum_exp",
-                  LogSumExp(z.dtype, plan.sum.accumulator, adders, samples, plan.features_first),
-                  LogSumExpArguments(z.at, z.rows, z.cols, totals.address),
-                  (max(ceil_div(z.rows, samples), 1),), adders * samples, plan=plan)
+                  LogSumExp(z.dtype, plan.sum.accumulator, adders, samples, plan.features_first, upstream.targets, kind,
+                            mean),
+                  LogSumExpArguments(
+                      z.at, matrix_at(upstream.probabilities), column_at(upstream.labels),
+                      column_at(upstream.class_weights), column_at(upstream.weights),
+                      column_at(loss if kind == "each" else None), left.address if mean or kind == "sum" else 0,
+                      Slot("ignored") if upstream.labels else 0, Slot("parameter"), z.rows, z.cols, totals.address),
+                  (plan.log_sum_exp_grid,), adders * samples, plan=plan)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:

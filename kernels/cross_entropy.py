@@ -1,0 +1,586 @@
+"""dL/dZ below softmax and cross-entropy, the loss, and dL/db summed on the way, all from one reading of the logits.
+
+    p[s, m]  = exp(z[s, m] - largest[s]) / total[s]              total[s] = sum over m of exp(z[s, m] - largest[s])
+    q[s, m]  = class_weights[m] ((1 - smoothing) t[s, m] + smoothing / outputs)          t[s, m]: 1 at the label of s,
+    dz[s, m] = alpha / divisor weight[s] (Q[s] p[s, m] - q[s, m])                        else 0, or its probability
+    loss[s]  = weight[s] (Q[s] log(total[s]) + sum over m of q[s, m] (largest[s] - z[s, m]))
+    result[m] = sum over s of dz[s, m]                 Q[s] = sum over m of q[s, m]      all matrices (samples, outputs)
+
+The divisor is what a mean is divided by, the sum over the samples of their weights: weight[s] class_weights[label of s].
+Samples that are left out, by their label or by a mask, have a dz and a loss of zero and no weight, whatever all else is.
+One whose label is no class has a dz and a loss that are not a number.
+
+How the work is cut
+    A block takes the samples of its part in turn, as many lanes as it has at a time. The threads of a lane keep the
+    row's logits in registers as they are stored: first they find the largest, then the sums, then dz, and as soon as
+    dz of a piece is stored, the next row's piece begins to travel into its place. dl/db of its columns stays with each
+    thread until the part is done; then the lanes are added in ascending order. Parts leave their sums in a workspace,
+    and their loss behind the last output, which batch_sum.sum_parts adds.
+Threads
+    threads_x side by side in a row, times lanes, whole warps. A piece is 16 bytes of each thread. Sums over a row are
+    those of the threads, then over the lanes of warps, then over warps, in pairs.
+Grid
+    (parts).
+Shared memory
+    For the sums of one piece, threads * 16 bytes' elements; 4 cells for each warp of a row, and one a lane.
+Bytes and flops
+    Reads the logits once, class probabilities twice, the second time from a cache; writes dz. Two exponentials and
+    about 12 flops an element.
+
+Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018; Szegedy et al., "Rethinking the
+Inception Architecture for Computer Vision", 2016, section 7 (smoothing).
+"""
+
+from numba import cuda, int32
+
+from . import primitives
+from .columns import add_copies, finish_column
+from .primitives.factories import cache
+from .primitives.layout import ITEM_BYTES, LANES, WIDEST
+
+#: threads of the launch that adds up the weights of samples
+WEIGHING_THREADS = 1024
+
+
+LOWEST, NOT_A_NUMBER = float("-inf"), float("nan")
+#: where a record of what _target takes says how many elements are left of the row
+LEFT = 5
+
+
+# -- of one sample
+
+
+@cache
+def weight_of_sample(accumulator, targets):
+    """(sample, labels, their step, class weights, their step, weights, their step, ignored, outputs) -> its weight.
+
+    What is left out weighs nothing, and nor does a sample whose label is no class where classes have weights.
+    """
+    labels, class_weights, weights = targets
+    of_labels, of_classes, weighted, masked = labels != "", class_weights != "", weights not in ("", "bool"), (
+        weights == "bool")
+    fill, weigh = primitives.fill(accumulator, 1), primitives.weigh(accumulator, 1, 1)
+    number = primitives.typed(accumulator)
+    load_label = primitives.load_integers(labels or "int64", (0,))
+    load_kept = primitives.load_integers("bool", (0,))
+    load_class = primitives.load_each(class_weights or accumulator, 1, accumulator)
+    load_weight = primitives.load_each(weights if weighted else accumulator, 1, accumulator)
+
+    @cuda.jit(device=True, inline="always")
+    def weight_of(sample, labels, labels_step, class_weights, class_weights_step, weights, weights_step, ignored,
+                  outputs):
+        weight = fill(number(1))
+        if weighted:
+            weight = load_weight(weights, sample * weights_step, 1, 1)
+        if of_labels:
+            label = load_label(labels, sample * labels_step, 1, 1, ignored)[0]
+            if of_classes:
+                known = 1 if label >= 0 and label < outputs else 0
+                weight = weigh(weight, load_class(class_weights, label * class_weights_step, 1, known))
+            if label == ignored:
+                weight = fill(number(0))
+        if masked:
+            if load_kept(weights, sample * weights_step, 1, 1, 0)[0] == 0:
+                weight = fill(number(0))
+        return weight
+
+    return weight_of
+
+
+@cache
+def _look_at_sample(constants):
+    """(labels, their step, weights, their step, ignored, sample, end) -> its label, its weight, whether it is left out.
+
+    The label of what is left out, or has none, is -1.
+    """
+    (labels, _, weights), number = constants.targets, primitives.typed(constants.accumulator)
+    of_labels, weighted, masked = labels != "", weights not in ("", "bool"), weights == "bool"
+    load_label = primitives.load_integers(labels or "int64", (0,))
+    load_kept = primitives.load_integers("bool", (0,))
+    load_weight = primitives.load_each(weights if weighted else constants.accumulator, 1, constants.accumulator)
+
+    @cuda.jit(device=True, inline="always")
+    def look_at(labels, labels_step, weights, weights_step, ignored, sample, end):
+        label, weight, left_out = -1, number(1), sample >= end
+        there = 0 if left_out else 1
+        if of_labels:
+            label = load_label(labels, sample * labels_step, 1, there, ignored)[0]
+            left_out = left_out or label == ignored
+        if weighted:
+            weight = load_weight(weights, sample * weights_step, 1, there)[0]
+        if masked:
+            left_out = left_out or load_kept(weights, sample * weights_step, 1, there, 0)[0] == 0
+        if left_out:
+            label = -1
+        return label, weight, left_out
+
+    return look_at
+
+
+# -- of all threads of a block
+
+
+@cache
+def over_lanes(combine, of_lane, distance):
+    """(value) -> what the value of all lanes come to that differ in the bits below 2 * distance, combined in pairs."""
+    if not distance:
+        @cuda.jit(device=True, inline="always")
+        def over(value):
+            return value
+
+        return over
+
+    others, rest = of_lane(distance), over_lanes(combine, of_lane, distance // 2)
+
+    @cuda.jit(device=True, inline="always")
+    def over(value):
+        return rest(combine(value, others(value)))
+
+    return over
+
+
+@cache
+def over_row(accumulator, combine, count, threads_x):
+    """(cells, row, thread, value) -> what the `count` values of a row's threads_x threads come to, combined in pairs.
+
+    The block's threads meet at a barrier where a row has more than a warp.
+    """
+    def others(distance):
+        return primitives.of_lane(accumulator, count, distance)
+
+    warps = threads_x // LANES
+    over_warp = over_lanes(combine, others, min(threads_x, LANES) // 2)
+    if warps < 2:
+        @cuda.jit(device=True, inline="always")
+        def over(cells, row, thread, value):
+            return over_warp(value)
+
+        return over
+
+    over_warps = over_lanes(combine, others, warps // 2)
+    store, load = primitives.store_shared(accumulator, count), primitives.load_shared(accumulator, count)
+
+    @cuda.jit(device=True, inline="always")
+    def over(cells, row, thread, value):
+        value, lane = over_warp(value), thread % LANES
+        if lane == 0:
+            store(cells, thread // LANES * count, value)
+        cuda.syncthreads()
+        return over_warps(load(cells, (row * warps + lane % warps) * count))
+
+    return over
+
+
+# -- of the pieces of a row, each with those behind it
+
+
+def _vector(constants):
+    """Elements of a piece of one thread."""
+    return WIDEST // ITEM_BYTES[constants.dtype]
+
+
+def _offsets(constants, piece):
+    """Of a thread's accesses of a piece, from its first element of a row."""
+    line = constants.threads_x * _vector(constants)
+    return tuple(range(piece * line, (piece + 1) * line, constants.threads_x * constants.width))
+
+
+def _columns(constants, piece):
+    """Of a thread's elements of a piece, from its first one of a row."""
+    return tuple(offset + element for offset in _offsets(constants, piece) for element in range(constants.width))
+
+
+@cache
+def _begin(constants, piece=0):
+    """(address, index, left) -> the pieces of a row as they are stored, from this one on, and sums of nothing for each."""
+    keep = primitives.keep(constants.dtype, constants.width, _offsets(constants, piece))
+    zeros = primitives.zeros(constants.accumulator, _vector(constants))
+    if piece + 1 == constants.pieces:
+        @cuda.jit(device=True, inline="always")
+        def begin(address, index, left):
+            return (keep(address, index, left),), (zeros(),)
+    else:
+        rest = _begin(constants, piece + 1)
+
+        @cuda.jit(device=True, inline="always")
+        def begin(address, index, left):
+            first = keep(address, index, left)
+            others, other_sums = rest(address, index, left)
+            return (first,) + others, (zeros(),) + other_sums
+
+    return begin
+
+
+@cache
+def _walk(of_piece, constants, piece=0):
+    """(outputs, kept, sums, state, row) -> (kept, sums, state) after each piece's function has had its turn, in order.
+
+    of_piece(constants, piece) makes that: (the piece as kept, its sums, state, row) -> the same three. So what belongs
+    to a piece is in registers of its own, and its place is known when the kernel is compiled. Pieces that no row
+    reaches are left out, by a branch that the whole grid takes alike. Beyond a branch the compiler begins no other
+    piece's work: it would take more registers than there are.
+    """
+    one, first_column = of_piece(constants, piece), _offsets(constants, piece)[0]
+    if piece + 1 == constants.pieces:
+        @cuda.jit(device=True, inline="always")
+        def walk(outputs, kept, sums, state, row):
+            first, first_sums = kept[0], sums[0]
+            if outputs > first_column:
+                first, first_sums, state = one(first, first_sums, state, row)
+            return (first,), (first_sums,), state
+    else:
+        rest = _walk(of_piece, constants, piece + 1)
+
+        @cuda.jit(device=True, inline="always")
+        def walk(outputs, kept, sums, state, row):
+            first, first_sums = kept[0], sums[0]
+            if outputs > first_column:
+                first, first_sums, state = one(first, first_sums, state, row)
+            others, other_sums, state = rest(outputs, kept[1:], sums[1:], state, row)
+            return (first,) + others, (first_sums,) + other_sums, state
+
+    return walk
+
+
+@cache
+def _largest(constants, piece):
+    """state: the largest so far."""
+    unpack = primitives.kept(constants.dtype, constants.accumulator)
+    largest = primitives.largest(constants.accumulator, _vector(constants))
+
+    @cuda.jit(device=True, inline="always")
+    def largest_of(kept, sums, state, row):
+        return kept, sums, largest(state, unpack(kept))
+
+    return largest_of
+
+
+@cache
+def _target(constants, piece):
+    """(of_target) -> q: label, place, probabilities, their index and stride, class weights, their step, left, ..."""
+    accumulator, vector = constants.accumulator, _vector(constants)
+    offsets, columns = _offsets(constants, piece), _columns(constants, piece)
+    labelled, smooth = primitives.labelled(accumulator, columns, 1), primitives.smooth(accumulator, vector)
+    load = primitives.load_row(constants.dtype, constants.width, offsets, accumulator)
+    load_classes = primitives.load_row(constants.targets.class_weights or accumulator, 1, columns, accumulator)
+    weigh = primitives.weigh(accumulator, vector, vector)
+    of_labels, of_classes = constants.targets.labels != "", constants.targets.class_weights != ""
+
+    @cuda.jit(device=True, inline="always")
+    def target(of_target):
+        label, place, probabilities, index, class_weights, left, elsewhere, more = of_target
+        if of_labels:
+            q = labelled((label,), place, elsewhere, more)
+        else:
+            q = smooth(load(probabilities, index, left), elsewhere, more)
+        if of_classes:
+            q = weigh(q, load_classes(class_weights, place, left))
+        return q
+
+    return target
+
+
+@cache
+def _measure(constants, piece):
+    """state: (sum of exponentials, Q, sum of q (z - largest)); row: (largest, what _target takes)."""
+    accumulator, vector = constants.accumulator, _vector(constants)
+    unpack, minus = primitives.kept(constants.dtype, accumulator), primitives.minus(accumulator, vector, 1)
+    exponentials = primitives.exponentials(constants.dtype, accumulator, vector)
+    add_each, add_products = primitives.add_each_now(accumulator, vector), primitives.weighted_sum(accumulator, vector)
+    inside = primitives.inside(accumulator, constants.width, _offsets(constants, piece))
+    target, dense, with_loss = _target(constants, piece), constants.targets.dense, constants.loss != ""
+
+    @cuda.jit(device=True, inline="always")
+    def measure(kept, sums, state, row):
+        total, target_sum, lost = state
+        largest, of_target = row
+        below = minus(unpack(kept), largest)
+        total = add_each(total, exponentials(below))
+        if dense:
+            q = inside(target(of_target), of_target[LEFT])
+            target_sum = add_each(target_sum, q)
+            if with_loss:
+                lost = add_products(lost, q, below)
+        return kept, sums, (total, target_sum, lost)
+
+    return measure
+
+
+@cache
+def _lose_everywhere(constants, piece):
+    """state: the sum of what all elements are less than the row's largest; row: (largest, left)."""
+    accumulator, vector = constants.accumulator, _vector(constants)
+    unpack, minus = primitives.kept(constants.dtype, accumulator), primitives.minus(accumulator, vector, 1)
+    inside = primitives.inside(accumulator, constants.width, _offsets(constants, piece))
+    add_each = primitives.add_each(accumulator, vector, False)
+
+    @cuda.jit(device=True, inline="always")
+    def lose(kept, sums, state, row):
+        largest, left = row
+        return kept, sums, add_each(state, inside(minus(unpack(kept), largest), left))
+
+    return lose
+
+
+@cache
+def _lose_at_label(constants, piece):
+    """state: plus what the label's element is less than the row's largest; row: (largest, the label's column)."""
+    accumulator, vector = constants.accumulator, _vector(constants)
+    unpack, minus = primitives.kept(constants.dtype, accumulator), primitives.minus(accumulator, vector, 1)
+    chosen, add = primitives.chosen(accumulator, _columns(constants, piece)), primitives.add(accumulator, 1)
+
+    @cuda.jit(device=True, inline="always")
+    def lose(kept, sums, state, row):
+        largest, column = row
+        return kept, sums, add(state, chosen(minus(unpack(kept), largest), column))
+
+    return lose
+
+
+@cache
+def _form(constants, piece):
+    """row: (of softmax, what _target takes, where dz lies, where the next row lies); see make_cross_entropy_rows."""
+    dtype, accumulator, vector = constants.dtype, constants.accumulator, _vector(constants)
+    offsets = _offsets(constants, piece)
+    unpack, minus = primitives.kept(dtype, accumulator), primitives.minus(accumulator, vector, 1)
+    exponentials = primitives.exponentials(dtype, accumulator, vector)
+    subtract, scale = primitives.minus(accumulator, vector, vector), primitives.scale(accumulator, vector)
+    add, rounded = primitives.add_now(accumulator, vector), primitives.rounded(dtype, accumulator, vector)
+    store = primitives.store_row(dtype, constants.width, offsets, accumulator)
+    keep = primitives.keep(dtype, constants.width, offsets)
+    target, dense = _target(constants, piece), constants.targets.dense
+
+    @cuda.jit(device=True, inline="always")
+    def form(kept, sums, state, row):
+        of_softmax, of_target, of_result, of_next = row
+        largest, log_total, target_sum, factor = of_softmax
+        values = exponentials(minus(minus(unpack(kept), largest), log_total))
+        if dense:
+            values = scale(values, target_sum)
+        values = scale(subtract(values, target(of_target)), factor)
+        address, index, left = of_result
+        store(address, index, left, values)
+        address, index, left = of_next
+        return keep(address, index, left), add(sums, rounded(values)), state
+
+    return form
+
+
+@cache
+def _leave(constants, piece):
+    """row: what writes the piece's sums, each added over the lanes."""
+    accumulator, lanes, width = constants.accumulator, constants.lanes, constants.width
+    threads, vector = constants.threads_x * lanes, _vector(constants)
+    line, spacing = constants.threads_x * vector, constants.threads_x * width
+    line_array = primitives.shared_array("lines", accumulator, lanes * line)
+    first, turn = primitives.head(accumulator, vector, width), primitives.rotate(accumulator, vector, width)
+    store_sums = primitives.store_spread(accumulator, width, 1, 0)
+    zero, add_lanes = primitives.zeros(accumulator, 1), primitives.add_shared(accumulator, lanes)
+    finish = finish_column(accumulator, constants.result, constants.accumulate)
+    number = primitives.typed(constants.number)
+
+    @cuda.jit(device=True, inline="always")
+    def leave(kept, sums, state, row):
+        thread, lane, place, outputs, target, start, col_stride = row
+        lines, values = line_array(), sums
+        for access in range(vector // width):
+            store_sums(lines, lane * line + access * spacing + place, first(values), thread)
+            values = turn(values)
+        cuda.syncthreads()
+        for column in range(thread, min(line, outputs - piece * line), threads):
+            total = add_lanes(zero(), lines, column, line)
+            finish(total, target, start + (piece * line + column) * col_stride, 0, number(1))
+        cuda.syncthreads()
+        return kept, sums, state
+
+    return leave
+
+
+@cache
+def _join_sums(accumulator, dense, with_loss):
+    """((exponentials, Q, lost) -> one fragment of those that are needed, its length, the places of Q and lost in it)."""
+    join = primitives.join(accumulator, (1,) * (1, 2, 2, 4)[dense * 2 + with_loss])
+    if dense and with_loss:
+        # Four, which shared memory takes at once.
+        @cuda.jit(device=True, inline="always")
+        def join_sums(total, target_sum, lost):
+            return join(total, target_sum, lost, lost)
+
+        return join_sums, 4, 1, 2
+    if dense:
+        @cuda.jit(device=True, inline="always")
+        def join_sums(total, target_sum, lost):
+            return join(total, target_sum)
+
+        return join_sums, 2, 1, 0
+    if with_loss:
+        @cuda.jit(device=True, inline="always")
+        def join_sums(total, target_sum, lost):
+            return join(total, lost)
+
+        return join_sums, 2, 0, 1
+
+    @cuda.jit(device=True, inline="always")
+    def join_sums(total, target_sum, lost):
+        return total
+
+    return join_sums, 1, 0, 0
+
+
+# -- kernels
+
+
+@cache
+def make_weigh_samples(constants):
+    """The kernel that adds up the weights of samples: block b those of every gridDim-th stretch, into result[b]."""
+    accumulator, targets, threads = constants
+    weight_of = weight_of_sample(accumulator, targets)
+    zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
+    total_of = over_row(accumulator, add, 1, threads)
+    cell_array = primitives.shared_array("cells", accumulator, threads // LANES)
+    store = primitives.store_vector(accumulator, 1, accumulator)
+
+    @primitives.jit(threads)
+    def weigh_samples(labels, labels_step, class_weights, class_weights_step, weights, weights_step, ignored, samples,
+                      outputs, result):
+        thread = cuda.threadIdx.x
+        total = zero()
+        for sample in range(cuda.blockIdx.x * threads + thread, samples, cuda.gridDim.x * threads):
+            total = add(total, weight_of(sample, labels, labels_step, class_weights, class_weights_step, weights,
+                                         weights_step, ignored, outputs))
+        total = total_of(cell_array(), 0, thread, total)
+        if thread == 0:
+            store(result, cuda.blockIdx.x, total)
+
+    return weigh_samples
+
+
+@cache
+def make_cross_entropy_rows(constants):
+    """The kernel for these types and this cut of rows; the record of the signature says what each constant is."""
+    dtype, accumulator, result, width, threads_x, lanes, pieces, targets, divisor, loss, accumulate = constants
+    threads, warps, dense = threads_x * lanes, max(threads_x // LANES, 1), constants.targets.dense
+    of_labels, with_loss, each_loss, add_loss = targets.labels != "", loss != "", loss == "each", loss in ("sum", "part")
+    spacing, of_part = threads_x * width, loss == "part"
+    counted, left_by_parts = divisor == "samples", divisor == "parts"
+    join, summed, whole_at, lost_at = _join_sums(accumulator, dense, loss != "")
+    number, alpha_at = primitives.typed(accumulator), primitives.scale_at(constants.number, accumulator)
+    divide, fill = primitives.divide(accumulator), primitives.fill(accumulator, 1)
+    zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
+    scale, add_product = primitives.scale(accumulator, 1), primitives.weighted_sum(accumulator, 1)
+    # The threads of a row, and those of a block, for its divisor.
+    largest_of_row = over_row(accumulator, primitives.largest(accumulator, 1), 1, threads_x)
+    sums_of_row = over_row(accumulator, primitives.add(accumulator, summed), summed, threads_x)
+    sum_of_block = over_row(accumulator, add, 1, threads)
+    weight_of = weight_of_sample(accumulator, targets)
+    load_part = primitives.load_vector(accumulator, 1, accumulator)
+    find_largest, measure, lose_everywhere, lose_at_label, form, leave = (
+        _walk(of_piece, constants)
+        for of_piece in (_largest, _measure, _lose_everywhere, _lose_at_label, _form, _leave))
+    begin, look_at = _begin(constants), _look_at_sample(constants)
+    two, logarithm = primitives.join(accumulator, (1, 1)), primitives.log_of_exponentials(accumulator)
+    top_array = primitives.shared_array("tops", accumulator, lanes * warps)
+    cell_array = primitives.shared_array("cells", accumulator, max(lanes * warps * summed, threads // LANES))
+    # Each lane's loss, and the share that is multiplied by in the end: registers are for the row.
+    loss_array = primitives.shared_array("losses", accumulator, lanes + 1)
+    load_cell, store_cell = primitives.load_shared(accumulator, 1), primitives.store_shared(accumulator, 1)
+    add_lanes = primitives.add_shared(accumulator, lanes)
+    store_loss = primitives.store_vector(accumulator, 1, accumulator)
+
+    @primitives.jit(threads)
+    def cross_entropy_rows(z, z_down, z_across, dz, dz_down, dz_across, probabilities, probabilities_down,
+                           probabilities_across, labels, labels_step, class_weights, class_weights_step, weights,
+                           weights_step, losses, losses_step, divisors, divisors_count, ignored, smoothing, alpha,
+                           alpha_address, samples, outputs, samples_per_part, target, part_stride, col_stride):
+        thread = cuda.threadIdx.x
+        lane, place = thread // threads_x, thread % threads_x * width
+        tops, cells, lane_losses = top_array(), cell_array(), loss_array()
+
+        # 1. What all of dz is multiplied by: alpha over the divisor, which is added up from the weights of all samples,
+        #    or of parts of them that another launch has left.
+        share = number(1)
+        if counted or left_by_parts:
+            total = zero()
+            for item in range(thread, divisors_count, threads):
+                if counted:
+                    total = add(total, weight_of(item, labels, labels_step, class_weights, class_weights_step, weights,
+                                                 weights_step, ignored, outputs))
+                else:
+                    total = add(total, load_part(divisors, item))
+            share = divide(number(1), sum_of_block(cells, 0, thread, total)[0])
+        if add_loss and thread == 0:
+            store_cell(lane_losses, lanes, fill(share))
+        factor = number(alpha_at(alpha, alpha_address)) * share
+        elsewhere = divide(number(smoothing), number(outputs))
+        more = number(1) - number(smoothing)
+
+        # 2. This block's samples in turn; the first row of each lane begins to travel. Samples that are left out are
+        #    not read.
+        start = cuda.blockIdx.x * samples_per_part
+        end = min(samples, start + samples_per_part)
+        left = int32(outputs - place)
+        if add_loss and place == 0:
+            store_cell(lane_losses, lane, zero())
+        next_label, next_weight, next_out = look_at(labels, labels_step, weights, weights_step, ignored, start + lane,
+                                                    end)
+        kept, sums = begin(z, (start + lane) * z_down + place, int32(0) if next_out else left)
+        for first in range(start, end, lanes):
+            sample = first + lane
+            label, weight, left_out = next_label, next_weight, next_out
+            next_label, next_weight, next_out = look_at(labels, labels_step, weights, weights_step, ignored,
+                                                        sample + lanes, end)
+            of_target = (label, place, probabilities, sample * probabilities_down + place, class_weights,
+                         int32(0) if left_out else left, elsewhere, more)
+
+            # 3. The row's largest logit, then the sums that need it.
+            _, _, top = find_largest(outputs, kept, sums, fill(number(LOWEST)), 0)
+            top = largest_of_row(tops, lane, thread, top)
+            _, _, (total, target_sum, lost) = measure(outputs, kept, sums, (zero(), zero(), zero()), (top, of_target))
+            if with_loss and not dense:
+                if elsewhere != 0:
+                    _, _, lost = lose_everywhere(outputs, kept, sums, lost, (top, of_target[LEFT]))
+                    lost = scale(lost, elsewhere)
+                column = int32(label - place)
+                if column >= 0 and column % spacing < width:
+                    _, _, at_label = lose_at_label(outputs, kept, sums, zero(), (top, column))
+                    lost = add_product(lost, fill(more), at_label)
+            found = sums_of_row(cells, lane, thread, join(total, target_sum, lost))
+            log_total = logarithm(two(top, fill(found[0])))[1]
+            if of_labels and (label < 0 or label >= outputs):
+                log_total = number(NOT_A_NUMBER)
+            whole = found[whole_at] if dense else number(1)
+
+            # 4. The loss, once a row.
+            if with_loss:
+                row_loss = weight * (whole * log_total - found[lost_at])
+                if left_out:
+                    row_loss = number(0)
+                if each_loss:
+                    if place == 0 and sample < end:
+                        store_loss(losses, sample * losses_step, fill(row_loss))
+                elif place == 0:
+                    store_cell(lane_losses, lane, add(load_cell(lane_losses, lane), fill(row_loss)))
+
+            # 5. dz is stored and added to the sums of its columns, and the next row takes its place. What is left out
+            #    was loaded as minus infinity, which makes it zero.
+            of_softmax = (top, fill(log_total), whole, weight * factor)
+            if left_out:
+                of_softmax = (zero(), zero(), number(0), number(0))
+            kept, sums, _ = form(outputs, kept, sums, 0, (
+                of_softmax, of_target, (dz, sample * dz_down + place, left if sample < end else int32(0)),
+                (z, (sample + lanes) * z_down + place, int32(0) if next_out else left)))
+
+        # 6. The loss and the sums of the part: those of the lanes in ascending order.
+        part = cuda.blockIdx.x
+        if add_loss:
+            cuda.syncthreads()
+            if thread == 0:
+                total = add_lanes(zero(), lane_losses, 0, 1)
+                total = scale(total, load_cell(lane_losses, lanes)[0])
+                if of_part:
+                    store_loss(target, part * part_stride + outputs, total)
+                else:
+                    store_loss(losses, 0, total)
+        leave(outputs, sums, sums, 0, (thread, lane, place, outputs, target, part * part_stride, col_stride))
+
+    return cross_entropy_rows
