@@ -43,6 +43,7 @@ WEIGHING_THREADS = 1024
 
 
 LOWEST, NOT_A_NUMBER = float("-inf"), float("nan")
+NO_CLASS = -2
 #: where a record of what _target takes says how many elements are left of the row
 LEFT = 5
 
@@ -89,9 +90,9 @@ def weight_of_sample(accumulator, targets):
 
 @cache
 def _look_at_sample(constants):
-    """(labels, their step, weights, their step, ignored, sample, end) -> its label, its weight, whether it is left out.
+    """(labels, their step, weights, their step, ignored, sample, end, outputs) -> label, weight, whether it is left out.
 
-    The label of what is left out, or has none, is -1.
+    The label of what is left out, or has none, is -1; one that is no class is NO_CLASS.
     """
     (labels, _, weights), number = constants.targets, primitives.typed(constants.accumulator)
     of_labels, weighted, masked = labels != "", weights not in ("", "bool"), weights == "bool"
@@ -100,7 +101,7 @@ def _look_at_sample(constants):
     load_weight = primitives.load_each(weights if weighted else constants.accumulator, 1, constants.accumulator)
 
     @cuda.jit(device=True, inline="always")
-    def look_at(labels, labels_step, weights, weights_step, ignored, sample, end):
+    def look_at(labels, labels_step, weights, weights_step, ignored, sample, end, outputs):
         label, weight, left_out = -1, number(1), sample >= end
         there = 0 if left_out else 1
         if of_labels:
@@ -112,7 +113,9 @@ def _look_at_sample(constants):
             left_out = left_out or load_kept(weights, sample * weights_step, 1, there, 0)[0] == 0
         if left_out:
             label = -1
-        return label, weight, left_out
+        elif label < 0 or label >= outputs:
+            label = NO_CLASS
+        return int32(label), weight, left_out
 
     return look_at
 
@@ -245,12 +248,11 @@ def _walk(of_piece, constants, piece=0):
 @cache
 def _largest(constants, piece):
     """state: the largest so far."""
-    unpack = primitives.kept(constants.dtype, constants.accumulator)
-    largest = primitives.largest(constants.accumulator, _vector(constants))
+    largest = primitives.largest_kept(constants.dtype, constants.accumulator)
 
     @cuda.jit(device=True, inline="always")
     def largest_of(kept, sums, state, row):
-        return kept, sums, largest(state, unpack(kept))
+        return kept, sums, largest(state, kept)
 
     return largest_of
 
@@ -285,7 +287,8 @@ def _measure(constants, piece):
     """state: (sum of exponentials, Q, sum of q (z - largest)); row: (largest, what _target takes)."""
     accumulator, vector = constants.accumulator, _vector(constants)
     unpack, minus = primitives.kept(constants.dtype, accumulator), primitives.minus(accumulator, vector, 1)
-    exponentials = primitives.exponentials(constants.dtype, accumulator, vector)
+    exponentials, zero = primitives.exponentials(constants.dtype, accumulator, vector, 1), primitives.zeros(
+        accumulator, 1)
     add_each, add_products = primitives.add_each_now(accumulator, vector), primitives.weighted_sum(accumulator, vector)
     inside = primitives.inside(accumulator, constants.width, _offsets(constants, piece))
     target, dense, with_loss = _target(constants, piece), constants.targets.dense, constants.loss != ""
@@ -295,7 +298,7 @@ def _measure(constants, piece):
         total, target_sum, lost = state
         largest, of_target = row
         below = minus(unpack(kept), largest)
-        total = add_each(total, exponentials(below))
+        total = add_each(total, exponentials(below, zero()))
         if dense:
             q = inside(target(of_target), of_target[LEFT])
             target_sum = add_each(target_sum, q)
@@ -343,21 +346,29 @@ def _form(constants, piece):
     dtype, accumulator, vector = constants.dtype, constants.accumulator, _vector(constants)
     offsets = _offsets(constants, piece)
     unpack, minus = primitives.kept(dtype, accumulator), primitives.minus(accumulator, vector, 1)
-    exponentials = primitives.exponentials(dtype, accumulator, vector)
+    exponentials = primitives.exponentials(dtype, accumulator, vector, 1)
     subtract, scale = primitives.minus(accumulator, vector, vector), primitives.scale(accumulator, vector)
     add, rounded = primitives.add_now(accumulator, vector), primitives.rounded(dtype, accumulator, vector)
     store = primitives.store_row(dtype, constants.width, offsets, accumulator)
     keep = primitives.keep(dtype, constants.width, offsets)
     target, dense = _target(constants, piece), constants.targets.dense
+    fill, minus_at = primitives.fill(accumulator, 1), primitives.minus_at(accumulator, _columns(constants, piece))
+    first, last = offsets[0], _columns(constants, piece)[-1]
 
     @cuda.jit(device=True, inline="always")
     def form(kept, sums, state, row):
         of_softmax, of_target, of_result, of_next = row
         largest, log_total, target_sum, factor = of_softmax
-        values = exponentials(minus(minus(unpack(kept), largest), log_total))
+        values = exponentials(minus(unpack(kept), largest), log_total)
         if dense:
-            values = scale(values, target_sum)
-        values = scale(subtract(values, target(of_target)), factor)
+            values = subtract(scale(values, target_sum), target(of_target))
+        else:
+            label, place, _, _, _, _, elsewhere, more = of_target
+            values, column = minus(values, fill(elsewhere)), int32(label - place)
+            # One thread has the label among its elements.
+            if column >= first and column <= last:
+                values = minus_at(values, column, more)
+        values = scale(values, factor)
         address, index, left = of_result
         store(address, index, left, values)
         address, index, left = of_next
@@ -469,7 +480,7 @@ def make_cross_entropy_rows(constants):
     zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
     scale, add_product = primitives.scale(accumulator, 1), primitives.weighted_sum(accumulator, 1)
     # The threads of a row, and those of a block, for its divisor.
-    largest_of_row = over_row(accumulator, primitives.largest(accumulator, 1), 1, threads_x)
+    largest_of_row = over_row(accumulator, primitives.largest(accumulator), 1, threads_x)
     sums_of_row = over_row(accumulator, primitives.add(accumulator, summed), summed, threads_x)
     sum_of_block = over_row(accumulator, add, 1, threads)
     weight_of = weight_of_sample(accumulator, targets)
@@ -493,7 +504,8 @@ def make_cross_entropy_rows(constants):
                            weights_step, losses, losses_step, divisors, divisors_count, ignored, smoothing, alpha,
                            alpha_address, samples, outputs, samples_per_part, target, part_stride, col_stride):
         thread = cuda.threadIdx.x
-        lane, place = thread // threads_x, thread % threads_x * width
+        # All of a single lane's threads have one sample: registers of warps hold what belongs to it.
+        lane, place = (thread // threads_x, thread % threads_x * width) if lanes > 1 else (0, thread * width)
         tops, cells, lane_losses = top_array(), cell_array(), loss_array()
 
         # 1. What all of dz is multiplied by: alpha over the divisor, which is added up from the weights of all samples,
@@ -522,13 +534,13 @@ def make_cross_entropy_rows(constants):
         if add_loss and place == 0:
             store_cell(lane_losses, lane, zero())
         next_label, next_weight, next_out = look_at(labels, labels_step, weights, weights_step, ignored, start + lane,
-                                                    end)
+                                                    end, outputs)
         kept, sums = begin(z, (start + lane) * z_down + place, int32(0) if next_out else left)
         for first in range(start, end, lanes):
             sample = first + lane
             label, weight, left_out = next_label, next_weight, next_out
             next_label, next_weight, next_out = look_at(labels, labels_step, weights, weights_step, ignored,
-                                                        sample + lanes, end)
+                                                        sample + lanes, end, outputs)
             of_target = (label, place, probabilities, sample * probabilities_down + place, class_weights,
                          int32(0) if left_out else left, elsewhere, more)
 
@@ -546,7 +558,7 @@ def make_cross_entropy_rows(constants):
                     lost = add_product(lost, fill(more), at_label)
             found = sums_of_row(cells, lane, thread, join(total, target_sum, lost))
             log_total = logarithm(two(top, fill(found[0])))[1]
-            if of_labels and (label < 0 or label >= outputs):
+            if of_labels and label == NO_CLASS:
                 log_total = number(NOT_A_NUMBER)
             whole = found[whole_at] if dense else number(1)
 
