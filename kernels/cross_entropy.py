@@ -34,58 +34,17 @@ Inception Architecture for Computer Vision", 2016, section 7 (smoothing).
 from numba import cuda, int32
 
 from . import primitives
-from .columns import add_copies, finish_column
+from .columns import finish_column
+from .lanes import over_row
 from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, LANES, WIDEST
-
-#: threads of the launch that adds up the weights of samples
-WEIGHING_THREADS = 1024
-
+from .weigh_samples import weight_of_sample
 
 LOWEST, NOT_A_NUMBER = float("-inf"), float("nan")
+#: in place of a label that is no class
 NO_CLASS = -2
 #: where a record of what _target takes says how many elements are left of the row
 LEFT = 5
-
-
-# -- of one sample
-
-
-@cache
-def weight_of_sample(accumulator, targets):
-    """(sample, labels, their step, class weights, their step, weights, their step, ignored, outputs) -> its weight.
-
-    What is left out weighs nothing, and nor does a sample whose label is no class where classes have weights.
-    """
-    labels, class_weights, weights = targets
-    of_labels, of_classes, weighted, masked = labels != "", class_weights != "", weights not in ("", "bool"), (
-        weights == "bool")
-    fill, weigh = primitives.fill(accumulator, 1), primitives.weigh(accumulator, 1, 1)
-    number = primitives.typed(accumulator)
-    load_label = primitives.load_integers(labels or "int64", (0,))
-    load_kept = primitives.load_integers("bool", (0,))
-    load_class = primitives.load_each(class_weights or accumulator, 1, accumulator)
-    load_weight = primitives.load_each(weights if weighted else accumulator, 1, accumulator)
-
-    @cuda.jit(device=True, inline="always")
-    def weight_of(sample, labels, labels_step, class_weights, class_weights_step, weights, weights_step, ignored,
-                  outputs):
-        weight = fill(number(1))
-        if weighted:
-            weight = load_weight(weights, sample * weights_step, 1, 1)
-        if of_labels:
-            label = load_label(labels, sample * labels_step, 1, 1, ignored)[0]
-            if of_classes:
-                known = 1 if label >= 0 and label < outputs else 0
-                weight = weigh(weight, load_class(class_weights, label * class_weights_step, 1, known))
-            if label == ignored:
-                weight = fill(number(0))
-        if masked:
-            if load_kept(weights, sample * weights_step, 1, 1, 0)[0] == 0:
-                weight = fill(number(0))
-        return weight
-
-    return weight_of
 
 
 @cache
@@ -118,60 +77,6 @@ def _look_at_sample(constants):
         return int32(label), weight, left_out
 
     return look_at
-
-
-# -- of all threads of a block
-
-
-@cache
-def over_lanes(combine, of_lane, distance):
-    """(value) -> what the value of all lanes come to that differ in the bits below 2 * distance, combined in pairs."""
-    if not distance:
-        @cuda.jit(device=True, inline="always")
-        def over(value):
-            return value
-
-        return over
-
-    others, rest = of_lane(distance), over_lanes(combine, of_lane, distance // 2)
-
-    @cuda.jit(device=True, inline="always")
-    def over(value):
-        return rest(combine(value, others(value)))
-
-    return over
-
-
-@cache
-def over_row(accumulator, combine, count, threads_x):
-    """(cells, row, thread, value) -> what the `count` values of a row's threads_x threads come to, combined in pairs.
-
-    The block's threads meet at a barrier where a row has more than a warp.
-    """
-    def others(distance):
-        return primitives.of_lane(accumulator, count, distance)
-
-    warps = threads_x // LANES
-    over_warp = over_lanes(combine, others, min(threads_x, LANES) // 2)
-    if warps < 2:
-        @cuda.jit(device=True, inline="always")
-        def over(cells, row, thread, value):
-            return over_warp(value)
-
-        return over
-
-    over_warps = over_lanes(combine, others, warps // 2)
-    store, load = primitives.store_shared(accumulator, count), primitives.load_shared(accumulator, count)
-
-    @cuda.jit(device=True, inline="always")
-    def over(cells, row, thread, value):
-        value, lane = over_warp(value), thread % LANES
-        if lane == 0:
-            store(cells, thread // LANES * count, value)
-        cuda.syncthreads()
-        return over_warps(load(cells, (row * warps + lane % warps) * count))
-
-    return over
 
 
 # -- of the pieces of a row, each with those behind it
@@ -439,31 +344,6 @@ def _join_sums(accumulator, dense, with_loss):
 
 
 # -- kernels
-
-
-@cache
-def make_weigh_samples(constants):
-    """The kernel that adds up the weights of samples: block b those of every gridDim-th stretch, into result[b]."""
-    accumulator, targets, threads = constants
-    weight_of = weight_of_sample(accumulator, targets)
-    zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
-    total_of = over_row(accumulator, add, 1, threads)
-    cell_array = primitives.shared_array("cells", accumulator, threads // LANES)
-    store = primitives.store_vector(accumulator, 1, accumulator)
-
-    @primitives.jit(threads)
-    def weigh_samples(labels, labels_step, class_weights, class_weights_step, weights, weights_step, ignored, samples,
-                      outputs, result):
-        thread = cuda.threadIdx.x
-        total = zero()
-        for sample in range(cuda.blockIdx.x * threads + thread, samples, cuda.gridDim.x * threads):
-            total = add(total, weight_of(sample, labels, labels_step, class_weights, class_weights_step, weights,
-                                         weights_step, ignored, outputs))
-        total = total_of(cell_array(), 0, thread, total)
-        if thread == 0:
-            store(result, cuda.blockIdx.x, total)
-
-    return weigh_samples
 
 
 @cache

@@ -54,7 +54,8 @@ def warmup(layers: Iterable[tuple[int, int, int]], dtypes: Iterable[str] = ("flo
     dtypes : names among "float16", "bfloat16", "float32" and "float64"
         Of the arrays.
     activations : names
-        Of the functions above layers, as `activation_grad` takes them; "cross_entropy" for `cross_entropy_grad`.
+        Of the functions above layers, as `activation_grad` takes them; "cross_entropy" for that and
+        `cross_entropy_grad`.
     precision, batch_axis, weight_layout
         As in `weight_grad`; precision for float32 alone.
     accumulate : bool
@@ -166,6 +167,7 @@ def _call(arrays: dict[str, Any], options: dict[str, Any], activations: list[str
     for name in activations:
         into = output_gradients.OutputGrads(dz if out else None, db)
         if name == CROSS_ENTROPY:
+            losses.cross_entropy(dz, labels, **axis, **alone, out=losses.LossGrads(None, *into))
             losses.cross_entropy_grad(dz, labels, **axis, **alone, out=into)
         else:
             output_gradients.activation_grad(dz, z, name, **axis, **alone, out=into)
