@@ -74,10 +74,13 @@ def torch(xp, monkeypatch):
         contiguous_format="C", float32=DType("torch.float32"), bfloat16=DType("torch.bfloat16"),
         uint8=DType("torch.uint8"), device=lambda kind, index: (kind, index), allocated=[], copied=[], used=[])
 
-    def empty(shape, dtype, device):
+    def empty_strided(shape, steps, dtype, device):
         assert device == ("cuda", 0)
         made.used.append(made.cuda.current_stream(0).cuda_stream)
-        made.allocated.append(Tensor(xp.empty(shape, tensors_dtype(dtype))))
+        order = sorted(range(len(shape)), key=lambda axis: -steps[axis])
+        made.allocated.append(Tensor(xp.empty([shape[axis] for axis in order], tensors_dtype(dtype)).transpose(
+            [order.index(axis) for axis in range(len(shape))])))
+        assert made.allocated[-1].stride() == tuple(steps)
         return made.allocated[-1]
 
     @contextlib.contextmanager
@@ -86,7 +89,7 @@ def torch(xp, monkeypatch):
         yield
         current.pop()
 
-    made.empty = empty
+    made.empty_strided = empty_strided
     made.cuda = SimpleNamespace(
         device=lambda index: contextlib.nullcontext(), stream=stream,
         ExternalStream=lambda pointer, device: SimpleNamespace(cuda_stream=pointer),
@@ -96,9 +99,9 @@ def torch(xp, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", made)
     monkeypatch.setattr(calls, "_kept", type(calls._kept)())
     monkeypatch.setattr(device.current(), "_of_tensors", {})
-    tensors._plain.cache_clear()
+    tensors.plain.cache_clear()
     yield made
-    tensors._plain.cache_clear()
+    tensors.plain.cache_clear()
 
 
 def tensors_dtype(dtype):
@@ -108,13 +111,13 @@ def tensors_dtype(dtype):
 @pytest.fixture
 def streams(monkeypatch):
     """The streams of all launches."""
-    found, launch = [], device.PackedLaunch.__call__
+    found, launch = [], device.PackedLaunches.__call__
 
     def record(self, values, stream):
         found.append(stream)
         launch(self, values, stream)
 
-    monkeypatch.setattr(device.PackedLaunch, "__call__", record)
+    monkeypatch.setattr(device.PackedLaunches, "__call__", record)
     return found
 
 
