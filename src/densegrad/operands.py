@@ -586,6 +586,8 @@ def as_names(value: Any) -> Any:
     """Names as a tuple, which a call can be looked up by; what is none, a flag for example, as it is."""
     if isinstance(value, str):
         return (value,)
+    if isinstance(value, bool):
+        return value
     try:
         return tuple(value)
     except TypeError:

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from . import cache, device, gradients, losses, output_gradients
 from .compiler import check_capability, key_of
 from .errors import DeviceError
@@ -179,6 +177,7 @@ class _Foreseen:
     """A GPU of this compute capability that is not here. Keeps what would be launched; its arrays are nowhere."""
 
     kind, place = "gpu", "GPU 0"
+    argument = None
     array_kinds = "an array"
 
     def __init__(self, capability: tuple[int, int], name: str):
@@ -208,29 +207,17 @@ class _Foreseen:
         """Itself, for all arrays."""
         return self
 
-    def argument(self, array: Any, seen: device.Seen) -> int:
-        """Where an array lies."""
-        return seen.address
+    def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> device.Maker:
+        """What makes new results, which lie nowhere."""
+        return lambda: (None, 0)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """A new result."""
-        return np.broadcast_to(np.empty(1, device.dtype_of(dtype)), shape)
+    def workspace(self, size: int) -> tuple[None, int]:
+        """A new workspace, which lies nowhere."""
+        return None, 0
 
-    def workspace(self, size: int) -> int:
-        """A new workspace."""
-        return 0
-
-    def address(self, array: Any) -> int:
-        """Where a new array lies."""
-        return 0
-
-    def workspace_address(self, workspace: Any) -> int:
-        """Where a new workspace lies."""
-        return 0
-
-    def deliver(self, array: Any, like: Any) -> Any:
-        """A new result."""
-        return array
+    def hands_over(self, like: Any) -> bool:
+        """All of them."""
+        return True
 
     def number_memory(self, value: Any, accumulator: str) -> None:
         """Numbers are the host's."""
