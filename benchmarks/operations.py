@@ -1,13 +1,13 @@
 """What is measured: the operations, their cases and their data. An operation is added here, in one place.
 
-An operation is named by the function of densegrad that does it; what it reads and writes says how many bytes and flops
-it takes, and what its results should be.
+An operation is named by the function of densegrad that does it, or is one of layers in PyTorch; what it reads and
+writes says how many bytes and flops it takes, and what its results should be.
 """
 from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from densegrad import reference, testing
 from densegrad.commands import checks
 from densegrad.device import dtype_of
+from densegrad.facts import accumulator_of
 from densegrad.layers import LAYERS
 
 #: how much of a large result is compared with float64: so many rows, the first and last among them
@@ -31,10 +32,11 @@ class Array:
     shape: Callable[[int, int, int], tuple[int, ...]]
     scale: Callable[[int, int, int], float] = lambda s, d, m: 1.0
     classes: bool = False  # whether it holds classes from 0 to M - 1 instead
+    main: bool = False  # whether it is a main gradient: float32, of half types too
 
     def dtype(self, floating: str) -> np.dtype:
         """Of its elements, where floating ones are of this dtype."""
-        return np.dtype("int64") if self.classes else dtype_of(floating)
+        return np.dtype("int64") if self.classes else dtype_of(accumulator_of(floating) if self.main else floating)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ RESULTS = {
         magnitude=lambda *given: np.abs(reference.cross_entropy_grad(*given)[0]).sum(axis=0),
         before=lambda *given: _cross_entropy_error(*given).sum(axis=0)),
 }
+RESULTS |= {f"main {name}": replace(RESULTS[name], array=replace(RESULTS[name].array, main=True))
+            for name in ("dw", "db")}
 ORIENTATIONS = ("samples first", "features first")
 
 
@@ -110,8 +114,13 @@ class Operation:
     inputs: tuple[str, ...]
     results: tuple[str, ...]
     orientations: tuple[str, ...] = ORIENTATIONS[:1]
+    in_pytorch: bool = False  # whether it is one of layers in PyTorch, and no function of densegrad
+    in_parts: bool = False  # whether peers round parts of its sums to the dtype before they add them
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
 
 
+#: how many parts of the batch go one after another into main gradients
+MICRO_BATCHES = 8
 OPERATIONS = {
     "bias_grad": Operation(("dz",), ("db",), ORIENTATIONS),
     "weight_grad": Operation(("x", "dz"), ("dw",)),
@@ -120,6 +129,11 @@ OPERATIONS = {
     "dense_grads": Operation(("x", "w", "dz"), ("dx", "dw", "db")),
     "activation_grad": Operation(("da", "z"), ("dz below relu", "db below relu")),
     "cross_entropy_grad": Operation(("z", "labels"), ("dz below cross-entropy", "db below cross-entropy")),
+    # Of layers in PyTorch, through autograd: one backward, and micro-batches of one batch into main gradients. The loss
+    # belongs beside them.
+    "layer_backward": Operation(("x", "w", "dz"), ("dx", "dw", "db"), in_pytorch=True),
+    "micro_batches": Operation(("x", "dz"), ("main dw", "main db"), in_pytorch=True, in_parts=True,
+                               dtypes=("float16", "bfloat16")),
 }
 
 
@@ -214,7 +228,7 @@ class Truth:
         if exact.shape != got.shape:
             got = got[checked_rows(len(got))]
         bound = testing.error_bound(magnitude, exact, depth if chain is None else chain, depth, self.case.dtype,
-                                    product_error=product_error)
+                                    RESULTS[result].array.dtype(self.case.dtype).name, product_error=product_error)
         return checks.compare(got, exact, bound + self._off_before(result, chain is None))[2]
 
     def _off_before(self, result: str, any_order: bool) -> np.ndarray | float:
@@ -285,7 +299,7 @@ def cases(operations: list[str], sizes: tuple[tuple[int, int, int], ...], dtypes
     """Every operation on every shape; what does not depend on D is measured once for every (S, M)."""
     seen: set[Any] = set()
     for operation in operations:
-        for dtype in dtypes:
+        for dtype in (dtype for dtype in dtypes if dtype in OPERATIONS[operation].dtypes):
             for orientation in OPERATIONS[operation].orientations:
                 for samples, inputs, outputs in sizes:
                     if not {"x", "w"} & set(OPERATIONS[operation].inputs):

@@ -8,8 +8,8 @@ alpha is for who wants dZ, which is rounded to its dtype with alpha in it; sum_a
 and is multiplied in the type of the sums.
 
 softmax(Z[s])[m] = exp(Z[s, m] - largest[s] - log_total[s]), which log_sum_exp finds, and Q[s]; q is what cross_entropy
-says. log_sum_exp leaves each of its blocks' sums of weights, which make up the divisor of a mean, and of losses. Samples
-that are left out, by their label or by a mask, have a dZ of zero whatever all else is.
+says. log_sum_exp leaves what its blocks' samples weigh, which makes up the divisor of a mean, and what they lose.
+Samples that are left out, by their label or by a mask, have a dZ of zero whatever all else is.
 
 How the work is cut
     One pass: every element is read once, and dZ is written while it is summed. Blocks walk down the batch like those of
@@ -86,7 +86,7 @@ def _form(constants, columns, samples):
         return form
 
     minus, subtract = (primitives.minus(accumulator, count, each) for each in (samples, count))
-    exponentials = primitives.exponentials(dtype, accumulator, count)
+    exponentials = primitives.exponentials(dtype, accumulator, count, samples)
     labelled, smooth = primitives.labelled(accumulator, columns, samples), primitives.smooth(accumulator, count)
     weigh, weigh_classes = (primitives.weigh(accumulator, count, each)
                             for each in (samples, 1 if constants.features_first else count))
@@ -101,7 +101,7 @@ def _form(constants, columns, samples):
             q = smooth(gradient, elsewhere, number(1) - parameter)
         if of_classes:
             q = weigh_classes(q, class_weights)
-        values = exponentials(minus(minus(z, largest), log_total))
+        values = exponentials(minus(z, largest), log_total)
         if dense:
             values = weigh(values, target_sum)
         return subtract(values, q)

@@ -2,7 +2,6 @@
 import numpy as np
 
 from .factories import cache
-from .layout import WIDEST
 from .number_simulator import _stored
 from .simulator import _TYPE, _quiet, add_each, load_pieces, store_pieces
 
@@ -45,15 +44,24 @@ def kept(dtype, wide):
 
 
 @cache
-def largest(dtype, count):
-    """(value, fragment) -> the largest of all, whatever NaN there is beside it."""
-    return _quiet(lambda value, fragment: np.fmax.reduce(fragment, initial=value[0])[None])
+def largest(dtype):
+    """(value, value) -> the larger one, whatever NaN there is beside it."""
+    return _quiet(np.fmax)
 
 
 @cache
-def exponentials(dtype, wide, count):
-    """(fragment) -> the exponential of each element, as exact as values of dtype need it."""
-    return _quiet(np.exp)
+def largest_kept(dtype, wide):
+    """(value, 16 bytes of a row as they are stored) -> the largest of all, whatever NaN there is beside it."""
+    return _quiet(lambda value, kept: np.fmax.reduce(kept.astype(_TYPE[wide]), initial=value[0])[None])
+
+
+@cache
+def exponentials(dtype, wide, count, samples):
+    """(fragment, values) -> the exponential of their difference, as exact as values of dtype need it.
+
+    One value for all elements, or one for each.
+    """
+    return _quiet(lambda values, less: np.exp(values - less))
 
 
 @cache
@@ -87,8 +95,14 @@ def chosen(dtype, columns):
 
 
 @cache
+def minus_at(dtype, columns):
+    """(fragment, column, number) -> the same, but less the number at this distance from the first column."""
+    return _quiet(lambda values, column, number: np.where(np.array(columns) == column, values - number, values))
+
+
+@cache
 def weighted_sum(dtype, count):
-    """(sum, weights, fragment) -> sum plus the products, in order; where a weight is zero, nothing, whatever is there."""
+    """(sum, weights, fragment) -> sum plus the products, in order; a weight of zero adds nothing at all."""
 
     def run(total, weights, values):
         for product in np.where(weights == 0, _TYPE[dtype](0), weights * values):
