@@ -261,7 +261,7 @@ ODD = {
     "minus infinities": ([-INF, 1, -INF, 3, 2, 1, -INF], 1), "the label's is": ([0, 1, 2, 3, -INF, 1, 0], 4),
     "the first, the label's, is": ([-INF, 1, 2, 3, 0, 1, 0], 0), "far from zero": ([1e4, 10001, 9999, 1e4, 0, 1, 2], 2),
     "far below zero": ([-3e4, -30001, -29999, -3e4, -3e4, -4e4, -3e4], 2), "all equal": ([1e30] * 7, 5),
-    "far apart": ([-3e38, 3e38, 0, 0, 0, 0, 0], 1), "left out": ([NAN, INF, -INF, 0, 0, 0, 0], -100),
+    "far apart": ([-3e38, 3e38, 0, 0, 0, 0, 0], 1), "the first is hidden": ([-1e9, 1, 2, 3, 0, 1, 0], 3), "left out": ([NAN, INF, -INF, 0, 0, 0, 0], -100),
     "another usual one": ([0, 1, -2, 3, 2, 1, 0], 3),
 }
 
@@ -272,13 +272,12 @@ def test_odd_rows_spoil_themselves_alone(kind, xp):
     names, plan = list(ODD), few(kind, *z.shape)
     spoilt = ["infinity", "two infinities", "not a number", "no more than minus infinities"]
     for smoothing in (0.0, 0.25):
+        if smoothing:
+            z[names.index("far apart")] = 0  # float32 has no room for these differences
         loss, dz, db = called(xp, kind, z, labels, reduction="none", label_smoothing=smoothing)
-        # Far apart, a difference is infinite in float32; what it is multiplied by is zero without smoothing.
-        counts = [name != "far apart" or not smoothing for name in names]
-        exact, bounds = expected_cross_entropy(z[counts], labels[counts], plan, reduction="none",
-                                               label_smoothing=smoothing)
-        check_within(loss[counts], exact[0], bounds[0])
-        check_within(dz[counts], exact[1], bounds[1])
+        exact, bounds = expected_cross_entropy(z, labels, plan, reduction="none", label_smoothing=smoothing)
+        check_within(loss, exact[0], bounds[0])
+        check_within(dz, exact[1], bounds[1])
         assert [name for name, row in zip(names, dz, strict=True) if np.isnan(row).any()] == spoilt
         assert [name for name, one in zip(names, loss, strict=True) if np.isnan(one)] == spoilt
         infinite = {name for name, one in zip(names, loss, strict=True) if one == INF}
@@ -395,7 +394,7 @@ def test_an_empty_batch(reduction, batch_axis, xp):
     np.testing.assert_array_equal(host(db), 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["one reading", "side by side"])
 def test_one_class_loses_nothing(kind, xp):
     z = np.array([[3], [-1000], [0], [NAN], [1e30]], "float32")
     loss, dz, _ = called(xp, kind, z, np.array([0, 0, 0, -100, 0]), reduction="none", label_smoothing=0.5)
@@ -430,7 +429,7 @@ def test_db_is_added_to_and_the_loss_is_not(xp):
     z, labels = data((23, 7), "float32", 7), np.random.default_rng(7).integers(0, 7, 23)
     old = data((1, 7), "float32", 8)
     for kind in ("one reading", "two readings"):
-        plan, db, loss = few(kind, 23, 7, 2), xp.asarray(old), xp.asarray(np.array(5, "float32"))
+        plan, db, loss = few(kind, 23, 7, 2), xp.asarray(old.copy()), xp.asarray(np.array(5, "float32"))
         found = dg.cross_entropy(on(xp, z), on(xp, labels), out=dg.LossGrads(loss=loss, db=db), keepdims=True,
                                  accumulate="db", alpha=0.5, plan=plan)
         assert found.db is db
@@ -588,7 +587,7 @@ def test_arrays_that_may_not_be_written(xp):
     for array in (z, labels):
         array.flags.writeable = False
     assert all((bits(one) == bits(other)).all() for one, other in zip(dg.cross_entropy(z, labels), plain, strict=True))
-    with pytest.raises(OutError, match="out.dz is read-only"):
+    with pytest.raises(OutError, match=r"out\.dz is read-only"):
         dg.cross_entropy(z, labels, out=dg.LossGrads(dz=z))
 
 
