@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..errors import PlanError
@@ -200,7 +200,8 @@ def launches(plan: CrossEntropyPlan | UpstreamPlan, upstream: Upstream, dz: Matr
         return ()
     summed = loss is not None and upstream.reduction != "none"
     before, divisor, weights_at = _divisor(plan, upstream)
-    second = plan_sum_parts(plan.parts, plan.outputs + summed, plan.accumulator) if plan.parts > 1 else None
+    # With a loss or without one, by the same lanes: so that db has the same bits.
+    second = replace(plan.second, outputs=plan.outputs + summed) if plan.second else None
     kind = "" if loss is None else "each" if not summed else "part" if second else "sum"
     target, stride = result.matrix, 0
     if second:
