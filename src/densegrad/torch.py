@@ -686,10 +686,12 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = None, *
     Notes
     -----
     The gradient is made in the forward, whether or not it is asked for, and saved beside input. The backward multiplies
-    it by what comes in, in one launch that writes a new tensor; nothing waits for the GPU. Under autocast bfloat16 is
-    not copied to float32, as PyTorch does, since all sums are float32 anyway; the saved gradient is bfloat16 then.
-    The bits are `densegrad.cross_entropy`'s, the same on every run. The gradient of probabilities, and double backward,
-    are computed by PyTorch; torch.compile has no double backward.
+    it by what comes in, in one launch that writes a new tensor; nothing waits for the GPU. Of half types the loss is
+    that of float32 sums, rounded to the dtype of input, and not rounded under autocast. There PyTorch copies bfloat16
+    to float32 first; here it is read as it is, and its gradient is rounded to bfloat16 once more before it is
+    multiplied.
+    The bits of the loss and of the saved gradient are `densegrad.cross_entropy`'s, the same on every run. The gradient
+    of probabilities, and double backward, are computed by PyTorch; torch.compile has no double backward.
 
     Examples
     --------
@@ -760,6 +762,6 @@ def _target_problem(input: Tensor, target: Tensor, ignore_index: int) -> Densegr
         return ShapeError(f"target must have a class for each sample, shape {batch}, or be class probabilities of the "
                           f"shape and dtype of input; got {tuple(target.shape)} of {target.dtype}")
     if target.dtype not in (torch.int64, torch.int32):
-        return DTypeError(f"target must be classes of int64 or int32, or class probabilities of the dtype of input; got "
-                          f"{target.dtype} (convert it with long())")
+        return DTypeError("target must be classes of int64 or int32, or class probabilities of the dtype of input; "
+                          f"got {target.dtype} (convert it with long())")
     return None
