@@ -171,7 +171,7 @@ class Bench:
 
     def _nothing(self, case: Case) -> dict[str, Any]:
         """Results full of NaN, which an implementation has to replace."""
-        blank = {name: np.full(RESULTS[name].array.shape(*case.sizes), np.nan, dtype_of(case.dtype))
+        blank = {name: np.full(RESULTS[name].array.shape(*case.sizes), np.nan, RESULTS[name].array.dtype(case.dtype))
                  for name in case.does.results}
         return {name: self.cupy.asarray(array) for name, array in blank.items()}
 
