@@ -30,7 +30,8 @@ from rich.table import Table
 
 import densegrad
 from densegrad import device, tensors
-from densegrad.device import Memory, PackedLaunch, Seen, Simulator, alignment_of, seen_tensor
+from densegrad.device import Memory, PackedLaunches, Seen, Simulator, alignment_of, seen_tensor, tensor_maker
+from densegrad.launches import Launch
 
 from . import records
 
@@ -43,6 +44,7 @@ class Unlaunched(Simulator):
     """A device in NumPy's memory whose launches do nothing."""
 
     name = "no GPU, launches do nothing"
+    argument: Any = None  # addresses are numbers
 
     def memory(self, array: Any) -> Memory | None:
         """Where the array lies."""
@@ -64,25 +66,19 @@ class Unlaunched(Simulator):
         """A number, as kernels take it."""
         return array.__array_interface__["data"][0]
 
-    def argument(self, array: np.ndarray, seen: Seen) -> Any:
-        """A number, as kernels take it."""
-        return seen.address
-
     def workspace_address(self, workspace: np.ndarray) -> Any:
         """A number, as kernels take it."""
         return self.address(workspace)
 
-    def loaded(self, launches: tuple[Any, ...], place: str) -> tuple[PackedLaunch, ...]:
-        """The launches, however long a simulator would take for them."""
-        return tuple([self.load(launch, place) for launch in launches])
+    def loaded(self, launches: tuple[Any, ...], place: str) -> tuple[PackedLaunches, ...]:
+        """The launches with their arguments packed, which are filled in at each call and queued nowhere."""
+        kernels = [launch for launch in launches if isinstance(launch, Launch)]
+        return (PackedLaunches(kernels, [None] * len(kernels), lambda *arguments: (0,), None),)
 
-    def load(self, launch: Any, place: str) -> PackedLaunch:
-        """The launch with its arguments packed, which are filled in at each call and queued nowhere."""
-        return PackedLaunch(launch, None, lambda *arguments: (0,), None)
-
-    def workspace(self, size: int) -> np.ndarray:
+    def workspace(self, size: int) -> tuple[Any, Any]:
         """Undefined bytes."""
-        return np.empty(size, np.uint8)
+        workspace = np.empty(size, np.uint8)
+        return workspace, self.address(workspace)
 
     def pointer(self, stream: Any) -> int:
         """No stream, whichever is asked for."""
@@ -94,14 +90,16 @@ class UnlaunchedBesideTensors(Unlaunched):
 
     def __init__(self) -> None:
         self.torch = sys.modules["torch"]
+        self.torch_device = self.torch.device("cpu")
 
-    def empty(self, shape: Any, dtype: str) -> Any:
-        """A tensor with undefined elements."""
-        return self.torch.empty(shape, dtype=getattr(self.torch, dtype))
+    def maker(self, shape: Any, dtype: str, features_first: bool) -> Any:
+        """What makes tensors with undefined elements."""
+        return tensor_maker(self.torch, self.torch_device, shape, dtype, features_first)
 
-    def workspace(self, size: int) -> Any:
+    def workspace(self, size: int) -> tuple[Any, Any]:
         """Undefined bytes."""
-        return self.torch.empty(size, dtype=self.torch.uint8)
+        workspace = self.torch.empty_strided((size,), (1,), dtype=self.torch.uint8, device=self.torch_device)
+        return workspace, workspace.data_ptr()
 
     def address(self, array: Any) -> Any:
         """A number, as kernels take it."""
@@ -110,6 +108,10 @@ class UnlaunchedBesideTensors(Unlaunched):
     def deliver(self, array: Any, like: Any) -> Any:
         """The tensor."""
         return array
+
+    def hands_over(self, like: Any) -> bool:
+        """Tensors are."""
+        return True
 
 
 @contextlib.contextmanager
@@ -150,11 +152,11 @@ def calls(module: Any) -> dict[str, Callable[[], Any]]:
 
 def bare(prepared: densegrad.Prepared) -> Callable[[], Any]:
     """The driver's launches of a prepared call as they were filled in last."""
-    loaded = [one for one in prepared._bound.kept.loaded if isinstance(one, PackedLaunch)]
+    queued = [pair for one in prepared._bound.kept.loaded if isinstance(one, PackedLaunches) for pair in one.queued]
 
     def launch() -> None:
-        for one in loaded:
-            one.queue(one.function, *one.shape, 0, one.arguments, 0)
+        for queue, arguments in queued:
+            queue(0, arguments, 0)
 
     return launch
 

@@ -1,13 +1,13 @@
 """What is measured: the operations, their cases and their data. An operation is added here, in one place.
 
-An operation is named by the function of densegrad that does it; what it reads and writes says how many bytes and flops
-it takes, and what its results should be.
+An operation is named by the function of densegrad that does it, or is one of layers in PyTorch; what it reads and
+writes says how many bytes and flops it takes, and what its results should be.
 """
 from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ RESULTS = {
     "db below cross-entropy": Result(Array(lambda s, d, m: (m,)), None, ("z", "labels"), lambda s, d, m: s,
                                      lambda s, d, m: s * m),
 }
+RESULTS |= {f"main {name}": replace(RESULTS[name], array=replace(RESULTS[name].array, main=True))
+            for name in ("dw", "db")}
 #: of the operations on losses, what becomes of those of the samples
 REDUCTIONS = {"cross_entropy": "mean", "cross_entropy_grad": "sum"}
 
@@ -137,10 +139,15 @@ class Operation:
     inputs: tuple[str, ...]
     results: tuple[str, ...]
     orientations: tuple[str, ...] = ORIENTATIONS[:1]
+    in_pytorch: bool = False  # whether it is one of layers in PyTorch, and no function of densegrad
+    in_parts: bool = False  # whether peers round parts of its sums to the dtype before they add them
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
     # (case, inputs) -> all results, where they are worked out together
     expected: Callable[..., Mapping[str, Expected]] | None = None
 
 
+#: how many parts of the batch go one after another into main gradients
+MICRO_BATCHES = 8
 OPERATIONS = {
     "bias_grad": Operation(("dz",), ("db",), ORIENTATIONS),
     "weight_grad": Operation(("x", "dz"), ("dw",)),
@@ -152,6 +159,10 @@ OPERATIONS = {
                                     expected=_below_cross_entropy),
     "cross_entropy": Operation(("z", "labels"), ("loss", "dz below cross-entropy", "db below cross-entropy"),
                                expected=_below_cross_entropy),
+    # Of layers in PyTorch, through autograd: one backward, and micro-batches of one batch into main gradients.
+    "layer_backward": Operation(("x", "w", "dz"), ("dx", "dw", "db"), in_pytorch=True),
+    "micro_batches": Operation(("x", "dz"), ("main dw", "main db"), in_pytorch=True, in_parts=True,
+                               dtypes=("float16", "bfloat16")),
 }
 
 
@@ -250,7 +261,7 @@ class Truth:
         if exact.shape != got.shape:
             got = got[checked_rows(len(got))]
         bound = testing.error_bound(magnitude, exact, depth if chain is None else chain, depth, self.case.dtype,
-                                    product_error=product_error)
+                                    RESULTS[result].array.dtype(self.case.dtype).name, product_error=product_error)
         return checks.compare(got, exact, bound)[2]
 
     def _arguments(self, result: str) -> dict[str, np.ndarray]:
@@ -316,7 +327,7 @@ def cases(operations: list[str], sizes: tuple[tuple[int, int, int], ...], dtypes
     """Every operation on every shape; what does not depend on D is measured once for every (S, M)."""
     seen: set[Any] = set()
     for operation in operations:
-        for dtype in dtypes:
+        for dtype in (dtype for dtype in dtypes if dtype in OPERATIONS[operation].dtypes):
             for orientation in OPERATIONS[operation].orientations:
                 for samples, inputs, outputs in sizes:
                     if not {"x", "w"} & set(OPERATIONS[operation].inputs):

@@ -15,7 +15,7 @@ from typing import Any
 import densegrad
 
 from . import baselines
-from .operations import ACTIVATION, REDUCTIONS, Case
+from .operations import ACTIVATION, MICRO_BATCHES, REDUCTIONS, Case
 
 Call = Callable[[], tuple]
 Prepare = Callable[[Case, Mapping[str, Any]], Call]
@@ -77,6 +77,8 @@ def _densegrad(precision: str | None) -> Prepare:
     def prepare(case: Case, arrays: Mapping[str, Any]) -> Call:
         if precision and case.dtype != "float32":
             raise NotApplicable("precision is a choice for float32")
+        if case.does.in_pytorch:
+            raise NotApplicable("densegrad in PyTorch does it")
         function, does = getattr(densegrad, case.operation), case.does
         inputs = [arrays[name] for name in does.inputs]
         given = {name: arrays[name] for name in does.results}
@@ -148,10 +150,7 @@ def _torch(case: Case, arrays: Mapping[str, Any]) -> Call:
     """torch.sum, and backward passes: of relu, of cross_entropy, and of linear, whose weight is (M, D)."""
     import torch
 
-    matmul = torch.backends.cuda.matmul
-    matmul.allow_tf32 = False
-    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
-    tensors = {name: _as_tensor(array) for name, array in arrays.items()}
+    tensors = _fair_tensors(arrays)
     if case.operation == "bias_grad":
         return lambda: (torch.sum(tensors["dz"], case.batch_axis, out=tensors["db"]),)
     if case.operation in ("activation_grad", "cross_entropy_grad"):
@@ -185,7 +184,18 @@ def _torch_tf32(case: Case, arrays: Mapping[str, Any]) -> Call:
     return call
 
 
-def _linear_backward(case: Case, tensors: Mapping[str, Any]) -> Call:
+def _fair_tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The same memory as tensors, whose products are from now on neither rounded nor reduced to less than float32."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = False
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    return {name: _as_tensor(array) for name, array in arrays.items()}
+
+
+def _linear_backward(case: Case, tensors: Mapping[str, Any], linear: Any = None) -> Call:
+    """The backward of PyTorch's linear, or of another one."""
     import torch
 
     needed = {"dw": "w", "db": "b"} | ({"dx": "x"} if "dx" in case.does.results else {})
@@ -193,7 +203,7 @@ def _linear_backward(case: Case, tensors: Mapping[str, Any]) -> Call:
               "w": tensors["w"].T.contiguous() if "w" in tensors else torch.empty_like(tensors["dw"].T.contiguous())}
     for leaf in needed.values():
         leaves[leaf] = leaves[leaf].detach().requires_grad_()
-    z = torch.nn.functional.linear(leaves["x"], leaves["w"], leaves["b"])
+    z = (linear or torch.nn.functional.linear)(leaves["x"], leaves["w"], leaves["b"])
     wanted = [leaves[needed[name]] for name in case.does.results]
 
     def call() -> tuple:
@@ -211,6 +221,69 @@ def _as_tensor(array: Any) -> Any:
     if array.dtype.name == "bfloat16":
         return torch.as_tensor(array.view("int16"), device="cuda").view(torch.bfloat16)
     return torch.as_tensor(array, device="cuda")
+
+
+def _in_pytorch(ours: bool, compiled: bool) -> Prepare:
+    """An operation of layers in PyTorch: with densegrad's backward or PyTorch's own, eager or compiled."""
+    return lambda case, arrays: _OF_LAYERS[case.operation](case, arrays, ours, compiled)
+
+
+def _layer_backward(case: Case, arrays: Mapping[str, Any], ours: bool, compiled: bool) -> Call:
+    """One backward of a layer, through autograd."""
+    from densegrad import torch as layers
+
+    return _linear_backward(case, _fair_tensors(arrays), _compiled(compiled, layers.linear if ours else None))
+
+
+def _micro_batches(case: Case, arrays: Mapping[str, Any], ours: bool, compiled: bool) -> Call:
+    """Main gradients of a step: zeroed, then those of one micro-batch after another are added.
+
+    densegrad's kernels add them themselves. PyTorch's own way is a .grad in the dtype of the weights, which is added.
+    """
+    import torch
+
+    from densegrad import torch as layers
+
+    tensors = _fair_tensors(arrays)
+    # no gradient depends on either
+    weight, bias = (torch.zeros(shape, dtype=tensors["x"].dtype, device=tensors["x"].device, requires_grad=True)
+                    for shape in ((case.out_features, case.in_features), case.out_features))
+    main = [torch.empty_like(one, dtype=torch.float32, requires_grad=False) for one in (weight, bias)]
+    into = layers.MainGrads(*main)
+    linear = _compiled(compiled, (lambda *given: layers.linear(*given, into=into)) if ours else None)
+    add = _compiled(compiled, lambda main, grad: main.add_(grad))
+    parts = [(linear(x, weight, bias), dz) for x, dz in zip(
+        tensors["x"].tensor_split(MICRO_BATCHES), tensors["dz"].tensor_split(MICRO_BATCHES), strict=True) if len(x)]
+
+    def call() -> tuple:
+        for one in main:
+            one.zero_()
+        for z, dz in parts:
+            z.backward(dz, retain_graph=True)
+            if not ours:
+                for one, parameter in zip(main, (weight, bias), strict=True):
+                    add(one, parameter.grad)
+                    parameter.grad = None
+        return main[0].T, main[1]
+
+    return call
+
+
+#: what is measured of layers in PyTorch
+_OF_LAYERS: dict[str, Callable[[Case, Mapping[str, Any], bool, bool], Call]] = {
+    "layer_backward": _layer_backward, "micro_batches": _micro_batches}
+for _compiles in (False, True):
+    _how = " compiled" if _compiles else ""
+    implementation(f"{OURS} in PyTorch{_how}", *_OF_LAYERS, requires=("torch",))(_in_pytorch(True, _compiles))
+    implementation(f"PyTorch{_how}", *_OF_LAYERS, requires=("torch",))(_in_pytorch(False, _compiles))
+
+
+def _compiled(compiled: bool, function: Any) -> Any:
+    """The function, PyTorch's own linear if none is given, as torch.compile makes it if that is asked for."""
+    import torch
+
+    function = function or torch.nn.functional.linear
+    return torch.compile(function, fullgraph=True) if compiled else function
 
 
 # -- losses: forward and backward through autograd, and db as the sum of dz

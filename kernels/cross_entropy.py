@@ -34,64 +34,24 @@ Inception Architecture for Computer Vision", 2016, section 7 (smoothing).
 from numba import cuda, int32
 
 from . import primitives
-from .columns import add_copies, finish_column
+from .columns import finish_column
+from .lanes import over_row
 from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, LANES, WIDEST
-
-#: threads of the launch that adds up the weights of samples
-WEIGHING_THREADS = 1024
-
+from .weigh_samples import weight_of_sample
 
 LOWEST, NOT_A_NUMBER = float("-inf"), float("nan")
+#: in place of a label that is no class
+NO_CLASS = -2
 #: where a record of what _target takes says how many elements are left of the row
 LEFT = 5
 
 
-# -- of one sample
-
-
-@cache
-def weight_of_sample(accumulator, targets):
-    """(sample, labels, their step, class weights, their step, weights, their step, ignored, outputs) -> its weight.
-
-    What is left out weighs nothing, and nor does a sample whose label is no class where classes have weights.
-    """
-    labels, class_weights, weights = targets
-    of_labels, of_classes, weighted, masked = labels != "", class_weights != "", weights not in ("", "bool"), (
-        weights == "bool")
-    fill, weigh = primitives.fill(accumulator, 1), primitives.weigh(accumulator, 1, 1)
-    number = primitives.typed(accumulator)
-    load_label = primitives.load_integers(labels or "int64", (0,))
-    load_kept = primitives.load_integers("bool", (0,))
-    load_class = primitives.load_each(class_weights or accumulator, 1, accumulator)
-    load_weight = primitives.load_each(weights if weighted else accumulator, 1, accumulator)
-
-    @cuda.jit(device=True, inline="always")
-    def weight_of(sample, labels, labels_step, class_weights, class_weights_step, weights, weights_step, ignored,
-                  outputs):
-        weight = fill(number(1))
-        if weighted:
-            weight = load_weight(weights, sample * weights_step, 1, 1)
-        if of_labels:
-            label = load_label(labels, sample * labels_step, 1, 1, ignored)[0]
-            if of_classes:
-                known = 1 if label >= 0 and label < outputs else 0
-                weight = weigh(weight, load_class(class_weights, label * class_weights_step, 1, known))
-            if label == ignored:
-                weight = fill(number(0))
-        if masked:
-            if load_kept(weights, sample * weights_step, 1, 1, 0)[0] == 0:
-                weight = fill(number(0))
-        return weight
-
-    return weight_of
-
-
 @cache
 def _look_at_sample(constants):
-    """(labels, their step, weights, their step, ignored, sample, end) -> its label, its weight, whether it is left out.
+    """(labels, their step, weights, their step, ignored, sample, end, outputs) -> label, weight, whether it is left out.
 
-    The label of what is left out, or has none, is -1.
+    The label of what is left out, or has none, is -1; one that is no class is NO_CLASS.
     """
     (labels, _, weights), number = constants.targets, primitives.typed(constants.accumulator)
     of_labels, weighted, masked = labels != "", weights not in ("", "bool"), weights == "bool"
@@ -100,7 +60,7 @@ def _look_at_sample(constants):
     load_weight = primitives.load_each(weights if weighted else constants.accumulator, 1, constants.accumulator)
 
     @cuda.jit(device=True, inline="always")
-    def look_at(labels, labels_step, weights, weights_step, ignored, sample, end):
+    def look_at(labels, labels_step, weights, weights_step, ignored, sample, end, outputs):
         label, weight, left_out = -1, number(1), sample >= end
         there = 0 if left_out else 1
         if of_labels:
@@ -112,63 +72,11 @@ def _look_at_sample(constants):
             left_out = left_out or load_kept(weights, sample * weights_step, 1, there, 0)[0] == 0
         if left_out:
             label = -1
-        return label, weight, left_out
+        elif label < 0 or label >= outputs:
+            label = NO_CLASS
+        return int32(label), weight, left_out
 
     return look_at
-
-
-# -- of all threads of a block
-
-
-@cache
-def over_lanes(combine, of_lane, distance):
-    """(value) -> what the value of all lanes come to that differ in the bits below 2 * distance, combined in pairs."""
-    if not distance:
-        @cuda.jit(device=True, inline="always")
-        def over(value):
-            return value
-
-        return over
-
-    others, rest = of_lane(distance), over_lanes(combine, of_lane, distance // 2)
-
-    @cuda.jit(device=True, inline="always")
-    def over(value):
-        return rest(combine(value, others(value)))
-
-    return over
-
-
-@cache
-def over_row(accumulator, combine, count, threads_x):
-    """(cells, row, thread, value) -> what the `count` values of a row's threads_x threads come to, combined in pairs.
-
-    The block's threads meet at a barrier where a row has more than a warp.
-    """
-    def others(distance):
-        return primitives.of_lane(accumulator, count, distance)
-
-    warps = threads_x // LANES
-    over_warp = over_lanes(combine, others, min(threads_x, LANES) // 2)
-    if warps < 2:
-        @cuda.jit(device=True, inline="always")
-        def over(cells, row, thread, value):
-            return over_warp(value)
-
-        return over
-
-    over_warps = over_lanes(combine, others, warps // 2)
-    store, load = primitives.store_shared(accumulator, count), primitives.load_shared(accumulator, count)
-
-    @cuda.jit(device=True, inline="always")
-    def over(cells, row, thread, value):
-        value, lane = over_warp(value), thread % LANES
-        if lane == 0:
-            store(cells, thread // LANES * count, value)
-        cuda.syncthreads()
-        return over_warps(load(cells, (row * warps + lane % warps) * count))
-
-    return over
 
 
 # -- of the pieces of a row, each with those behind it
@@ -245,12 +153,11 @@ def _walk(of_piece, constants, piece=0):
 @cache
 def _largest(constants, piece):
     """state: the largest so far."""
-    unpack = primitives.kept(constants.dtype, constants.accumulator)
-    largest = primitives.largest(constants.accumulator, _vector(constants))
+    largest = primitives.largest_kept(constants.dtype, constants.accumulator)
 
     @cuda.jit(device=True, inline="always")
     def largest_of(kept, sums, state, row):
-        return kept, sums, largest(state, unpack(kept))
+        return kept, sums, largest(state, kept)
 
     return largest_of
 
@@ -285,7 +192,8 @@ def _measure(constants, piece):
     """state: (sum of exponentials, Q, sum of q (z - largest)); row: (largest, what _target takes)."""
     accumulator, vector = constants.accumulator, _vector(constants)
     unpack, minus = primitives.kept(constants.dtype, accumulator), primitives.minus(accumulator, vector, 1)
-    exponentials = primitives.exponentials(constants.dtype, accumulator, vector)
+    exponentials, zero = primitives.exponentials(constants.dtype, accumulator, vector, 1), primitives.zeros(
+        accumulator, 1)
     add_each, add_products = primitives.add_each_now(accumulator, vector), primitives.weighted_sum(accumulator, vector)
     inside = primitives.inside(accumulator, constants.width, _offsets(constants, piece))
     target, dense, with_loss = _target(constants, piece), constants.targets.dense, constants.loss != ""
@@ -295,7 +203,7 @@ def _measure(constants, piece):
         total, target_sum, lost = state
         largest, of_target = row
         below = minus(unpack(kept), largest)
-        total = add_each(total, exponentials(below))
+        total = add_each(total, exponentials(below, zero()))
         if dense:
             q = inside(target(of_target), of_target[LEFT])
             target_sum = add_each(target_sum, q)
@@ -343,21 +251,29 @@ def _form(constants, piece):
     dtype, accumulator, vector = constants.dtype, constants.accumulator, _vector(constants)
     offsets = _offsets(constants, piece)
     unpack, minus = primitives.kept(dtype, accumulator), primitives.minus(accumulator, vector, 1)
-    exponentials = primitives.exponentials(dtype, accumulator, vector)
+    exponentials = primitives.exponentials(dtype, accumulator, vector, 1)
     subtract, scale = primitives.minus(accumulator, vector, vector), primitives.scale(accumulator, vector)
     add, rounded = primitives.add_now(accumulator, vector), primitives.rounded(dtype, accumulator, vector)
     store = primitives.store_row(dtype, constants.width, offsets, accumulator)
     keep = primitives.keep(dtype, constants.width, offsets)
     target, dense = _target(constants, piece), constants.targets.dense
+    fill, minus_at = primitives.fill(accumulator, 1), primitives.minus_at(accumulator, _columns(constants, piece))
+    first, last = offsets[0], _columns(constants, piece)[-1]
 
     @cuda.jit(device=True, inline="always")
     def form(kept, sums, state, row):
         of_softmax, of_target, of_result, of_next = row
         largest, log_total, target_sum, factor = of_softmax
-        values = exponentials(minus(minus(unpack(kept), largest), log_total))
+        values = exponentials(minus(unpack(kept), largest), log_total)
         if dense:
-            values = scale(values, target_sum)
-        values = scale(subtract(values, target(of_target)), factor)
+            values = subtract(scale(values, target_sum), target(of_target))
+        else:
+            label, place, _, _, _, _, elsewhere, more = of_target
+            values, column = minus(values, fill(elsewhere)), int32(label - place)
+            # One thread has the label among its elements.
+            if column >= first and column <= last:
+                values = minus_at(values, column, more)
+        values = scale(values, factor)
         address, index, left = of_result
         store(address, index, left, values)
         address, index, left = of_next
@@ -431,31 +347,6 @@ def _join_sums(accumulator, dense, with_loss):
 
 
 @cache
-def make_weigh_samples(constants):
-    """The kernel that adds up the weights of samples: block b those of every gridDim-th stretch, into result[b]."""
-    accumulator, targets, threads = constants
-    weight_of = weight_of_sample(accumulator, targets)
-    zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
-    total_of = over_row(accumulator, add, 1, threads)
-    cell_array = primitives.shared_array("cells", accumulator, threads // LANES)
-    store = primitives.store_vector(accumulator, 1, accumulator)
-
-    @primitives.jit(threads)
-    def weigh_samples(labels, labels_step, class_weights, class_weights_step, weights, weights_step, ignored, samples,
-                      outputs, result):
-        thread = cuda.threadIdx.x
-        total = zero()
-        for sample in range(cuda.blockIdx.x * threads + thread, samples, cuda.gridDim.x * threads):
-            total = add(total, weight_of(sample, labels, labels_step, class_weights, class_weights_step, weights,
-                                         weights_step, ignored, outputs))
-        total = total_of(cell_array(), 0, thread, total)
-        if thread == 0:
-            store(result, cuda.blockIdx.x, total)
-
-    return weigh_samples
-
-
-@cache
 def make_cross_entropy_rows(constants):
     """The kernel for these types and this cut of rows; the record of the signature says what each constant is."""
     dtype, accumulator, result, width, threads_x, lanes, pieces, targets, divisor, loss, accumulate = constants
@@ -469,7 +360,7 @@ def make_cross_entropy_rows(constants):
     zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
     scale, add_product = primitives.scale(accumulator, 1), primitives.weighted_sum(accumulator, 1)
     # The threads of a row, and those of a block, for its divisor.
-    largest_of_row = over_row(accumulator, primitives.largest(accumulator, 1), 1, threads_x)
+    largest_of_row = over_row(accumulator, primitives.largest(accumulator), 1, threads_x)
     sums_of_row = over_row(accumulator, primitives.add(accumulator, summed), summed, threads_x)
     sum_of_block = over_row(accumulator, add, 1, threads)
     weight_of = weight_of_sample(accumulator, targets)
@@ -493,7 +384,8 @@ def make_cross_entropy_rows(constants):
                            weights_step, losses, losses_step, divisors, divisors_count, ignored, smoothing, alpha,
                            alpha_address, samples, outputs, samples_per_part, target, part_stride, col_stride):
         thread = cuda.threadIdx.x
-        lane, place = thread // threads_x, thread % threads_x * width
+        # All of a single lane's threads have one sample: registers of warps hold what belongs to it.
+        lane, place = (thread // threads_x, thread % threads_x * width) if lanes > 1 else (0, thread * width)
         tops, cells, lane_losses = top_array(), cell_array(), loss_array()
 
         # 1. What all of dz is multiplied by: alpha over the divisor, which is added up from the weights of all samples,
@@ -522,13 +414,13 @@ def make_cross_entropy_rows(constants):
         if add_loss and place == 0:
             store_cell(lane_losses, lane, zero())
         next_label, next_weight, next_out = look_at(labels, labels_step, weights, weights_step, ignored, start + lane,
-                                                    end)
+                                                    end, outputs)
         kept, sums = begin(z, (start + lane) * z_down + place, int32(0) if next_out else left)
         for first in range(start, end, lanes):
             sample = first + lane
             label, weight, left_out = next_label, next_weight, next_out
             next_label, next_weight, next_out = look_at(labels, labels_step, weights, weights_step, ignored,
-                                                        sample + lanes, end)
+                                                        sample + lanes, end, outputs)
             of_target = (label, place, probabilities, sample * probabilities_down + place, class_weights,
                          int32(0) if left_out else left, elsewhere, more)
 
@@ -546,7 +438,7 @@ def make_cross_entropy_rows(constants):
                     lost = add_product(lost, fill(more), at_label)
             found = sums_of_row(cells, lane, thread, join(total, target_sum, lost))
             log_total = logarithm(two(top, fill(found[0])))[1]
-            if of_labels and (label < 0 or label >= outputs):
+            if of_labels and label == NO_CLASS:
                 log_total = number(NOT_A_NUMBER)
             whole = found[whole_at] if dense else number(1)
 

@@ -29,11 +29,12 @@ Source: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
 from numba import cuda
 
 from . import primitives
-from .cross_entropy import NOT_A_NUMBER, over_lanes, weight_of_sample
+from .lanes import over_lanes
 from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, LANES, WIDEST
+from .weigh_samples import weight_of_sample
 
-LOWEST = float("-inf")
+LOWEST, NOT_A_NUMBER = float("-inf"), float("nan")
 
 
 @cache

@@ -86,7 +86,7 @@ def _form(constants, columns, samples):
         return form
 
     minus, subtract = (primitives.minus(accumulator, count, each) for each in (samples, count))
-    exponentials = primitives.exponentials(dtype, accumulator, count)
+    exponentials = primitives.exponentials(dtype, accumulator, count, samples)
     labelled, smooth = primitives.labelled(accumulator, columns, samples), primitives.smooth(accumulator, count)
     weigh, weigh_classes = (primitives.weigh(accumulator, count, each)
                             for each in (samples, 1 if constants.features_first else count))
@@ -101,7 +101,7 @@ def _form(constants, columns, samples):
             q = smooth(gradient, elsewhere, number(1) - parameter)
         if of_classes:
             q = weigh_classes(q, class_weights)
-        values = exponentials(minus(minus(z, largest), log_total))
+        values = exponentials(minus(z, largest), log_total)
         if dense:
             values = weigh(values, target_sum)
         return subtract(values, q)

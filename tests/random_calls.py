@@ -20,7 +20,15 @@ from densegrad import device, reference
 from densegrad.calls import recorded
 from densegrad.device import dtype_of
 from densegrad.errors import OutError
-from densegrad.plans import ACTIVATIONS, TensorCorePlan, Tiling, UpstreamPlan, accumulator_of
+from densegrad.plans import (
+    ACTIVATIONS,
+    CrossEntropyPlan,
+    TensorCorePlan,
+    Tiling,
+    UpstreamPlan,
+    accumulator_of,
+    plan_cross_entropy,
+)
 from densegrad.testing import (
     SENTINEL,
     Placed,
@@ -28,9 +36,9 @@ from densegrad.testing import (
     activation_roundings,
     bits,
     check_within,
-    cross_entropy_roundings,
     dz_bound,
     error_bound,
+    expected_cross_entropy,
     host,
 )
 
@@ -43,7 +51,12 @@ FUNCTIONS = {
     "dense_grads": (("x", "w", "dz"), ("dx", "dw", "db")),
     "activation_grad": (("dz",), ("dz", "db")),
     "cross_entropy_grad": (("dz",), ("dz", "db")),
+    "cross_entropy": (("dz",), ("loss", "dz", "db")),
 }
+#: those whose first argument, z, is called dz here, since it has the shape and the place of dz
+LOSSES = ("cross_entropy_grad", "cross_entropy")
+#: those that form a dz of their own
+FORMING = ("activation_grad", *LOSSES)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 #: Binary exponents of what is drawn: the least and the greatest, and what no result may reach.
 EXPONENTS = {"float16": (-20, 8), "bfloat16": (-130, 90), "float32": (-130, 90), "float64": (-300, 300)}
@@ -53,9 +66,9 @@ LEAST_OF_DZ = -90
 #: Of normally distributed numbers none is beyond 2³.
 NORMAL = 3
 #: What can be said instead of drawn.
-FIXED = {"accumulate", "activation", "alpha", "axes", "batch_axis", "dtype", "empty", "given", "ignore_index",
-         "label_smoothing", "magnitude", "need", "out_dtype", "precision", "refusals", "sample_weight", "sizes",
-         "weight_layout"}
+FIXED = {"accumulate", "activation", "alpha", "axes", "batch_axis", "class_weight", "dtype", "empty", "given",
+         "ignore_index", "label_smoothing", "magnitude", "need", "out_dtype", "precision", "probabilities", "reduction",
+         "refusals", "sample_weight", "sizes", "weight_layout"}
 ORDERS_OF_FOUR = tuple(permutations(range(4)))
 #: One of so many seeds in turn has the next of these orders.
 EVERY = 4
@@ -118,6 +131,7 @@ class Call:
             results = self._choose("need", results, results, ("dx",), ("dw",), ("db",), ("dx", "db"), ("dw", "db"))
             taken = tuple(name for name in taken if {"x": "dw", "w": "dx"}.get(name, results[0]) in results)
         self.taken, self.results = taken, results
+        self.probabilities = False
         self.options = self._draw_options()
         self.alpha, self.activation = self.options["alpha"], None
         self.accumulate = bool(self._choose("accumulate", False, False, True))
@@ -146,7 +160,7 @@ class Call:
             self.batch = (*self.batch[:-1], 0)
         elif empty == "in":
             self.in_features = 0
-        elif empty == "out":
+        elif empty == "out" and self.function != "cross_entropy":  # which refuses to have a loss of no classes
             self.out_features = 0
         self.batch, self.in_features, self.out_features = self._fixed.get(
             "sizes", (self.batch, self.in_features, self.out_features))
@@ -162,7 +176,9 @@ class Call:
         return {"x": (*self.batch, self.in_features), "dx": (*self.batch, self.in_features), "dz": matrix, "z": matrix,
                 "w": weights if self.options.get("weight_layout") == "in_out" else weights[::-1],
                 "dw": weights if self.options.get("weight_layout") == "in_out" else weights[::-1],
-                "sample_weight": self.batch, "labels": self.batch, "db": db}[name]
+                "sample_weight": self.batch, "labels": matrix if self.probabilities else self.batch, "db": db,
+                "class_weight": (self.out_features,),
+                "loss": self.batch if self.options.get("reduction") == "none" else ()}[name]
 
     def _draw_options(self):
         powers = [2.0 ** -int(power) for power in self._draw.integers(0, 21, 3)]
@@ -179,6 +195,12 @@ class Call:
             options["weight_layout"] = self._choose("weight_layout", "in_out", "out_in")
             of_dtype = {"float32": (None, "ieee", "tf32", "tf32x3")}.get(self.dtype, (None, None, "ieee"))
             options["precision"] = self._choose("precision", *of_dtype)
+        if self.function in LOSSES:
+            self.probabilities = self._choose("probabilities", False, False, True)
+            options["reduction"] = self._choose("reduction", "mean", "sum", "none")
+            options["label_smoothing"] = float(self._choose("label_smoothing", 0.0, 0.1, 1.0))
+            if not self.probabilities:
+                options["ignore_index"] = int(self._choose("ignore_index", -100, -1, 0, 1))
         return options
 
     def _draw_outputs(self):
@@ -186,11 +208,15 @@ class Call:
         wider = ("float64", "float32") if self.dtype == "float64" else DTYPES
         self.out_dtypes, self.out_layouts = {}, {}
         for name in self.results:
-            formed = name == "dz"
+            formed = name in ("dz", "loss")
             given = (self.accumulate and not formed) or self._choose("given", True, False) or "out_dtype" in self._fixed
-            self.out_dtypes[name] = self._choose("out_dtype", *wider) if given and not formed else self.dtype
+            own = accumulator_of(self.dtype) if name == "loss" else self.dtype
+            self.out_dtypes[name] = self._choose("out_dtype", *wider) if given and not formed else own
             if given:
-                self.out_layouts[name] = self._draw_out_layout(self._shape(name))
+                layout = self._draw_out_layout((*self._shape(name), *[1] * (name == "loss")))
+                if name == "loss":
+                    layout = Strided(layout.shape[:-1], layout.strides[:-1], layout.first)
+                self.out_layouts[name] = layout
 
     def _draw_out_layout(self, shape):
         kind = self._draw.random()
@@ -210,7 +236,7 @@ class Call:
 
     def _draw_inputs(self, order):
         on_tensor_cores = self.options.get("precision") in ("tf32", "tf32x3")
-        formed = self.function in ("activation_grad", "cross_entropy_grad", "dense_grads")
+        formed = self.function in (*FORMING, "dense_grads")
         kind = self._choose("magnitude", "usual", "usual", "small", "large", "any")
         # What the exponents of an array's and dz's numbers may come to, so that no sum and no result overflows.
         scale = NORMAL * 3 + max(0.0, log2(abs(self.alpha)))
@@ -229,7 +255,7 @@ class Call:
             exponents["x"] = int(self._draw.integers(-140, -110))
         for name in self.taken:
             spread = exponents[name]
-            if self.function == "cross_entropy_grad":
+            if self.function in LOSSES:
                 spread = int(self._draw.integers(-6, 11))
             self._draw_array(name, spread, order and {"dz": order, "x": order[::-1]}.get(name))
         if formed:
@@ -253,10 +279,7 @@ class Call:
 
     def _draw_above(self):
         """An activation, or labels, and weights or a mask, which leaves out NaN."""
-        if self.function == "cross_entropy_grad":
-            self.options["ignore_index"] = int(self._choose("ignore_index", -100, -1, 0, 1))
-            self.options["label_smoothing"] = float(self._choose("label_smoothing", 0.0, 0.1, 1.0))
-        else:
+        if self.function not in LOSSES:
             self.activation = self._choose("activation", None, *ACTIVATIONS)
             if self.activation is not None:
                 self.options["activation"] = self.activation
@@ -273,17 +296,32 @@ class Call:
         if weights is not None:
             layout = Strided.drawn(self._draw, self.batch, repeated=True)
             numbers = self._draw.standard_normal(self._unrepeated(layout))
+            # A mean is divided by the weights' sum, which is known to few digits only where some are negative.
+            numbers = np.abs(numbers) if self.options.get("reduction") == "mean" and weights != "bool" else numbers
             numbers = numbers > -0.5 if weights == "bool" else numbers.astype(dtype_of(weights))
             self.layouts["sample_weight"], self.values["sample_weight"] = layout, np.broadcast_to(numbers, self.batch)
-        if self.function == "cross_entropy_grad":
+        if self.function in LOSSES:
             self._draw_labels(weights)
+            self._draw_class_weight(wider)
         if weights == "bool":
-            for name in {"dz", "z"} & set(self.values):
+            for name in {"dz", "z", "labels" if self.probabilities else "z"} & set(self.values):
                 if 0 not in self.layouts[name].strides:
                     self.values[name] = np.where(self._of_samples(self.values["sample_weight"]), self.values[name],
                                                  dtype_of(self.dtype).type(np.nan))
 
+    def _draw_class_weight(self, wider):
+        kind = self._choose("class_weight", None, None, "float32", "float16", "bfloat16", *wider)
+        if kind is not None:
+            layout = Strided.drawn(self._draw, self._shape("class_weight"), repeated=True)
+            numbers = np.abs(self._draw.standard_normal(self._unrepeated(layout))).astype(dtype_of(kind))
+            self.layouts["class_weight"] = layout
+            self.values["class_weight"] = np.broadcast_to(numbers, layout.shape)
+
     def _draw_labels(self, weights):
+        if self.probabilities:
+            self._draw_array("labels")
+            self.values["labels"] = np.abs(self.values["labels"])
+            return
         layout = Strided.drawn(self._draw, self.batch, repeated=True)
         shape = self._unrepeated(layout)
         labels = self._draw.integers(0, max(self.out_features, 1), shape)
@@ -299,7 +337,7 @@ class Call:
         self.old = {}
         for name, layout in self.out_layouts.items():
             dtype = dtype_of(self.out_dtypes[name])
-            if self.accumulate and name != "dz":
+            if self.accumulate and name not in ("dz", "loss"):
                 power = frexp(self.alpha)[1] + self.exponent
                 power = min(max(power, EXPONENTS[self.out_dtypes[name]][0]), EXPONENTS[self.out_dtypes[name]][1])
                 shape = self._unrepeated(layout)
@@ -331,7 +369,11 @@ class Call:
     @property
     def refused(self):
         """Whether an output must be refused: kernels write to its elements where they are, each once."""
-        return any(overlaps_itself(layout) or not flattens(layout) for layout in self.out_layouts.values())
+        layouts = dict(self.out_layouts)
+        if "loss" in layouts:  # which is a column: all of its axes flatten
+            loss = layouts["loss"]
+            layouts["loss"] = Strided((*loss.shape, 1), (*loss.strides, 1), loss.first)
+        return any(overlaps_itself(layout) or not flattens(layout) for layout in layouts.values())
 
     def run(self, xp, alpha=None):
         """({result: array of NumPy}, launches), or None where an output was refused, as it must be.
@@ -387,8 +429,8 @@ class Call:
         if self.function in ("bias_grad", "weight_grad", "input_grad"):
             name, = self.results
             return {name: function(*given, out=outs.get(name), **options)}
-        kind = {"weight_bias_grad": densegrad.WeightBiasGrads, "dense_grads": densegrad.DenseGrads}.get(
-            self.function, densegrad.OutputGrads)
+        kind = {"weight_bias_grad": densegrad.WeightBiasGrads, "dense_grads": densegrad.DenseGrads,
+                "cross_entropy": densegrad.LossGrads}.get(self.function, densegrad.OutputGrads)
         return function(*given, out=kind(**outs), **options)._asdict()
 
     # what it means
@@ -396,40 +438,47 @@ class Call:
     def expected(self, launches, alpha=None):
         """{result: (exact, bound)}"""
         plans, alpha = [launch.plan for launch in launches], self.alpha if alpha is None else alpha
-        formed = self.function in ("activation_grad", "cross_entropy_grad")
+        formed, answers = self.function in FORMING, {}
         with np.errstate(all="ignore"):
-            dz, error = self._upstream(plans, alpha if formed else 1.0)
-        answers = {"dz": (dz, error)}
-        for name in set(self.results) - {"dz"}:
+            if self.function in LOSSES:
+                answers["loss"], (dz, error) = self._losses(plans, alpha)
+            else:
+                dz, error = self._upstream(plans, alpha if formed else 1.0)
+        answers["dz"] = dz, error
+        for name in set(self.results) - set(answers):
             answers[name] = self._sums(name, dz, error, plans, 1.0 if formed else alpha)
         return {name: answers[name] for name in self.results}
 
+    def _losses(self, plans, alpha):
+        """The loss and dz, each with how far it may be off."""
+        plan = next((plan for plan in plans if isinstance(plan, (CrossEntropyPlan, UpstreamPlan))), None)
+        dz = self.values["dz"]
+        if plan is None:  # of nothing nothing is launched
+            plan = plan_cross_entropy(self.samples, self.out_features, self.dtype, "flat")
+        named = ("batch_axis", "ignore_index", "label_smoothing", "reduction")
+        options = {name: self.options[name] for name in named if name in self.options}
+        options |= {name: self.values[name] for name in ("class_weight", "sample_weight") if name in self.values}
+        (loss, exact, _), (of_loss, of_dz, _) = expected_cross_entropy(dz, self.values["labels"], plan, alpha=alpha,
+                                                                      **options)
+        loss, of_loss = (np.reshape(one, self._shape("loss")) for one in (loss, of_loss))
+        return (loss, of_loss), (exact.reshape(dz.shape), of_dz.reshape(dz.shape))
+
     def _upstream(self, plans, alpha):
         """dz as it is summed and multiplied, and how far it may be off: what is left out is exactly 0."""
-        wide = self.values["dz"].astype(np.float64)
-        weight, labels = self.values.get("sample_weight"), self.values.get("labels")
-        if self.function not in ("activation_grad", "cross_entropy_grad") and weight is None and self.activation in (
-                None, "identity"):
+        wide, weight = self.values["dz"].astype(np.float64), self.values.get("sample_weight")
+        if self.function != "activation_grad" and weight is None and self.activation in (None, "identity"):
             return wide, np.zeros(wide.shape)
-        options = {name: self.options[name] for name in ("batch_axis", "negative_slope", "ignore_index",
-                                                         "label_smoothing") if name in self.options}
+        options = {name: self.options[name] for name in ("batch_axis", "negative_slope") if name in self.options}
         kept, scale = np.ones(self.batch, bool), np.full(self.batch, abs(alpha))
         if weight is not None and weight.dtype == bool:
             kept = kept & weight
         elif weight is not None:
             scale = scale * np.abs(weight.astype(np.float64))
-        if labels is None:
-            exact, _ = reference.activation_grad(wide, self.values.get("z"), self.activation, sample_weight=weight,
-                                                 alpha=alpha, **options)
-            scale = self._of_samples(scale) * np.abs(wide)
-            scale = scale * max(1.0, abs(self.options.get("negative_slope", 1.0)))
-            roundings = activation_roundings(self.activation or "identity", self.dtype)
-        else:
-            exact, _ = reference.cross_entropy_grad(wide, labels, sample_weight=weight, alpha=alpha, **options)
-            kept = kept & (labels != self.options["ignore_index"])
-            scale = self._of_samples(scale)
-            features_first = any(isinstance(plan, UpstreamPlan) and plan.features_first for plan in plans)
-            roundings = cross_entropy_roundings(self.samples, self.out_features, features_first)
+        exact, _ = reference.activation_grad(wide, self.values.get("z"), self.activation, sample_weight=weight,
+                                             alpha=alpha, **options)
+        scale = self._of_samples(scale) * np.abs(wide)
+        scale = scale * max(1.0, abs(self.options.get("negative_slope", 1.0)))
+        roundings = activation_roundings(self.activation or "identity", self.dtype)
         exact = exact.reshape(wide.shape)
         bound = dz_bound(exact, np.broadcast_to(scale, exact.shape), roundings, self.dtype)
         return exact, np.where(self._of_samples(kept), bound, 0.0)

@@ -227,8 +227,9 @@ def test_parts_of_a_product_are_added_in_order(dtype, out_dtype, memory, cols, a
     assert plan.chain == parts - 1
     launch, = add_parts.launches(plan, Matrix(Slot("parts"), dtype, rows, pitch, pitch, 1), Result(result, accumulate))
     place = where.memory(array).place
-    where.load(launch, place)({"parts": where.address(array), "out": where.address(out.array), "alpha": float(alpha),
-                               "alpha_address": 0}, where.current_stream(place))
+    loaded, = where.loaded((launch,), place)
+    loaded({"parts": where.address(array), "out": where.address(out.array), "alpha": float(alpha), "alpha_address": 0},
+           where.current_stream(place))
     total = np.zeros((rows, cols), dtype)
     for part in values:
         total += part

@@ -69,6 +69,8 @@ ON_A_GPU = {
     "python -m benchmarks.run --quick": "python -m benchmarks.run --help",
     "python -m benchmarks.run --op cross_entropy cross_entropy_grad --shapes losses --dtype bfloat16 float32":
         "python -m benchmarks.run --help",
+    "python -m benchmarks.run --op layer_backward --dtype float32 bfloat16": "python -m benchmarks.run --help",
+    "python -m benchmarks.run --op micro_batches --dtype bfloat16": "python -m benchmarks.run --help",
 }
 PROGRAMS = {"python": [sys.executable], "densegrad": [sys.executable, "-m", "densegrad"],
             "pytest": [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"], "bash": ["bash"]}

@@ -353,13 +353,13 @@ class Stream:
 def launched_on(monkeypatch):
     """The streams that launches were queued on, in order."""
     streams = []
-    launch = device.PackedLaunch.__call__
+    launch = device.PackedLaunches.__call__
 
     def watch(self, values, stream):
         streams.append((stream, sys.modules["cupy"].cuda.get_current_stream().ptr))
         launch(self, values, stream)
 
-    monkeypatch.setattr(device.PackedLaunch, "__call__", watch)
+    monkeypatch.setattr(device.PackedLaunches, "__call__", watch)
     return streams
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import densegrad as dg
+from benchmarks import counting
 from densegrad import calls, device, tensors
 from densegrad.testing import bits, host
 
@@ -74,10 +75,13 @@ def torch(xp, monkeypatch):
         contiguous_format="C", float32=DType("torch.float32"), bfloat16=DType("torch.bfloat16"),
         uint8=DType("torch.uint8"), device=lambda kind, index: (kind, index), allocated=[], copied=[], used=[])
 
-    def empty(shape, dtype, device):
+    def empty_strided(shape, steps, dtype, device):
         assert device == ("cuda", 0)
         made.used.append(made.cuda.current_stream(0).cuda_stream)
-        made.allocated.append(Tensor(xp.empty(shape, tensors_dtype(dtype))))
+        order = sorted(range(len(shape)), key=lambda axis: -steps[axis])
+        made.allocated.append(Tensor(xp.empty([shape[axis] for axis in order], tensors_dtype(dtype)).transpose(
+            [order.index(axis) for axis in range(len(shape))])))
+        assert made.allocated[-1].stride() == tuple(steps)
         return made.allocated[-1]
 
     @contextlib.contextmanager
@@ -86,7 +90,7 @@ def torch(xp, monkeypatch):
         yield
         current.pop()
 
-    made.empty = empty
+    made.empty_strided = empty_strided
     made.cuda = SimpleNamespace(
         device=lambda index: contextlib.nullcontext(), stream=stream,
         ExternalStream=lambda pointer, device: SimpleNamespace(cuda_stream=pointer),
@@ -96,9 +100,9 @@ def torch(xp, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", made)
     monkeypatch.setattr(calls, "_kept", type(calls._kept)())
     monkeypatch.setattr(device.current(), "_of_tensors", {})
-    tensors._plain.cache_clear()
+    tensors.plain.cache_clear()
     yield made
-    tensors._plain.cache_clear()
+    tensors.plain.cache_clear()
 
 
 def tensors_dtype(dtype):
@@ -108,13 +112,13 @@ def tensors_dtype(dtype):
 @pytest.fixture
 def streams(monkeypatch):
     """The streams of all launches."""
-    found, launch = [], device.PackedLaunch.__call__
+    found, launch = [], device.PackedLaunches.__call__
 
     def record(self, values, stream):
         found.append(stream)
         launch(self, values, stream)
 
-    monkeypatch.setattr(device.PackedLaunch, "__call__", record)
+    monkeypatch.setattr(device.PackedLaunches, "__call__", record)
     return found
 
 
@@ -187,6 +191,44 @@ def test_outs_views_and_alpha_are_tensors(torch, xp):
     assert dg.bias_grad(Tensor(spread), out=out) is out
     assert len(torch.copied) == 1
     np.testing.assert_array_equal(host(out.array), host(spread).sum(axis=0))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_micro_batches_into_main_gradients_are_the_launches_of_overwriting_and_no_pass_beyond(activation, torch, xp):
+    """Counted where that can be: main gradients are read once more than overwriting reads, and nothing else moves."""
+    x, w, dz = (Tensor(xp.asarray(one)) for one in drawn((64, 32), (16, 32), (64, 16), dtype="bfloat16"))
+    options = {"activation": activation, "z": dz if activation else None, "weight_layout": "out_in"}
+    main = dg.DenseGrads(dw=Tensor(xp.zeros((16, 32), "float32")), db=Tensor(xp.zeros(16, "float32")))
+
+    def overwriting():
+        return dg.dense_grads(x, w, dz, out=main, **options)
+
+    def adding():
+        return dg.dense_grads(x, w, dz, out=main, accumulate=("dw", "db"), **options)
+
+    machine = counting.machine()
+
+    def looked_at(call):
+        """(launches, bytes allocated, what was counted) of a call, which copies nothing."""
+        torch.allocated.clear()
+        transfers = sys.modules["rehearsal"].machine().transfers if machine else []
+        transfers.clear()
+        with calls.recorded() as launches:
+            counts = machine.count(call) if machine else call() and []
+        assert not transfers
+        return ([(one.kernel, one.grid, one.block) for one in launches],
+                [one.array.nbytes for one in torch.allocated], counts)
+
+    for call in (overwriting, adding):  # described, and their kernels brought to the device
+        call()
+    launches, allocated, counts = looked_at(overwriting)
+    for _ in range(8):
+        of_adding, allocated_by_adding, more = looked_at(adding)
+        assert (of_adding, allocated_by_adding) == (launches, allocated)
+        if counts:
+            assert counting.total(more).store_sectors == counting.total(counts).store_sectors
+            assert (counting.total(more).load_sectors - counting.total(counts).load_sectors) * 32 == (16 * 32 + 16) * 4
+    assert not torch.copied
 
 
 def test_a_prepared_call_stays_pytorchs(torch, streams, xp):

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import densegrad as dg
-from benchmarks import host
+from benchmarks import host, operations, peers, run
 from densegrad import calls, device, tensors
 from densegrad.commands.demo import load_digits
 from densegrad.plans import ACTIVATIONS
@@ -740,20 +741,58 @@ def test_the_benchmark_of_pythons_time_calls_the_backward_whole_and_without_dens
     assert not launches
 
 
+# What is raced in the benchmarks
+
+
+RACED = [(name, one) for name, does in operations.OPERATIONS.items() if does.in_pytorch
+         for one in peers.IMPLEMENTATIONS if name in one.operations]
+
+
+@pytest.mark.only("simulator")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("operation", "one"), RACED, ids=lambda value: getattr(value, "name", value))
+def test_what_is_raced_in_pytorch_is_right_before_it_is_timed(operation, one, compiler, monkeypatch):
+    monkeypatch.setattr(peers, "_as_tensor", tensors.host_tensor)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for samples, dtype in ((3, operations.OPERATIONS[operation].dtypes[0]), (13, "bfloat16")):
+        case = operations.Case(operation, samples, 5, 4, dtype)  # micro-batches of several sizes, and empty ones
+        data = case.data()
+        blank = {name: np.full(made.array.shape(*case.sizes), np.nan, made.array.dtype(dtype))
+                 for name, made in operations.RESULTS.items() if name in case.does.results}
+        call = one.prepare(case, data | blank)
+        for _ in range(2):  # main gradients begin anew
+            worst, plans = run.gate(call, operations.Truth(case, data), one)
+            assert worst <= 1
+            assert bool(plans) == one.ours
+    if operation == "micro_batches":
+        less = {name: array[:12] for name, array in data.items()}  # as if a part had been left out
+        assert run.gate(call, operations.Truth(replace(case, samples=12), less), one)[0] > 1
+
+
+def test_layers_in_pytorch_are_raced_where_torch_is_and_of_dtypes_that_have_main_gradients():
+    assert {operation for operation, _ in RACED} == {"layer_backward", "micro_batches"}
+    assert {one.name for _, one in RACED} == {f"{who}{how}" for who in ("densegrad in PyTorch", "PyTorch")
+                                              for how in ("", " compiled")}
+    assert all(one.requires == ("torch",) for _, one in RACED)
+    cases = operations.cases(["layer_backward", "micro_batches"], ((64, 8, 4),), ["float32", "bfloat16"])
+    assert [(case.operation, case.dtype) for case in cases] == [
+        ("layer_backward", "float32"), ("layer_backward", "bfloat16"), ("micro_batches", "bfloat16")]
+
+
 # Importing
 
 
-def run(program):
+def ran(program):
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
 
 
 def test_importing_densegrad_imports_no_torch_and_calls_need_none():
-    found = run("import sys, numpy, densegrad; densegrad.dense_grads; print('torch' in sys.modules)")
+    found = ran("import sys, numpy, densegrad; densegrad.dense_grads; print('torch' in sys.modules)")
     assert (found.returncode, found.stdout) == (0, "False\n")
 
 
 def test_without_torch_the_import_says_what_installs_it():
-    found = run("import sys; sys.modules['torch'] = None; import densegrad.torch")
+    found = ran("import sys; sys.modules['torch'] = None; import densegrad.torch")
     assert found.stderr.splitlines()[-1] == (
         "ModuleNotFoundError: densegrad.torch needs PyTorch, 2.6 or newer (pip install 'torch>=2.6')")
 

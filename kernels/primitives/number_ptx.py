@@ -107,8 +107,12 @@ class _Functions:
     def exp(self, number):
         """exp(number), off by (4 + 2 |number|) u of it if approximate."""
         if self.approximate:
-            return _Number(self.builder, self._instruction("ex2.approx.ftz.f32", (number * log2(e)).value))
+            return _Number(self.builder, self.power_of_two((number * log2(e)).value))
         return self._call("exp", number)
+
+    def power_of_two(self, value):
+        """2 to the value, approximately."""
+        return self._instruction("ex2.approx.ftz.f32", value)
 
     def abs(self, number):
         return self._call("fabs", number)

@@ -1,4 +1,6 @@
 """A row that is kept in registers as it is stored, and what softmax makes of it, as LLVM and inline PTX."""
+from math import e, log2
+
 from llvmlite import ir
 from numba import types
 
@@ -14,6 +16,7 @@ from .ptx import (
     _NUMBA,
     _expand,
     _fragment_type,
+    _from_8_0,
     _load_bytes,
     _load_global,
     _load_words,
@@ -108,31 +111,60 @@ def kept(dtype, wide):
 
 
 @cache
-def largest(dtype, count):
-    """(value, fragment) -> the largest of all, whatever NaN there is beside it."""
-    name, letter = ("max.f64", "d") if dtype == "float64" else ("max.f32", "f")
-    kind = ir.FunctionType(_FLOAT[dtype], [_FLOAT[dtype]] * 2)
-
-    def body(builder, value, fragment):
-        found, = _unpack(builder, value)
-        for other in _unpack(builder, fragment):
-            found = builder.asm(kind, f"{name} $0, $1, $2;", ",".join([f"={letter}"] + [letter] * 2), [found, other],
-                                side_effect=False)
-        return _pack(builder, [found])
-
-    return _expand(_fragment_type(dtype, 1), (_fragment_type(dtype, 1), _fragment_type(dtype, count)), body)
+def largest(dtype):
+    """(value, value) -> the larger one, whatever NaN there is beside it."""
+    return _expand(_fragment_type(dtype, 1), (_fragment_type(dtype, 1),) * 2, lambda builder, left, right: _pack(
+        builder, [_larger(builder, *_unpack(builder, left), *_unpack(builder, right))]))
 
 
 @cache
-def exponentials(dtype, wide, count):
-    """(fragment) -> the exponential of each element, as exact as values of dtype need it."""
-    fragment = _fragment_type(wide, count)
+def largest_kept(dtype, wide):
+    """(value, 16 bytes of a row as they are stored) -> the largest of all, whatever NaN there is beside it."""
+    count = WIDEST // _BYTES[dtype]
+    name = {"float16": "f16x2", "bfloat16": "bf16x2"}.get(dtype)
+    kind = ir.FunctionType(_INT32, [_INT32] * 2)
 
-    def body(builder, values):
-        number = _Functions(builder, dtype in _HALF)
-        return _pack_numbers(builder, [number.exp(value) for value in _numbers(builder, values)])
+    def body(builder, value, words):
+        kept, found = _unpack(builder, words), _unpack(builder, value)
+        if name and _from_8_0():
+            # Two halves at a time.
+            while len(kept) > 1:
+                kept = [builder.asm(kind, f"max.{name} $0, $1, $2;", "=r,r,r", pair, side_effect=False)
+                        for pair in zip(kept[::2], kept[1::2], strict=True)]
+        for one in kept:
+            stored = _split(builder, [one], dtype, count // len(_unpack(builder, words)))
+            for other in _widened(builder, stored, dtype, wide):
+                found = [_larger(builder, found[0], other)]
+        return _pack(builder, found)
 
-    return _expand(fragment, (fragment,), body)
+    return _expand(_fragment_type(wide, 1), (_fragment_type(wide, 1), _kept_type(dtype)), body)
+
+
+def _larger(builder, left, right):
+    name, letter = ("max.f64", "d") if left.type == ir.DoubleType() else ("max.f32", "f")
+    kind = ir.FunctionType(left.type, [left.type] * 2)
+    return builder.asm(kind, f"{name} $0, $1, $2;", ",".join([f"={letter}"] + [letter] * 2), [left, right],
+                       side_effect=False)
+
+
+@cache
+def exponentials(dtype, wide, count, samples):
+    """(fragment, values) -> the exponential of their difference, as exact as values of dtype need it.
+
+    One value for all elements, or one for each.
+    """
+    fragment, half = _fragment_type(wide, count), dtype in _HALF
+
+    def body(builder, values, less):
+        number, spread = _Functions(builder, half), _spread(_numbers(builder, less), count)
+        pairs = zip(_numbers(builder, values), spread, strict=True)
+        if not half:
+            return _pack_numbers(builder, [number.exp(value - one) for value, one in pairs])
+        # Both are multiplied by log2(e) in one instruction; that the difference is rounded once is within the bound.
+        return _pack(builder, [number.power_of_two(builder.fma(
+            value.value, ir.Constant(_FLOAT[wide], log2(e)), (one * -log2(e)).value)) for value, one in pairs])
+
+    return _expand(fragment, (fragment, _fragment_type(wide, samples)), body)
 
 
 @cache
@@ -186,6 +218,19 @@ def chosen(dtype, columns):
         return _pack(builder, [found])
 
     return _expand(_fragment_type(dtype, 1), (_fragment_type(dtype, len(columns)), types.int32), body)
+
+
+@cache
+def minus_at(dtype, columns):
+    """(fragment, column, number) -> the same, but less the number at this distance from the first column."""
+    fragment = _fragment_type(dtype, len(columns))
+
+    def body(builder, values, column, number):
+        return _pack(builder, [builder.select(builder.icmp_signed("==", column, ir.Constant(_INT32, distance)),
+                                              builder.fsub(value, number), value)
+                               for value, distance in zip(_unpack(builder, values), columns, strict=True)])
+
+    return _expand(fragment, (fragment, types.int32, _NUMBA[dtype]), body)
 
 
 @cache

@@ -45,15 +45,24 @@ def kept(dtype, wide):
 
 
 @cache
-def largest(dtype, count):
-    """(value, fragment) -> the largest of all, whatever NaN there is beside it."""
-    return _quiet(lambda value, fragment: np.fmax.reduce(fragment, initial=value[0])[None])
+def largest(dtype):
+    """(value, value) -> the larger one, whatever NaN there is beside it."""
+    return _quiet(np.fmax)
 
 
 @cache
-def exponentials(dtype, wide, count):
-    """(fragment) -> the exponential of each element, as exact as values of dtype need it."""
-    return _quiet(np.exp)
+def largest_kept(dtype, wide):
+    """(value, 16 bytes of a row as they are stored) -> the largest of all, whatever NaN there is beside it."""
+    return _quiet(lambda value, kept: np.fmax.reduce(kept.astype(_TYPE[wide]), initial=value[0])[None])
+
+
+@cache
+def exponentials(dtype, wide, count, samples):
+    """(fragment, values) -> the exponential of their difference, as exact as values of dtype need it.
+
+    One value for all elements, or one for each.
+    """
+    return _quiet(lambda values, less: np.exp(values - less))
 
 
 @cache
@@ -84,6 +93,12 @@ def chosen(dtype, columns):
     """(fragment, column) -> the element at this distance from the first column, or zero if it is none of them."""
     places = {column: place for place, column in enumerate(columns)}
     return lambda values, column: values[places[column]:][:1] if column in places else np.zeros(1, _TYPE[dtype])
+
+
+@cache
+def minus_at(dtype, columns):
+    """(fragment, column, number) -> the same, but less the number at this distance from the first column."""
+    return _quiet(lambda values, column, number: np.where(np.array(columns) == column, values - number, values))
 
 
 @cache

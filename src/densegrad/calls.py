@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from . import device, tensors, tuned
@@ -126,8 +127,11 @@ class _Kept(NamedTuple):
     recipe: Recipe
     loaded: tuple[Any, ...]
     needs_memory: bool
-    workspace_bytes: int
+    as_they_are: bool  # whether nothing is copied, and results are handed over as they were made
     watches: bool  # whether an out was given, which may overlap something
+    in_place: tuple[tuple[str, int], ...]  # slots of arrays, then of outs, that are used where they lie; positions
+    new: tuple[tuple[str, int, device.Maker], ...]  # slots of new arrays, positions of the results, what makes them
+    workspace: device.Maker | None
     ranges: tuple[tuple[str, float], ...]  # slot of each number, and the largest float that needs no closer look
 
 
@@ -171,40 +175,89 @@ def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: t
         key = kept = None
     if kept is None or (kept.watches and not _as_described(kept.recipe, arrays, seen)):
         recipe = describe(arrays, outs, options)
-        kept = _described(key, recipe, where.serving(arrays[recipe.like]), numbers)
+        kept = _described(key, recipe, arrays, numbers)
     where, recipe, values = kept.where, kept.recipe, {}
     for position, (slot, largest) in enumerate(kept.ranges):
         value = numbers[position]
         if type(value) is not float or not -largest <= value <= largest:
             value = _checked(where, recipe, recipe.numbers[position], value)
         values[slot] = value
-    if type(values["alpha"]) is not float:
+    if type(values["alpha"]) is float:
+        values["alpha_address"] = 0
+    else:
         _check_apart(where, "alpha", values["alpha"], recipe, outs)
     if recipe.check_values is not None:
         recipe.check_values(arrays, numbers)
-    if _preparing.get() is not None and recipe.copied:
-        raise PrepareError(f"{recipe.copied[0]} would have to be copied at each call: it lies on the host, or no axis "
-                           "of it is contiguous (pass an array on the device, for example "
-                           "cupy.ascontiguousarray(...))")
     pointer = where.current_stream(recipe.place) if stream is None else None
     if pointer is not None:
-        return _finished(Bound(kept, (arrays, outs, seen), values, pointer), describe, options)
+        return _finished(kept, (arrays, outs, seen), values, pointer, (describe, options))
     with where.using(stream, recipe.place) as pointer:
-        return _finished(Bound(kept, (arrays, outs, seen), values, pointer), describe, options)
+        return _finished(kept, (arrays, outs, seen), values, pointer, (describe, options))
 
 
-def _finished(bound: Bound, describe: Callable[..., Recipe], options: tuple) -> list[Any]:
+def _finished(kept: _Kept, operands: tuple[tuple, tuple, list[Any]], values: dict[str, Any], stream: int,
+              described: tuple[Callable[..., Recipe], tuple]) -> list[Any]:
     """The results of a call that has been launched, or that is only being prepared."""
     preparing = _preparing.get()
+    if preparing is not None and kept.recipe.copied:
+        raise PrepareError(f"{kept.recipe.copied[0]} would have to be copied at each call: it lies on the host, or no "
+                           "axis of it is contiguous (pass an array on the device, for example "
+                           "cupy.ascontiguousarray(...))")
+    if kept.needs_memory and kept.where.capturing(stream):
+        raise PrepareError("a call that needs memory of its own cannot be captured, since a replay would write where "
+                           "that memory was (prepare it before the capture: densegrad.prepare(function, ...), and call "
+                           "what that gives)")
+    if preparing is None and kept.as_they_are and type(values["alpha"]) is float:  # most calls: nothing to hold
+        results = _filled(kept, operands, values, stream)
+        if kept.workspace is not None:
+            workspace = kept.workspace()  # which lives until all is queued
+            values["workspace"] = workspace[1]
+        _launch(kept, values, stream)
+        return results
+    bound = Bound(kept, operands, values, stream)
     if preparing is None:
         bound.put_workspace(None)
-        bound.launch(bound.stream)
+        _launch(kept, values, stream)
     else:
+        describe, options = described
         bound.describe = lambda arrays, outs: describe(arrays, outs, options)
         bound.asked = tuple(bound.seen)
         bound.hold["stream"] = bound.where.stream_in_use()
         preparing.append(bound)
     return bound.delivered()
+
+
+def _filled(kept: _Kept, operands: tuple[tuple, tuple, list[Any]], values: dict[str, Any], stream: int) -> list[Any]:
+    """Fill in where arrays lie that are used as they are, and new ones; the outs and these, by their positions."""
+    arrays, outs, seen = operands
+    where = kept.where
+    as_seen = where.argument is None
+    for slot, position in kept.in_place:
+        one = seen[position]
+        if as_seen and one.stream is None:
+            values[slot] = one.address
+        else:
+            values[slot] = _address(where, (arrays + outs)[position], one, stream)
+    results = [*outs]
+    for slot, position, make in kept.new:
+        results[position], values[slot] = make()
+    return results
+
+
+def _address(where: Any, array: Any, seen: Seen, stream: int) -> Any:
+    """Where an array lies, for kernels on this stream."""
+    if seen.stream is not None:
+        where.wait_for(seen, stream)
+    return seen.address if where.argument is None else where.argument(array, seen)
+
+
+def _launch(kept: _Kept, values: dict[str, Any], stream: int) -> None:
+    """Queue every launch on the stream."""
+    for loaded in kept.loaded:
+        loaded(values, stream)
+    record = _record.get()
+    if record is not None:
+        record += [one for one in kept.recipe.launches if isinstance(one, Launch)]
 
 
 def _checked(where: Any, recipe: Recipe, number: Number, value: Any) -> Any:
@@ -253,15 +306,27 @@ def _as_described(recipe: Recipe, arrays: tuple, seen: list[Any]) -> bool:
     return True
 
 
-def _described(key: Any, recipe: Recipe, where: Any, numbers: tuple) -> _Kept:
+def _described(key: Any, recipe: Recipe, arrays: tuple, numbers: tuple) -> _Kept:
     """A recipe, its values checked before its kernels are compiled, and kept for later calls unless it has no key."""
+    like = arrays[recipe.like]
+    where = device.current().serving(like)
     for number, value in zip(recipe.numbers, numbers, strict=True):
         _checked(where, recipe, number, value)
     with where.using(None, recipe.place):
         loaded = where.loaded(recipe.launches, recipe.place)
-    kept = _Kept(where, recipe, loaded, bool(recipe.workspace_bytes or recipe.copied), recipe.workspace_bytes,
-                 any(made.given for made in recipe.made),
-                 tuple((number.slot, LARGEST.get(number.dtype, -1.0)) for number in recipe.numbers))
+    kept = _Kept(
+        where, recipe, loaded,
+        needs_memory=bool(recipe.workspace_bytes or recipe.copied),
+        as_they_are=not recipe.copied and where.hands_over(like),
+        watches=any(made.given for made in recipe.made),
+        in_place=tuple([(one.slot, one.position) for one in recipe.given if not one.copied]
+                       + [(made.slot, len(arrays) + made.position) for made in recipe.made
+                          if made.given and not made.copied]),
+        new=tuple((made.slot, made.position, where.maker(made.shape, made.dtype,
+                                                         made.features_first and not made.given))
+                  for made in recipe.made if not made.given or (made.copied and not made.accumulate)),
+        workspace=partial(where.workspace, recipe.workspace_bytes) if recipe.workspace_bytes else None,
+        ranges=tuple((number.slot, LARGEST.get(number.dtype, -1.0)) for number in recipe.numbers))
     if key is not None:
         with _keeping:
             _kept[key] = kept
@@ -285,29 +350,21 @@ class Bound:
     asked: tuple[Any, ...]  # what was seen of the arrays that the launches are for
 
     def __init__(self, kept: _Kept, operands: tuple[tuple, tuple, list[Any]], values: dict[str, Any], stream: int):
-        where, recipe = kept.where, kept.recipe
-        self.where, self.kept, self.recipe, self.stream = where, kept, recipe, stream
-        arrays, self.outs, seen = operands
-        self.arrays, self.seen = arrays, seen
+        recipe = kept.recipe
+        self.where, self.kept, self.recipe, self.stream = kept.where, kept, recipe, stream
+        self.arrays, self.outs, self.seen = operands
         self.values = values
         self.hold: dict[str, Any] = {}  # what only this call keeps alive
-        if kept.needs_memory and where.capturing(stream):
-            raise PrepareError("a call that needs memory of its own cannot be captured, since a replay would write "
-                               "where that memory was (prepare it before the capture: densegrad.prepare(function, "
-                               "...), and call what that gives)")
-        if type(values["alpha"]) is float:
-            values["alpha_address"] = 0
-        else:
+        if type(values["alpha"]) is not float:
             self.put_number("alpha", values["alpha"])
+        self.results: list[Any] = _filled(kept, operands, values, stream)
         for slot, position, copied in recipe.given:
-            one = seen[position]
-            if copied or one.stream is not None:
-                self.put_array(slot, arrays[position], one, copied)
-            else:
-                values[slot] = where.argument(arrays[position], one)
-        self.results: list[Any] = [None] * len(self.outs)
+            if copied:
+                self.hold[slot] = self.put_copy(slot, self.arrays[position], self.seen[position])
         for made in recipe.made:
-            self.put_result(made, seen[len(arrays) + made.position])
+            if made.copied and made.accumulate:
+                self.results[made.position] = self.put_copy(made.slot, self.outs[made.position],
+                                                            self.seen[len(self.arrays) + made.position])
 
     def put_number(self, slot: str, value: Any) -> None:
         """Fill a checked number in; an alpha on the device by its address."""
@@ -321,50 +378,23 @@ class Bound:
                 values[slot], values["alpha_address"] = 1.0, self.where.address(value)
                 self.hold[slot] = value
 
-    def put_array(self, slot: str, array: Any, seen: Any, copied: bool) -> None:
-        """Fill an array in, or its copy where kernels can read it."""
+    def put_copy(self, slot: str, array: Any, seen: Seen) -> Any:
+        """Fill in an array's copy where kernels can read it."""
         if seen.stream is not None:
             self.where.wait_for(seen, self.stream)
-        if copied:
-            array = self.where.placed(array, True)
-            self.hold[slot] = array
-            self.values[slot] = self.where.address(array)
-        else:
-            self.values[slot] = self.where.argument(array, seen)
-
-    def put_result(self, made: Made, seen: Any) -> None:
-        """Fill in where a result is written."""
-        if made.given and not made.copied:
-            self.results[made.position] = self.outs[made.position]
-            self.put_array(made.slot, self.outs[made.position], seen, False)
-            return
-        if made.accumulate:
-            array = self.where.placed(self.outs[made.position], True)
-        elif made.features_first and not made.given:
-            *batch, features = made.shape
-            array = self.where.empty((features, *batch), made.dtype)
-            for axis in range(len(batch)):  # NumPy, CuPy and PyTorch all have swapaxes
-                array = array.swapaxes(axis, axis + 1)
-        else:
-            array = self.where.empty(made.shape, made.dtype)
-        self.results[made.position] = array
-        self.values[made.slot] = self.where.address(array)
+        copy = self.where.placed(array, True)
+        self.values[slot] = self.where.address(copy)
+        return copy
 
     def put_workspace(self, workspace: Any) -> None:
         """Fill in this workspace, or a new one."""
-        if self.kept.workspace_bytes:
-            workspace = self.where.workspace(self.kept.workspace_bytes) if workspace is None else workspace
-            self.hold["workspace"] = workspace
-            self.values["workspace"] = self.where.workspace_address(workspace)
+        if self.kept.workspace is not None:
+            self.hold["workspace"], self.values["workspace"] = self.kept.workspace() if workspace is None else (
+                workspace, self.where.workspace_address(workspace))
 
     def launch(self, stream: int) -> None:
         """Queue every launch on the stream."""
-        values = self.values
-        for loaded in self.kept.loaded:
-            loaded(values, stream)
-        record = _record.get()
-        if record is not None:
-            record += [one for one in self.recipe.launches if isinstance(one, Launch)]
+        _launch(self.kept, self.values, stream)
 
     def delivered(self) -> list[Any]:
         """The results by their positions, in the containers that the user gave or expects."""
@@ -411,7 +441,7 @@ class Bound:
         for slot, value in values.items():
             self.put_number(slot, value)
         for name in changes.keys() & places.keys():
-            self.put_array(name, operands[places[name]], seen[places[name]], False)
+            self.values[name] = _address(self.where, operands[places[name]], seen[places[name]], self.stream)
 
     def _check_apart_from_results(self, arrays: dict[str, Any]) -> None:
         """Hold arrays apart from the results that the call allocated."""

@@ -15,10 +15,11 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,6 +141,10 @@ class Memory:
     stream: int | None = None
 
 
+#: makes a new array of one layout: gives it, and where it lies, for a kernel
+Maker = Callable[[], tuple[Any, Any]]
+
+
 class Seen(NamedTuple):
     """What a call sees of an array: what its launches follow from, the address of its first element, its stream."""
 
@@ -173,12 +178,25 @@ def _seen(memory: Memory | None, kind: type) -> Seen | None:
 
 
 def seen_tensor(tensor: Any) -> Seen | None:
-    """What a call sees of a CUDA tensor, or None if kernels cannot use it; strides are PyTorch's, in elements."""
-    address = tensors.address(tensor)
-    if address is None:
+    """What a call sees of a CUDA tensor, or None if kernels cannot use it; strides are PyTorch's, in elements.
+
+    Of its dtype that says nothing, which is for others to look at. Written out, since each call passes here thrice.
+    """
+    types, strided, kind = tensors.plain()
+    if type(tensor) in types:
+        if tensor.layout is not strided or tensor.is_nested or tensor.is_neg():
+            return None
+    elif tensors.cure(tensor, ("cuda",)):
         return None
-    return Seen((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), False, tensors.tensor_type(),
-                 alignment_of(address)), address)
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # torch.func's tensors have none
+        return None
+    if not address and tensor.numel():
+        return None
+    layout = (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), False, kind,
+              (address | OPERAND_ALIGNMENT) & -(address | OPERAND_ALIGNMENT))
+    return tuple.__new__(Seen, (layout, address, None))
 
 
 def _kind_of(array: Any) -> type:
@@ -189,6 +207,33 @@ def _kind_of(array: Any) -> type:
 def _host_memory(array: np.ndarray, place: str) -> Memory:
     return Memory(array.shape, array.strides, array.dtype, array.__array_interface__["data"][0],
                   not array.flags.writeable, place)
+
+
+def _laid_out(empty: Any, shape: tuple[int, ...], dtype: np.dtype, features_first: bool) -> Any:
+    """An array of NumPy or CuPy with undefined elements."""
+    if not features_first:
+        return empty(shape, dtype)
+    *batch, features = shape
+    array = empty((features, *batch), dtype)
+    for axis in range(len(batch)):
+        array = array.swapaxes(axis, axis + 1)
+    return array
+
+
+def tensor_maker(torch: Any, where: Any, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
+    """What makes tensors of this layout on a device of PyTorch."""
+    order = (*shape[-1:], *shape[:-1]) if features_first else shape
+    steps = tuple(accumulate(reversed(order[1:]), lambda step, length: step * max(length, 1), initial=1))[::-1]
+    if features_first:
+        steps = (*steps[1:], *steps[:1])
+    # With strides PyTorch takes half the time that empty takes.
+    empty, kind = torch.empty_strided, getattr(torch, dtype)
+
+    def make() -> tuple[Any, int]:
+        tensor = empty(shape, steps, dtype=kind, device=where)
+        return tensor, tensor.data_ptr()
+
+    return make
 
 
 class Simulator:
@@ -217,21 +262,26 @@ class Simulator:
         if not compact:
             return array
         array = tensors.host_array(array)
-        copy = self.workspace(array.nbytes)[:array.nbytes].view(array.dtype).reshape(array.shape)
+        copy = self.workspace(array.nbytes)[0][:array.nbytes].view(array.dtype).reshape(array.shape)
         copy[...] = array
         return copy
 
     def wait_for(self, memory: Memory | Seen, stream: int) -> None:
         """Let the stream wait for the work that writes this memory."""
 
-    def workspace(self, size: int) -> np.ndarray:
-        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT."""
+    def workspace(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT; and where, for a launch."""
         cells = np.empty(size + ALIGNMENT, np.uint8)
-        return cells[-cells.ctypes.data % ALIGNMENT:][:max(size, 1)]
+        workspace = cells[-cells.ctypes.data % ALIGNMENT:][:max(size, 1)]
+        return workspace, workspace
 
-    def empty(self, shape: tuple[int, ...] | int, dtype: str) -> np.ndarray:
-        """An array with undefined elements."""
-        return np.empty(shape, dtype_of(dtype))
+    def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
+        """What makes arrays with undefined elements, whose last axis is the first in memory if features_first."""
+        def make() -> tuple[Any, Any]:
+            array = _laid_out(np.empty, shape, dtype_of(dtype), features_first)
+            return array, self.address(array)
+
+        return make
 
     def deliver(self, array: np.ndarray, like: Any) -> Any:
         """The array as the kind of container that like is."""
@@ -253,6 +303,10 @@ class Simulator:
     def argument(self, array: Any, seen: Seen) -> SimulatedAddress:
         """Where an array lies that was seen, for a kernel."""
         return SimulatedAddress(tensors.host_array(array))
+
+    def hands_over(self, like: Any) -> bool:
+        """Whether arrays that the device makes are of the kind of container that like is."""
+        return isinstance(like, np.ndarray)
 
     def workspace_address(self, workspace: np.ndarray) -> np.ndarray:
         """Where a workspace lies, for a launch."""
@@ -400,6 +454,7 @@ class Gpu:
     """CUDA devices. Memory and streams are CuPy's; kernels are launched by Numba and nothing is synchronised."""
 
     kind = "gpu"
+    argument: Any = None  # kernels take addresses as they are seen
     array_kinds = "a CuPy or NumPy array, a tensor of PyTorch or an array with __cuda_array_interface__"
     tensor_devices: tuple[str, ...] = ("cpu", "cuda")
 
@@ -485,13 +540,18 @@ class Gpu:
             written = streams.from_external(_ForeignStream(memory.stream, None)).record()
             streams.from_external(_ForeignStream(stream, None)).wait_event(written)
 
-    def empty(self, shape: tuple[int, ...] | int, dtype: str) -> Any:
-        """An array with undefined elements."""
-        return self.cupy.empty(shape, dtype_of(dtype))
+    def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
+        """What makes arrays with undefined elements, whose last axis is the first in memory if features_first."""
+        def make() -> tuple[Any, int]:
+            array = _laid_out(self.cupy.empty, shape, dtype_of(dtype), features_first)
+            return array, array.data.ptr
 
-    def workspace(self, size: int) -> Any:
-        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT."""
-        return self.cupy.empty(max(size, 1), np.uint8)
+        return make
+
+    def workspace(self, size: int) -> tuple[Any, int]:
+        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT; and where, for a launch."""
+        workspace = self.cupy.empty(max(size, 1), np.uint8)
+        return workspace, workspace.data.ptr
 
     def deliver(self, array: Any, like: Any) -> Any:
         """The array as the kind of container that like is: NumPy's, PyTorch's, Numba's, or CuPy's for all others."""
@@ -526,9 +586,9 @@ class Gpu:
                 stack.enter_context(cuda.Stream.from_external(_ForeignStream(pointer, stream)))
                 yield pointer
 
-    def argument(self, array: Any, seen: Seen) -> int:
-        """Where an array lies that was seen, for a kernel."""
-        return seen.address
+    def hands_over(self, like: Any) -> bool:
+        """Whether arrays that the device makes are of the kind of container that like is."""
+        return isinstance(like, self.cupy.ndarray)
 
     def workspace_address(self, workspace: Any) -> int:
         """Where a workspace lies, for a launch."""
@@ -578,17 +638,26 @@ class Gpu:
         return self._models[device_id]
 
     def loaded(self, launches: tuple[Launch | Clear, ...], place: str) -> tuple[Any, ...]:
-        """The launches of a call, ready for many calls."""
-        return tuple([self.load(launch, place) for launch in launches])
+        """The launches of a call, ready for many calls: with values of its slots and the pointer of a stream.
 
-    def load(self, launch: Launch | Clear, place: str) -> Any:
-        """The launch, ready for many calls: with values of its slots and the pointer of a stream.
-
-        Its kernel is compiled, or brought from the cache, once a device.
+        Kernels are compiled, or brought from the cache, once a device. Those between which nothing is cleared are one.
         """
+        from cuda.bindings.driver import cuLaunchKernel
+
         device_id = self._device_id(place)
-        if isinstance(launch, Clear):
-            return _LoadedClear(launch, self.cupy.cuda.runtime.memsetAsync)
+        ready: list[Any] = []
+        for _, group in groupby(launches, type):
+            together = list(group)
+            kernels = [launch for launch in together if isinstance(launch, Launch)]
+            ready += [_LoadedClear(clear, self.cupy.cuda.runtime.memsetAsync) for clear in together
+                      if isinstance(clear, Clear)]
+            if kernels:
+                ready.append(PackedLaunches(kernels, [self._function(launch, place, device_id) for launch in kernels],
+                                            cuLaunchKernel, lambda: self.cupy.cuda.Device(device_id).use()))
+        return tuple(ready)
+
+    def _function(self, launch: Launch, place: str, device_id: int) -> Any:
+        """The handle of a launch's kernel, those used last kept."""
         key = device_id, compiler.key_of(launch)
         with self._loading:
             function = self._functions.get(key)
@@ -600,9 +669,7 @@ class Gpu:
                 if len(self._functions) > MOST_FUNCTIONS:
                     self._functions.popitem(last=False)  # its machine code stays where it is: it may be running
             self._functions.move_to_end(key)
-        from cuda.bindings.driver import cuLaunchKernel
-
-        return PackedLaunch(launch, function, cuLaunchKernel, lambda: self.cupy.cuda.Device(device_id).use())
+        return function
 
     def _function_of(self, code: compiler.Code, launch: Launch, device_id: int) -> Any:
         """The handle of a kernel of this machine code."""
@@ -642,17 +709,23 @@ class GpuOfTensors(Gpu):
         tensor = array.detach() if tensors.is_tensor(array) else self.torch.from_dlpack(array)
         return tensor.clone(memory_format=self.torch.contiguous_format)
 
-    def empty(self, shape: tuple[int, ...] | int, dtype: str) -> Any:
-        """A tensor with undefined elements."""
-        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=self.torch_device)
+    def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
+        """What makes tensors with undefined elements, whose last axis is the first in memory if features_first."""
+        return tensor_maker(self.torch, self.torch_device, shape, dtype, features_first)
 
-    def workspace(self, size: int) -> Any:
-        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT."""
-        return self.torch.empty(max(size, 1), dtype=self.torch.uint8, device=self.torch_device)
+    def workspace(self, size: int) -> tuple[Any, int]:
+        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT; and where, for a launch."""
+        torch = self.torch
+        workspace = torch.empty_strided((max(size, 1),), (1,), dtype=torch.uint8, device=self.torch_device)
+        return workspace, workspace.data_ptr()
 
     def deliver(self, array: Any, like: Any) -> Any:
         """The tensor, which is one already."""
         return array
+
+    def hands_over(self, like: Any) -> bool:
+        """Tensors are."""
+        return True
 
     def current_stream(self, place: str) -> int | None:
         """PyTorch's current stream, or None if that is one of a device that is not in use."""
@@ -700,20 +773,22 @@ class _LoadedClear:
         self.memset(values["workspace"] + self.offset, 0, self.size, stream)
 
 
-class PackedLaunch:
-    """A kernel with its arguments packed, each in a cell of 8 bytes, and what queues it: cuLaunchKernel or its like.
+class PackedLaunches:
+    """Kernels one after another with their arguments packed, each in a cell of 8 bytes, and what queues them.
 
-    Arguments are read before queuing returns; a lock keeps threads from filling them in at the same time.
+    What several of them take stands in one cell and is filled in once. `queue` is cuLaunchKernel or its like: arguments
+    are read before it returns; a lock keeps threads from filling them in at the same time.
     """
 
-    def __init__(self, launch: Launch, function: Any, queue: Any, use_device: Any):
-        values, types = launch.values, launch.types
-        self.cells = (ctypes.c_int64 * len(values))()
-        begin = ctypes.addressof(self.cells)
-        self.pointers = (ctypes.c_void_p * len(values))(*range(begin, begin + 8 * len(values), 8))
+    def __init__(self, launches: Sequence[Launch], functions: Sequence[Any], queue: Any, use_device: Any):
+        takes = [list(zip(launch.values, launch.types, strict=True)) for launch in launches]
+        # by what is printed of them, since -0.0 equals 0.0
+        alike = {(repr(value), kind): (value, kind) for taken in takes for value, kind in taken}
+        number_of = {name: number for number, name in enumerate(alike)}
+        self.cells = (ctypes.c_int64 * len(alike))()
         self.addresses: list[tuple[int, str, int]] = []  # cell, slot, bytes further on
         self.numbers: list[tuple[Any, str]] = []  # cell, slot
-        for cell, (value, kind) in enumerate(zip(values, types, strict=True)):
+        for cell, (value, kind) in enumerate(alike.values()):
             if kind != "int64":
                 number = _NUMBERS[kind].from_buffer(self.cells, 8 * cell)
                 if isinstance(value, Slot):
@@ -726,9 +801,13 @@ class PackedLaunch:
                 self.addresses.append((cell, value.name, 0))
             else:
                 self.cells[cell] = value
-        self.shape = (*(*launch.grid, 1, 1)[:3], launch.block, 1, 1, launch.shared_bytes)
-        self.function, self.arguments = function, ctypes.addressof(self.pointers)
-        self.queue, self.use_device, self.turn = queue, use_device, threading.Lock()
+        begin = ctypes.addressof(self.cells)
+        self.pointers = [(ctypes.c_void_p * len(taken))(*[begin + 8 * number_of[repr(value), kind]
+                                                          for value, kind in taken]) for taken in takes]
+        self.queued = [
+            (partial(queue, function, *(*one.grid, 1, 1)[:3], one.block, 1, 1, one.shared_bytes), ctypes.addressof(at))
+            for one, function, at in zip(launches, functions, self.pointers, strict=True)]
+        self.use_device, self.turn = use_device, threading.Lock()
 
     def __call__(self, values: Mapping[str, Any], stream: int) -> None:
         cells = self.cells
@@ -737,12 +816,13 @@ class PackedLaunch:
                 cells[cell] = values[name] + further
             for number, name in self.numbers:
                 number.value = values[name]
-            status, = self.queue(self.function, *self.shape, stream, self.arguments, 0)
-            if status and status.name in ("CUDA_ERROR_INVALID_CONTEXT", "CUDA_ERROR_NOT_INITIALIZED"):
-                self.use_device()  # the first launch of this thread
-                status, = self.queue(self.function, *self.shape, stream, self.arguments, 0)
-        if status:
-            raise DeviceError(f"the CUDA driver says {status.name}")
+            for queue, arguments in self.queued:
+                status, = queue(stream, arguments, 0)
+                if status and status.name in ("CUDA_ERROR_INVALID_CONTEXT", "CUDA_ERROR_NOT_INITIALIZED"):
+                    self.use_device()  # the first launch of this thread
+                    status, = queue(stream, arguments, 0)
+                if status:
+                    raise DeviceError(f"the CUDA driver says {status.name}")
 
 
 _NUMBERS = {"float32": ctypes.c_float, "float64": ctypes.c_double}

@@ -46,6 +46,9 @@ class DenseGrads(NamedTuple):
     db: Any = None
 
 
+_NO_OUTS = DenseGrads()
+
+
 def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensated: bool = False, alpha: float = 1.0,
               out: Any = None, accumulate: bool = False, plan: BatchSumPlan | None = None, stream: Any = None) -> Any:
     """Gradient of the loss with respect to a dense layer's bias: the sum over the batch axis.
@@ -380,8 +383,8 @@ def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fi
     arrays = x if "dw" in names else None, w if "dx" in names else None, dz, z, sample_weight
     options = (needed, activation, stray_slope(activation, negative_slope), batch_axis, weight_layout, keepdims,
                compensated, precision, as_names(accumulate), plan)
-    return DenseGrads(*call(_describe_dense, arrays, accept_tuple("out", out, DenseGrads), options,
-                            (alpha, parameter_of(negative_slope)), stream))
+    outs = _NO_OUTS if out is None else accept_tuple("out", out, DenseGrads)
+    return DenseGrads._make(call(_describe_dense, arrays, outs, options, (alpha, parameter_of(negative_slope)), stream))
 
 
 def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:

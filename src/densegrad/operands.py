@@ -495,8 +495,10 @@ class Target:
 
 
 def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accumulate: bool,
-               in_place: tuple[Argument | None, ...] = ()) -> Target:
+               in_place: tuple[Argument | None, ...] = (), column: bool = False) -> Target:
     """Check an array that a result is to be written to; in_place are inputs that it may be, of whose dtype it then is.
+
+    A column has no axis of features: all of its axes, or none, count samples.
 
     Raises
     ------
@@ -528,7 +530,8 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
             continue
         if overlap(memory, argument.memory):
             raise OutError(f"{name} overlaps {argument.name} in memory (pass another array)")
-    return Target(name, shape, dtype, _writable(name, out, memory, dtype), accumulate)
+    argument = _writable(name, out, _as_column(memory) if column else memory, dtype)
+    return Target(name, shape, dtype, argument, accumulate, column=column)
 
 
 def _writable(name: str, out: Any, memory: device.Memory, dtype: str) -> Argument:
@@ -545,11 +548,10 @@ def accept_loss_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...])
     accumulator = accumulator_of(inputs.dtype)
     if out is None:
         return Target(name, shape, accumulator, None, False, column=True)
-    target = accept_out(name, out, inputs, shape, False)
+    target = accept_out(name, out, inputs, shape, False, column=True)
     if target.dtype != accumulator:
         raise DTypeError(f"{name} must have the type of the sums, {accumulator}; got {target.dtype}")
-    memory = _memory(inputs.device, name, out)
-    return replace(target, argument=_writable(name, out, _as_column(memory), target.dtype), column=True)
+    return target
 
 
 def _as_column(memory: device.Memory) -> device.Memory:
@@ -584,6 +586,8 @@ def as_names(value: Any) -> Any:
     """Names as a tuple, which a call can be looked up by; what is none, a flag for example, as it is."""
     if isinstance(value, str):
         return (value,)
+    if isinstance(value, bool):
+        return value
     try:
         return tuple(value)
     except TypeError:

@@ -49,13 +49,11 @@ def cross_entropy(z, labels, *, class_weight=None, ignore_index=-100, label_smoo
     total = shifted.sum(axis=1, keepdims=True)
     with np.errstate(all="ignore"):
         loss = np.where(q == 0, 0, q * (highest + np.log(total) - z)).sum(axis=1)
-    divisor = np.where(kept, 1.0, 0.0)
-    if labels.dtype.kind in "iu" and class_weight is not None:
-        divisor[kept] = np.asarray(class_weight, np.float64)[np.clip(labels.reshape(-1)[kept], 0, z.shape[1] - 1)]
     weigh = {"sample_weight": sample_weight, "kept": kept}
-    divisor = _weighted(divisor[:, None], alpha=1.0, batch_axis=0, **weigh)[1][0] if reduction == "mean" else 1.0
     losses, summed = _weighted(loss[:, None], alpha=1.0, batch_axis=0, **weigh)
-    share = np.divide(1.0, divisor)
+    share = 1.0
+    if reduction == "mean":
+        share = np.divide(1.0, divisor(z.shape, labels, class_weight, ignore_index, sample_weight))
     dz, db = _weighted(shifted / total * q.sum(axis=1, keepdims=True) - q, alpha=alpha * share, batch_axis=batch_axis,
                        **weigh)
     return (losses[:, 0] if reduction == "none" else summed[0] * share), dz, db
@@ -79,6 +77,19 @@ def targets(shape, labels, class_weight=None, ignore_index=-100, label_smoothing
         target[kept & ((labels < 0) | (labels >= outputs))] = np.nan
     q = (1 - label_smoothing) * target + label_smoothing / max(outputs, 1)
     return (q if class_weight is None else q * np.asarray(class_weight, np.float64)), kept
+
+
+def divisor(shape, labels, class_weight=None, ignore_index=-100, sample_weight=None):
+    """What the mean of so many (samples, outputs) is divided by; a label that is no class has no class weight."""
+    samples, outputs = shape
+    weights, kept = np.ones(samples), np.ones(samples, bool)
+    if labels.dtype.kind in "iu":
+        labels = labels.reshape(-1)
+        kept = labels != ignore_index
+        if class_weight is not None:
+            known = (labels >= 0) & (labels < outputs)
+            weights = np.where(known, np.append(np.asarray(class_weight, np.float64), 0)[np.where(known, labels, -1)], 0)
+    return _weighted(weights[:, None], sample_weight, 1.0, 0, kept)[1][0]
 
 
 def derivative(activation, z, parameter=0.01):

@@ -63,27 +63,10 @@ def cure(tensor: Any, devices: tuple[str, ...], *, of_memory: bool = True) -> st
 
 
 @cache
-def _plain() -> tuple[frozenset[type], Any]:
-    """The types of tensors that are memory and nothing else, and the layout of such memory."""
+def plain() -> tuple[frozenset[type], Any, type]:
+    """The types of tensors that are memory and nothing else, the layout of such memory, and torch.Tensor."""
     torch = sys.modules["torch"]
-    return frozenset((torch.Tensor, torch.nn.Parameter)), torch.strided
-
-
-def address(tensor: Any) -> int | None:
-    """Where the first element of a CUDA tensor lies, or None if it is no memory that kernels can use.
-
-    Of its dtype that says nothing, which is for others to look at.
-    """
-    types, strided = _plain()
-    if type(tensor) not in types:
-        return None if cure(tensor, ("cuda",)) else tensor.data_ptr()
-    if tensor.layout is not strided or tensor.is_nested or tensor.is_neg():
-        return None
-    try:
-        begin = tensor.data_ptr()
-    except RuntimeError:  # torch.func's tensors have none
-        return None
-    return begin if begin or not tensor.numel() else None
+    return frozenset((torch.Tensor, torch.nn.Parameter)), torch.strided, torch.Tensor
 
 
 def _has_memory(torch: Any, tensor: Any) -> bool:

@@ -272,7 +272,7 @@ def expected_cross_entropy(z: np.ndarray, labels: np.ndarray, plan: CrossEntropy
 
     A loss is a sum of at most as many roundings as softmax has, each of Q log(total) or of a target's product with what
     a logit is less than the largest, or than the row's first. Divisors are off by the chain of their additions, which
-    is shorter than that of the losses.
+    is shorter than that of the losses, as long as no weight is negative. What is left out is off by nothing.
     """
     dtype, batch_axis, alpha = z.dtype.name, options.get("batch_axis", 0), options.get("alpha", 1.0)
     reduction, accumulator = options.get("reduction", "mean"), accumulator_of(dtype)
@@ -280,36 +280,37 @@ def expected_cross_entropy(z: np.ndarray, labels: np.ndarray, plan: CrossEntropy
     with np.errstate(all="ignore"):
         exact = reference.cross_entropy(z, labels, **options)
         logits = z.astype(np.float64).T if batch_axis else z.astype(np.float64).reshape(-1, z.shape[-1])
-        named = ("class_weight", "ignore_index", "label_smoothing")
-        q, _ = reference.targets(logits.shape, labels, batch_axis=batch_axis,
-                                 **{name: options[name] for name in named if name in options})
-        # The weight of each sample's gradient, divisor included: of one column of ones.
+        named = {name: options[name] for name in ("class_weight", "ignore_index") if name in options}
+        q, kept = reference.targets(logits.shape, labels, batch_axis=batch_axis, **named,
+                                    label_smoothing=options.get("label_smoothing", 0.0))
+        # The weight of each sample's gradient, divisor included.
         weight = options.get("sample_weight")
         size = np.ones(len(logits)) if weight is None else np.abs(np.asarray(weight, np.float64).reshape(-1))
+        if weight is not None and np.asarray(weight).dtype == bool:
+            kept = kept & np.asarray(weight).reshape(-1)
+        size = np.where(kept, size, 0.0)
         share = 1.0
         if reduction == "mean":
-            total = reference.cross_entropy(z, labels, **options | {"reduction": "sum", "alpha": 1.0})[0]
-            share = abs(exact[0] / total) if np.isfinite(total) and total else _share(z, labels, options)
-        magnitude = np.abs(q).sum(axis=1)
-        highest, first = logits.max(axis=1, keepdims=True), logits[:, :1]
+            divisor = reference.divisor(logits.shape, labels, sample_weight=weight, **named)
+            share = abs(1 / divisor) if divisor else 0.0
+        magnitude = np.where(kept, np.abs(q).sum(axis=1), 0)
+        highest = logits.max(axis=1, keepdims=True, initial=-np.inf)
+        # Minus infinity is no origin: zero takes its place.
+        first = np.where(np.isfinite(logits[:, :1]), logits[:, :1], 0)
         spread = np.where(np.isfinite(logits), np.abs(highest - logits) + np.abs(first - logits), 0)
         lost = size * (np.where(q == 0, 0, np.abs(q) * spread).sum(axis=1) + magnitude * (
-            np.log(max(logits.shape[1], 1)) + 1 + np.abs(np.where(np.isfinite(first), highest - first, 0))[:, 0]))
-        of_losses = 2 * (roundings + 8) * u * lost + UNDERFLOW[accumulator]
+            np.log(max(logits.shape[1], 1)) + 1 + np.abs(highest - first).max(axis=1, initial=0)))
+        lost = np.where(kept, lost, 0)
+        of_losses = 2 * (roundings + 8) * u * lost + np.where(kept, UNDERFLOW[accumulator], 0)
         chain = plan.chain + 40
         if reduction != "none":
             of_losses = share * (of_losses.sum() + 2 * (chain + 8) * u * lost.sum())
         scale = abs(alpha) * share * size * magnitude
         of_dz = dz_bound(exact[1], (scale if batch_axis else scale[:, None]), roundings + chain, dtype)
+        of_dz = np.where(kept if batch_axis else kept[:, None], of_dz, 0)
         of_db = of_dz.sum(axis=batch_axis) + error_bound(np.abs(exact[1]).sum(axis=batch_axis), exact[2], plan.chain,
                                                          len(logits), dtype)
     return exact, (of_losses, of_dz, of_db)
-
-
-def _share(z: np.ndarray, labels: np.ndarray, options: dict[str, Any]) -> float:
-    """One over the divisor of a mean, where no loss tells it."""
-    flat = reference.cross_entropy(np.zeros_like(z), labels, **options | {"reduction": "sum", "alpha": 1.0})[0]
-    return abs(reference.cross_entropy(np.zeros_like(z), labels, **options)[0] / flat) if flat else 0.0
 
 
 def dz_bound(exact: np.ndarray, scale: np.ndarray | float, roundings: float, dtype: str) -> np.ndarray:

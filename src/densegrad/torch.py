@@ -64,7 +64,11 @@ _operators.define("linear_backward_into(Tensor da, Tensor x, Tensor weight, Tens
 
 def _linear_backward_on_device(da, x, weight, z, *, activation, negative_slope, need):
     """Those of the gradients dx, dw and db that are needed, in this order."""
-    grads = _dense_grads(da, x, weight, z, activation=activation, negative_slope=negative_slope, need=need)
+    if x.dim() > 1:
+        grads = dense_grads(x, weight, da, need=need, activation=activation, z=z, negative_slope=negative_slope,
+                            weight_layout="out_in")
+    else:
+        grads = _dense_grads(da, x, weight, z, activation=activation, negative_slope=negative_slope, need=need)
     return [grad for grad in grads if grad is not None]
 
 

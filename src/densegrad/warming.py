@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from . import cache, device, gradients, losses, output_gradients
 from .compiler import check_capability, key_of
 from .errors import DeviceError
@@ -54,7 +52,8 @@ def warmup(layers: Iterable[tuple[int, int, int]], dtypes: Iterable[str] = ("flo
     dtypes : names among "float16", "bfloat16", "float32" and "float64"
         Of the arrays.
     activations : names
-        Of the functions above layers, as `activation_grad` takes them; "cross_entropy" for `cross_entropy_grad`.
+        Of the functions above layers, as `activation_grad` takes them; "cross_entropy" for that and
+        `cross_entropy_grad`.
     precision, batch_axis, weight_layout
         As in `weight_grad`; precision for float32 alone.
     accumulate : bool
@@ -166,6 +165,7 @@ def _call(arrays: dict[str, Any], options: dict[str, Any], activations: list[str
     for name in activations:
         into = output_gradients.OutputGrads(dz if out else None, db)
         if name == CROSS_ENTROPY:
+            losses.cross_entropy(dz, labels, **axis, **alone, out=losses.LossGrads(None, *into))
             losses.cross_entropy_grad(dz, labels, **axis, **alone, out=into)
         else:
             output_gradients.activation_grad(dz, z, name, **axis, **alone, out=into)
@@ -177,6 +177,7 @@ class _Foreseen:
     """A GPU of this compute capability that is not here. Keeps what would be launched; its arrays are nowhere."""
 
     kind, place = "gpu", "GPU 0"
+    argument = None
     array_kinds = "an array"
 
     def __init__(self, capability: tuple[int, int], name: str):
@@ -206,29 +207,17 @@ class _Foreseen:
         """Itself, for all arrays."""
         return self
 
-    def argument(self, array: Any, seen: device.Seen) -> int:
-        """Where an array lies."""
-        return seen.address
+    def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> device.Maker:
+        """What makes new results, which lie nowhere."""
+        return lambda: (None, 0)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """A new result."""
-        return np.broadcast_to(np.empty(1, device.dtype_of(dtype)), shape)
+    def workspace(self, size: int) -> tuple[None, int]:
+        """A new workspace, which lies nowhere."""
+        return None, 0
 
-    def workspace(self, size: int) -> int:
-        """A new workspace."""
-        return 0
-
-    def address(self, array: Any) -> int:
-        """Where a new array lies."""
-        return 0
-
-    def workspace_address(self, workspace: Any) -> int:
-        """Where a new workspace lies."""
-        return 0
-
-    def deliver(self, array: Any, like: Any) -> Any:
-        """A new result."""
-        return array
+    def hands_over(self, like: Any) -> bool:
+        """All of them."""
+        return True
 
     def number_memory(self, value: Any, accumulator: str) -> None:
         """Numbers are the host's."""

@@ -21,7 +21,6 @@ from .common import ceil_div, check_choice, check_integers, check_sizes, constan
 from .upstream import CROSS_ENTROPY, Upstream, UpstreamPlan, column_at, matrix_at, plan_upstream
 from .upstream import launches as two_readings
 
-KERNELS = "densegrad.kernels.cross_entropy"
 #: Bytes of a row that the registers of a block hold, beside a sum for each of its elements, on every GPU.
 ROW_BYTES = 65536
 #: Threads of a block, and blocks of a launch: one for each multiprocessor of the largest GPUs that were at hand.
@@ -215,7 +214,7 @@ def launches(plan: CrossEntropyPlan | UpstreamPlan, upstream: Upstream, dz: Matr
         column_at(upstream.weights), column_at(loss if kind in ("each", "sum") else None),
         weights_at if before else 0, plan.weighing_blocks or plan.samples, Slot("ignored") if upstream.labels else 0,
         Slot("parameter"), scale, dz.rows, dz.cols, plan.samples_per_part, target.address, stride, target.col_stride)
-    rows = Launch(KERNELS, "cross_entropy_rows", constants, arguments, (plan.parts,), plan.threads, plan=plan)
+    rows = Launch("densegrad.kernels.cross_entropy", "cross_entropy_rows", constants, arguments, (plan.parts,), plan.threads, plan=plan)
     if not second:
         return *before, rows
     return *before, rows, sum_parts(second, target, result, ONE, loss if summed else None)
@@ -232,7 +231,7 @@ def _divisor(plan: CrossEntropyPlan, upstream: Upstream) -> tuple[tuple[Launch, 
     arguments = WeighSamplesArguments(
         column_at(labels), column_at(upstream.class_weights), column_at(upstream.weights),
         Slot("ignored") if labels else 0, plan.samples, plan.outputs, room)
-    weighing = Launch(KERNELS, "weigh_samples", WeighSamples(plan.accumulator, upstream.targets, WEIGHING_THREADS),
+    weighing = Launch("densegrad.kernels.weigh_samples", "weigh_samples", WeighSamples(plan.accumulator, upstream.targets, WEIGHING_THREADS),
                       arguments, (blocks,), WEIGHING_THREADS, plan=plan)
     return (weighing,), "parts", room
 
