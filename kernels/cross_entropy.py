@@ -6,14 +6,14 @@
     loss[s]  = weight[s] (Q[s] log(total[s]) + sum over m of q[s, m] (largest[s] - z[s, m]))
     result[m] = sum over s of dz[s, m]                 Q[s] = sum over m of q[s, m]      all matrices (samples, outputs)
 
-The divisor is what a mean is divided by, the sum over the samples of their weights: weight[s] class_weights[label of s].
-Samples that are left out, by their label or by a mask, have a dz and a loss of zero and no weight, whatever all else is.
-One whose label is no class has a dz and a loss that are not a number.
+The divisor is what a mean is divided by: what the samples weigh, as weigh_samples says. Samples that are left out, by
+their label or by a mask, are not read: their dz and loss are zero. One whose label is no class has a dz and a loss that
+are not a number.
 
 How the work is cut
     A block takes the samples of its part in turn, as many lanes as it has at a time. The threads of a lane keep the
     row's logits in registers as they are stored: first they find the largest, then the sums, then dz, and as soon as
-    dz of a piece is stored, the next row's piece begins to travel into its place. dl/db of its columns stays with each
+    dz of a piece is stored, the next row's piece begins to travel into its place. dL/db of its columns stays with each
     thread until the part is done; then the lanes are added in ascending order. Parts leave their sums in a workspace,
     and their loss behind the last output, which batch_sum.sum_parts adds.
 Threads
@@ -49,7 +49,7 @@ LEFT = 5
 
 @cache
 def _look_at_sample(constants):
-    """(labels, their step, weights, their step, ignored, sample, end, outputs) -> label, weight, whether it is left out.
+    """(labels, their step, weights, theirs, ignored, sample, end, outputs) -> label, weight, whether it is left out.
 
     The label of what is left out, or has none, is -1; one that is no class is NO_CLASS.
     """
@@ -100,7 +100,7 @@ def _columns(constants, piece):
 
 @cache
 def _begin(constants, piece=0):
-    """(address, index, left) -> the pieces of a row as they are stored, from this one on, and sums of nothing for each."""
+    """(address, index, left) -> the pieces of a row from this one on, as they are stored, and sums of nothing."""
     keep = primitives.keep(constants.dtype, constants.width, _offsets(constants, piece))
     zeros = primitives.zeros(constants.accumulator, _vector(constants))
     if piece + 1 == constants.pieces:
@@ -114,7 +114,7 @@ def _begin(constants, piece=0):
         def begin(address, index, left):
             first = keep(address, index, left)
             others, other_sums = rest(address, index, left)
-            return (first,) + others, (zeros(),) + other_sums
+            return (first, *others), (zeros(), *other_sums)
 
     return begin
 
@@ -145,7 +145,7 @@ def _walk(of_piece, constants, piece=0):
             if outputs > first_column:
                 first, first_sums, state = one(first, first_sums, state, row)
             others, other_sums, state = rest(outputs, kept[1:], sums[1:], state, row)
-            return (first,) + others, (first_sums,) + other_sums, state
+            return (first, *others), (first_sums, *other_sums), state
 
     return walk
 
@@ -314,7 +314,7 @@ def _leave(constants, piece):
 
 @cache
 def _join_sums(accumulator, dense, with_loss):
-    """((exponentials, Q, lost) -> one fragment of those that are needed, its length, the places of Q and lost in it)."""
+    """((exponentials, Q, lost) -> a fragment of those that are needed, its length, where Q is in it, and lost)."""
     join = primitives.join(accumulator, (1,) * (1, 2, 2, 4)[dense * 2 + with_loss])
     if dense and with_loss:
         # Four, which shared memory takes at once.
@@ -349,10 +349,10 @@ def _join_sums(accumulator, dense, with_loss):
 @cache
 def make_cross_entropy_rows(constants):
     """The kernel for these types and this cut of rows; the record of the signature says what each constant is."""
-    dtype, accumulator, result, width, threads_x, lanes, pieces, targets, divisor, loss, accumulate = constants
+    _, accumulator, _, width, threads_x, lanes, _, targets, divisor, loss, _ = constants
     threads, warps, dense = threads_x * lanes, max(threads_x // LANES, 1), constants.targets.dense
-    of_labels, with_loss, each_loss, add_loss = targets.labels != "", loss != "", loss == "each", loss in ("sum", "part")
-    spacing, of_part = threads_x * width, loss == "part"
+    of_labels, with_loss, each_loss, of_part = targets.labels != "", loss != "", loss == "each", loss == "part"
+    spacing, add_loss = threads_x * width, loss in ("sum", "part")
     counted, left_by_parts = divisor == "samples", divisor == "parts"
     join, summed, whole_at, lost_at = _join_sums(accumulator, dense, loss != "")
     number, alpha_at = primitives.typed(accumulator), primitives.scale_at(constants.number, accumulator)

@@ -2,7 +2,7 @@
 
     result[0, s] = max over m of z[s, m]                                     all matrices (samples, outputs)
     result[1, s] = log(sum over m of exp(z[s, m] - result[0, s]))            not a number if the label is no class
-    result[2, s] = Q[s] = sum over m of q[s, m]                              as in cross_entropy, if it may differ from 1
+    result[2, s] = Q[s] = sum over m of q[s, m]                              as in cross_entropy, if not always 1
     loss[s]      = weight[s] (Q[s] (result[0, s] - z[s, 0] + result[1, s]) + sum over m of q[s, m] (z[s, 0] - z[s, m]))
 
 and what each block's samples weigh, for the divisor of a mean, and their losses.
@@ -62,7 +62,8 @@ def make_log_sum_exp(constants):
     weigh_classes = primitives.weigh(accumulator, count, count)
     add_each, add_products = primitives.add_each(accumulator, count, False), primitives.weighted_sum(accumulator, count)
     # States are (largest, total, Q, sum of q times what z is less than the row's first).
-    nothing, add_values = primitives.no_exponentials(accumulator), primitives.add_exponentials(dtype, accumulator, count)
+    nothing = primitives.no_exponentials(accumulator)
+    add_values = primitives.add_exponentials(dtype, accumulator, count)
     merge, add_two = primitives.merge_exponentials(accumulator), primitives.add(accumulator, 2)
     both, front, turn = (primitives.join(accumulator, (2, 2)), primitives.head(accumulator, 4, 2),
                          primitives.rotate(accumulator, 4, 2))

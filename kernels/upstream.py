@@ -8,8 +8,8 @@ alpha is for who wants dZ, which is rounded to its dtype with alpha in it; sum_a
 and is multiplied in the type of the sums.
 
 softmax(Z[s])[m] = exp(Z[s, m] - largest[s] - log_total[s]), which log_sum_exp finds, and Q[s]; q is what cross_entropy
-says. log_sum_exp leaves each of its blocks' sums of weights, which make up the divisor of a mean, and of losses. Samples
-that are left out, by their label or by a mask, have a dZ of zero whatever all else is.
+says. log_sum_exp leaves what its blocks' samples weigh, which makes up the divisor of a mean, and what they lose.
+Samples that are left out, by their label or by a mask, have a dZ of zero whatever all else is.
 
 How the work is cut
     One pass: every element is read once, and dZ is written while it is summed. Blocks walk down the batch like those of

@@ -56,9 +56,8 @@ def weight_of_sample(accumulator, targets):
                 weight = weigh(weight, load_class(class_weights, label * class_weights_step, 1, 1 if known else 0))
             if not known:
                 weight = fill(number(0))
-        if masked:
-            if load_kept(weights, sample * weights_step, 1, 1, 0)[0] == 0:
-                weight = fill(number(0))
+        if masked and load_kept(weights, sample * weights_step, 1, 1, 0)[0] == 0:
+            weight = fill(number(0))
         return weight
 
     return weight_of

@@ -2,8 +2,9 @@
 
 Every name exists twice: in ``ptx`` as LLVM and PTX for the compiler, and in ``simulator`` as plain Python and NumPy for
 the Numba CUDA simulator; what becomes of numbers between memory and sums in ``number_ptx`` and ``number_simulator``,
-rows that are kept in registers in ``row_ptx`` and ``row_simulator``, tiles of operands in ``tile_ptx`` and ``tile_simulator``, what the lanes of a warp do together in ``warp_ptx`` and
-``warp_simulator``. A test holds the two to each other.
+rows that are kept in registers in ``row_ptx`` and ``row_simulator``, tiles of operands in ``tile_ptx`` and
+``tile_simulator``, what the lanes of a warp do together in ``warp_ptx`` and ``warp_simulator``. A test holds the two to
+each other.
 
 Names
 -----

@@ -7,7 +7,7 @@ from numba import types
 from ...activations import ENTRIES
 from . import formulas
 from .factories import cache
-from .ptx import _FLOAT, _INT64, _NUMBA, _expand, _fragment_type, _from_8_0, _narrowed, _pack, _unpack, _widened
+from .ptx import _FLOAT, _NUMBA, _expand, _fragment_type, _from_8_0, _narrowed, _pack, _unpack, _widened
 
 
 class _Number:

@@ -75,7 +75,8 @@ def store_row(dtype, width, offsets, wide):
             inside = builder.icmp_signed("<", ir.Constant(_INT32, offset), left)
             _store_bytes(builder, pointer, dtype, values[piece * width:(piece + 1) * width], offset * size, inside)
 
-    return _expand(types.none, (types.int64, types.int64, types.int32, _fragment_type(wide, width * len(offsets))), body)
+    fragment = _fragment_type(wide, width * len(offsets))
+    return _expand(types.none, (types.int64, types.int64, types.int32, fragment), body)
 
 
 @cache
@@ -201,7 +202,8 @@ def inside(dtype, width, offsets):
     fragment, none = _fragment_type(dtype, width * len(offsets)), ir.Constant(_FLOAT[dtype], 0)
 
     def body(builder, values, left):
-        wanted = [builder.icmp_signed("<", ir.Constant(_INT32, offset), left) for offset in offsets for _ in range(width)]
+        wanted = [builder.icmp_signed("<", ir.Constant(_INT32, offset), left)
+                  for offset in offsets for _ in range(width)]
         return _pack(builder, [builder.select(one, value, none)
                                for one, value in zip(wanted, _unpack(builder, values), strict=True)])
 
@@ -235,7 +237,7 @@ def minus_at(dtype, columns):
 
 @cache
 def weighted_sum(dtype, count):
-    """(sum, weights, fragment) -> sum plus the products, in order; where a weight is zero, nothing, whatever is there."""
+    """(sum, weights, fragment) -> sum plus the products, in order; a weight of zero adds nothing at all."""
     fragment = _fragment_type(dtype, count)
 
     def body(builder, total, weights, values):
@@ -252,8 +254,9 @@ def weighted_sum(dtype, count):
 @cache
 def join(dtype, counts):
     """(fragments of these lengths, one after another) -> all of their elements as one fragment."""
-    return _expand(_fragment_type(dtype, sum(counts)), tuple(_fragment_type(dtype, count) for count in counts),
-                   lambda builder, *parts: _pack(builder, [value for part in parts for value in _unpack(builder, part)]))
+    fragments = tuple(_fragment_type(dtype, count) for count in counts)
+    return _expand(_fragment_type(dtype, sum(counts)), fragments, lambda builder, *parts: _pack(
+        builder, [value for part in parts for value in _unpack(builder, part)]))
 
 
 @cache

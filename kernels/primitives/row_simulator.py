@@ -2,7 +2,6 @@
 import numpy as np
 
 from .factories import cache
-from .layout import WIDEST
 from .number_simulator import _stored
 from .simulator import _TYPE, _quiet, add_each, load_pieces, store_pieces
 
@@ -103,7 +102,7 @@ def minus_at(dtype, columns):
 
 @cache
 def weighted_sum(dtype, count):
-    """(sum, weights, fragment) -> sum plus the products, in order; where a weight is zero, nothing, whatever is there."""
+    """(sum, weights, fragment) -> sum plus the products, in order; a weight of zero adds nothing at all."""
 
     def run(total, weights, values):
         for product in np.where(weights == 0, _TYPE[dtype](0), weights * values):

@@ -331,8 +331,8 @@ def accept_labels(array: Any, inputs: Inputs, batch_axis: int) -> Argument:
     shape, z = getattr(array, "shape", None), inputs.dz.memory.shape
     if shape == z:
         if _memory(inputs.device, "labels", array).dtype.kind in "iub":
-            raise DTypeError(f"labels of the shape of z, {shape}, are class probabilities and must be {inputs.dtype}; got "
-                             f"integers (one-hot? pass labels.astype({inputs.dtype!r}), or "
+            raise DTypeError(f"labels of the shape of z, {shape}, are class probabilities and must be {inputs.dtype}; "
+                             f"got integers (one-hot? pass labels.astype({inputs.dtype!r}), or "
                              f"labels.argmax(axis={0 if batch_axis else -1}) for the class of each sample)")
         return accept_beside("labels", array, inputs, batch_axis)
     if len(z) > 2 and shape == (*z[:1], *z[2:]) != inputs.batch_shape:

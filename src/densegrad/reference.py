@@ -80,15 +80,14 @@ def targets(shape, labels, class_weight=None, ignore_index=-100, label_smoothing
 
 
 def divisor(shape, labels, class_weight=None, ignore_index=-100, sample_weight=None):
-    """What the mean of so many (samples, outputs) is divided by; a label that is no class has no class weight."""
+    """What the mean of so many (samples, outputs) is divided by; a label that is no class weighs nothing."""
     samples, outputs = shape
     weights, kept = np.ones(samples), np.ones(samples, bool)
     if labels.dtype.kind in "iu":
         labels = labels.reshape(-1)
-        kept = labels != ignore_index
+        kept = (labels != ignore_index) & (labels >= 0) & (labels < outputs)
         if class_weight is not None:
-            known = (labels >= 0) & (labels < outputs)
-            weights = np.where(known, np.append(np.asarray(class_weight, np.float64), 0)[np.where(known, labels, -1)], 0)
+            weights[kept] = np.asarray(class_weight, np.float64)[labels[kept]]
     return _weighted(weights[:, None], sample_weight, 1.0, 0, kept)[1][0]
 
 

@@ -521,7 +521,8 @@ def add_parts_of(plan: BatchSumPlan, result: Result, alpha: Scale, workspace_at:
     return () if second is None else (sum_parts(second, parts_of(plan, workspace_at), result, alpha),)
 
 
-def sum_parts(second: SumPartsPlan, parts: Matrix, result: Result, alpha: Scale, beside: Matrix | None = None) -> Launch:
+def sum_parts(second: SumPartsPlan, parts: Matrix, result: Result, alpha: Scale,
+              beside: Matrix | None = None) -> Launch:
     """What adds the rows of parts to the result; if there is one beside it, their last column to that, as it is."""
     target = result.matrix
     constants = SumParts(second.dtype, target.dtype, MOST_THREADS, result.accumulate, second.compensated,

@@ -214,7 +214,8 @@ def launches(plan: CrossEntropyPlan | UpstreamPlan, upstream: Upstream, dz: Matr
         column_at(upstream.weights), column_at(loss if kind in ("each", "sum") else None),
         weights_at if before else 0, plan.weighing_blocks or plan.samples, Slot("ignored") if upstream.labels else 0,
         Slot("parameter"), scale, dz.rows, dz.cols, plan.samples_per_part, target.address, stride, target.col_stride)
-    rows = Launch("densegrad.kernels.cross_entropy", "cross_entropy_rows", constants, arguments, (plan.parts,), plan.threads, plan=plan)
+    rows = Launch("densegrad.kernels.cross_entropy", "cross_entropy_rows", constants, arguments, (plan.parts,),
+                  plan.threads, plan=plan)
     if not second:
         return *before, rows
     return *before, rows, sum_parts(second, target, result, ONE, loss if summed else None)
@@ -231,8 +232,9 @@ def _divisor(plan: CrossEntropyPlan, upstream: Upstream) -> tuple[tuple[Launch, 
     arguments = WeighSamplesArguments(
         column_at(labels), column_at(upstream.class_weights), column_at(upstream.weights),
         Slot("ignored") if labels else 0, plan.samples, plan.outputs, room)
-    weighing = Launch("densegrad.kernels.weigh_samples", "weigh_samples", WeighSamples(plan.accumulator, upstream.targets, WEIGHING_THREADS),
-                      arguments, (blocks,), WEIGHING_THREADS, plan=plan)
+    constants = WeighSamples(plan.accumulator, upstream.targets, WEIGHING_THREADS)
+    weighing = Launch("densegrad.kernels.weigh_samples", "weigh_samples", constants, arguments, (blocks,),
+                      WEIGHING_THREADS, plan=plan)
     return (weighing,), "parts", room
 
 
@@ -252,8 +254,10 @@ def variants() -> Iterator[tuple[str, Launch]]:
 def _variant(plan: CrossEntropyPlan, targets: Targets, reduction: str) -> Iterator[tuple[str, Launch]]:
     samples, outputs, accumulator = plan.samples, plan.outputs, plan.accumulator
     matrix = Matrix(Slot("dz"), plan.dtype, samples, outputs, outputs, 1)
-    labels, classes, weights = (Matrix(Slot(name), dtype, rows, 1, 1, 1) if dtype else None for name, dtype, rows in zip(
-        ("labels", "class_weight", "sample_weight"), targets, (samples, outputs, samples), strict=True))
+    names = ("labels", "class_weight", "sample_weight")
+    labels, classes, weights = (
+        Matrix(Slot(name), dtype, rows, 1, 1, 1) if dtype else None
+        for name, dtype, rows in zip(names, targets, (samples, outputs, samples), strict=True))
     loss = Matrix(Slot("loss"), accumulator, samples if reduction == "none" else 1, 1, 1, 1)
     upstream = Upstream(None, matrix, weights, labels, None if labels else matrix, classes, reduction, loss)
     title = "-".join([plan.dtype, f"{samples}x{outputs}", targets.labels or "probabilities", *(

@@ -164,9 +164,9 @@ class UpstreamPlan:
         lines.append(f"{reads} read once, dz is written once: {moved} bytes")
         if self.above == CROSS_ENTROPY:
             threads, samples = self.log_sum_exp_block
-            why = ("the samples lie side by side" if self.features_first else
-                   f"a row of {cut.outputs * ITEM_BYTES[cut.dtype]} bytes does not fit into the registers of a block, or "
-                   "this plan was asked for")
+            why = "the samples lie side by side" if self.features_first else (
+                f"a row of {cut.outputs * ITEM_BYTES[cut.dtype]} bytes does not fit into the registers of a block, or "
+                "this plan was asked for")
             lines.append(f"before that another launch reads z for each sample's log-sum-exp, by blocks of {samples} "
                          f"samples and {threads} threads for each: two readings, since {why}")
         elements = f"{self.elements} element{'s' * (self.elements > 1)}"
