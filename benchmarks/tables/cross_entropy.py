@@ -4,6 +4,7 @@ Each row of logits is read as every other one is, so that a few of them are exec
 but for its parts: two, where its own are several, so that these are added.
 """
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,16 +113,17 @@ class Counted:
         counts = counted(machine, plan, samples, self.outputs, self.dtype)
         added = total(counts)
         rows = [one for one in counts if one.kernel != "sum_parts"]
-        try:
+        read: float | None = None
+        dz_written: float | None = None
+        with suppress(Skipped):  # if who counts here does not tell accesses apart
             read = sum(one.loaded[2] + one.loaded[16] for one in rows) / matrix
             dz_written = sum(one.stored[width] for one in rows) / matrix
-        except Skipped:  # who counts here does not tell accesses apart
-            read = dz_written = None
         return {
             "shape": f"{self.samples}x{self.outputs}", "dtype": self.dtype, "cut": f"{samples}x{self.outputs}",
             "kernels": added.kernel, "readings": 1 if once else 2,
             "launches": launched(whole, self.samples, self.outputs, self.dtype),
-            "logits_read": read, "dz_written": dz_written, "read": added.load_sectors / matrix, "written": added.store_sectors / matrix,
+            "logits_read": read, "dz_written": dz_written, "read": added.load_sectors / matrix,
+            "written": added.store_sectors / matrix,
             "active_lanes": added.active_lanes, "shared_load_degree": added.shared_load_degree,
             "shared_store_degree": added.shared_store_degree,
         }
