@@ -54,7 +54,7 @@ ARROWS = {
     "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients", "tuned"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands"},
     "losses": {"calls", "errors", "families", "launches", "operands", "output_gradients"},
-    "torch": {"activations", "device", "errors", "gradients", "tensors"},
+    "torch": {"activations", "device", "errors", "gradients", "losses", "tensors"},
     "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches",
                 "losses", "output_gradients"},
     "testing": {"activations", "device", "plans", "reference"},
