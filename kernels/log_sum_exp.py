@@ -4,6 +4,7 @@
     result[1, s] = log(sum over m of exp(z[s, m] - result[0, s]))            not a number if the label is no class
     result[2, s] = Q[s] = sum over m of q[s, m]                              as in cross_entropy, if not always 1
     loss[s]      = weight[s] (Q[s] (result[0, s] - z[s, 0] + result[1, s]) + sum over m of q[s, m] (z[s, 0] - z[s, m]))
+                   of which the label's part is taken as result[0, s] - z[s, label] where targets need no sum
 
 and what each block's samples weigh, for the divisor of a mean, and their losses.
 
@@ -50,6 +51,7 @@ def make_log_sum_exp(constants):
     number, fill = primitives.typed(accumulator), primitives.fill(accumulator, 1)
     zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
     divide, minus = primitives.divide(accumulator), primitives.minus(accumulator, count, 1)
+    subtract = primitives.minus(accumulator, 1, 1)
     load_all, load_edge = (primitives.load_vector(dtype, count, accumulator),
                            primitives.load_between(dtype, count, accumulator, LOWEST))
     load_element = primitives.load_each(dtype, 1, accumulator)
@@ -167,11 +169,18 @@ def make_log_sum_exp(constants):
                     origin = load_element(z, sample * z_down, 1, 1)
                     if origin[0] == number(LOWEST):
                         origin = zero()
-                    if not dense:
-                        lost = lost * elsewhere if elsewhere != 0 else number(0)
+                    largest = fill(found[0])
+                    beyond = subtract(largest, origin)[0]
+                    if dense:
+                        row_loss = target_sum * (beyond + log_total) - lost
+                    else:
+                        all_beyond = fill(number(outputs) * beyond)
+                        lost = elsewhere * subtract(fill(lost), all_beyond)[0] if elsewhere != 0 else number(0)
                         if label >= 0 and label < outputs and more != 0:
-                            lost += more * (load_element(z, sample * z_down + label * z_across, 1, 1)[0] - origin[0])
-                    row_loss = target_sum * (found[0] - origin[0] + log_total) - lost
+                            # Less the largest, and not the first, which may be any number.
+                            at_label = load_element(z, sample * z_down + label * z_across, 1, 1)
+                            lost += more * subtract(at_label, largest)[0]
+                        row_loss = log_total - lost
                     if weighted:
                         row_loss *= load_weight(weights, sample * weights_step, 1, 1)[0]
                     if masked:

@@ -36,59 +36,61 @@ def samples_first(call, name):
     return np.nan_to_num(array.astype(np.float64))
 
 
-def check(call, xp, alpha, z, bias):
-    """Hold a call's dz and db to what z and bias, which was added to it, have as gradients."""
+def check(call, xp, alpha, z, bias, **more):
+    """Hold a call's dz and db to what z and bias, which was added to it, have as gradients, and what it has more."""
     found, launches = call.run(xp, alpha)
     expected = call.expected(launches, alpha)
     dz = z.grad.numpy()
-    exact = {"dz": np.moveaxis(dz, -1, 0) if call.batch_axis else dz,
-             "db": bias.grad.numpy().reshape(found["db"].shape)}
+    exact = more | {"dz": np.moveaxis(dz, -1, 0) if call.batch_axis else dz,
+                    "db": bias.grad.numpy().reshape(found["db"].shape)}
     for name, (_, bound) in expected.items():
         check_within(found[name], exact[name], bound)
 
 
-#: A loss for each sample; class weights are sample weights where targets are not smoothed, else have no counterpart.
-LOSSES = [losses for losses in itertools.product(("sum", "mean", "weighted", "chosen", "class weights"),
-                                                 (0.0, 0.1, 1.0), (-100, 1), (1, 2, 3, 4))
-          if not (losses[0] == "class weights" and losses[1])]
+#: reduction, label_smoothing, ignore_index or None of class probabilities, class_weight
+LOSSES = list(itertools.product(("mean", "sum", "none"), (0.0, 0.1, 1.0), (-100, 1, None), (None, "float32")))
 
 
-@pytest.mark.parametrize(("reduction", "label_smoothing", "ignore_index", "axes"), LOSSES)
-def test_cross_entropy_with_every_option(reduction, label_smoothing, ignore_index, axes, xp):
-    number = LOSSES.index((reduction, label_smoothing, ignore_index, axes))
-    kind = {"weighted": "float32", "chosen": "bool", "class weights": "float32"}.get(reduction)
-    call = classifier(number, axes=axes, ignore_index=ignore_index, label_smoothing=label_smoothing, sample_weight=kind,
-                      dtype=DTYPES[number // 4 % 4], batch_axis=number // 4 % 2 if axes == 1 else 0)
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize(("reduction", "label_smoothing", "ignore_index", "class_weight"), LOSSES)
+def test_cross_entropy_with_every_option(reduction, label_smoothing, ignore_index, class_weight, turn, xp):
+    """Loss, gradient and its sum over the batch, with the classes on axis 1; PyTorch's mask is ignored labels."""
+    number = LOSSES.index((reduction, label_smoothing, ignore_index, class_weight)) + turn * (len(LOSSES) + 2)
+    axes, dense = number % 4 + 1, ignore_index is None
+    kinds = {"mean": (None, None if dense else "bool"), "sum": (None, "bool"), "none": ("float32", "bool")}
+    call = classifier(number, axes=axes, label_smoothing=label_smoothing, reduction=reduction, probabilities=dense,
+                      class_weight=class_weight, sample_weight=kinds[reduction][number // 3 % 2],
+                      dtype=DTYPES[number // 4 % 4], batch_axis=number // 4 % 2 if axes == 1 else 0,
+                      **{} if dense else {"ignore_index": ignore_index})
     if number % 2 and axes > 1 and not call.in_place:
         # The classes on axis 1 in memory, where PyTorch has them.
         call.layouts["dz"] = Strided.of(call.values["dz"].shape, (0, axes, *range(1, axes)))
-    weights, labels = call.values.get("sample_weight"), call.values["labels"].astype("int64")
-    if reduction == "chosen":
-        labels = np.where(weights, labels, 0)
-    kept, of_classes, alpha = labels != ignore_index, None, 1.0
-    if reduction == "mean":
-        alpha = 1 / kept.sum()
-    elif reduction == "class weights":
-        of_classes = np.arange(1, call.out_features + 1, dtype="float32")
-        weights = np.where(kept, of_classes[np.where(kept, labels, 0)], 0)
-        call.layouts["sample_weight"], call.values["sample_weight"] = Strided.of(weights.shape), weights
-        alpha = 1 / weights.sum(dtype=np.float64)
+    weights = call.values.get("sample_weight", np.ones(call.batch))
+    if dense:
+        labels = torch.from_numpy(samples_first(call, "labels")).movedim(-1, 1)
+    else:
+        labels = call.values["labels"].astype("int64")
+        labels = torch.from_numpy(np.where(weights, labels, ignore_index) if weights.dtype == bool else labels)
     z, bias = leaf(samples_first(call, "dz")), leaf(np.zeros(call.out_features))
+    classes = call.values.get("class_weight")
+    separate = reduction == "none" or (dense and weights.dtype == bool)
     loss = functional.cross_entropy(
-        (z + bias).movedim(-1, 1), torch.from_numpy(labels), None if of_classes is None else leaf(of_classes).detach(),
-        ignore_index=ignore_index, label_smoothing=label_smoothing,
-        reduction={"sum": "sum", "mean": "mean", "class weights": "mean"}.get(reduction, "none"))
-    if reduction in ("weighted", "chosen"):
-        loss = (loss * leaf(weights).detach()).sum()
-    loss.backward()
-    check(call, xp, float(alpha), z, bias)
+        (z + bias).movedim(-1, 1), labels, None if classes is None else leaf(classes).detach(),
+        label_smoothing=label_smoothing, reduction="none" if separate else reduction,
+        **{} if dense else {"ignore_index": ignore_index})
+    if separate:
+        loss = loss * leaf(weights).detach()
+    value = loss.sum() if reduction == "sum" else loss
+    (call.alpha * loss.sum()).backward()
+    check(call, xp, call.alpha, z, bias, loss=value.detach().numpy())
 
 
 def classifier(seed, **fixed):
-    """A call of which not all samples are ignored."""
+    """A call of which not all samples are left out."""
     for drawn in itertools.count(seed, 1000):
-        call = Call("cross_entropy_grad", drawn, accumulate=False, refusals=False, empty="", **fixed)
-        if (call.values["labels"] != call.options["ignore_index"]).any():
+        call = Call("cross_entropy", drawn, accumulate=False, refusals=False, empty="", **fixed)
+        kept = call.values["labels"] != call.options["ignore_index"] if "ignore_index" in call.options else True
+        if (kept & (call.values.get("sample_weight", np.ones(call.batch)) != 0)).any():
             return call
     raise AssertionError("itertools.count came to an end")
 

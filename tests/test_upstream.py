@@ -1,4 +1,4 @@
-"""dL/dZ below activations and cross-entropy against float64, and dL/db: the sum of what was stored, to the last bit."""
+"""dL/dZ below activations against float64, and dL/db: the sum of what was stored, to the last bit."""
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 import densegrad as dg
 from densegrad import reference
 from densegrad.activations import ENTRIES, SELU_ALPHA, SELU_SCALE, Formula, normal_tail
-from densegrad.calls import recorded
 from densegrad.device import dtype_of
 from densegrad.errors import DTypeError, OutError, PlanError, ShapeError
 from densegrad.plans import ACTIVATIONS, BatchSumPlan, UpstreamPlan, accumulator_of, plan_upstream
@@ -21,7 +20,6 @@ from densegrad.testing import (
     activation_roundings,
     bits,
     check_within,
-    cross_entropy_roundings,
     dz_bound,
     host,
     normal,
@@ -72,29 +70,6 @@ def test_float64_derivatives_by_central_differences(activation):
     # No third derivative is over 3, and a value is rounded in about 20 operations of numbers up to 8.
     bound = 3 * step ** 2 / 6 + 20 * 8 * 2.0 ** -53 / step
     assert (np.abs(difference - reference.derivative(activation, z)) <= bound).all()
-
-
-def test_float64_cross_entropy_by_central_differences():
-    z, labels, weights = normal((6, 5), "float64"), np.array([0, 4, -100, 2, 2, 1]), np.arange(1.0, 7.0)
-
-    def loss():
-        logarithm = np.log(np.exp(z).sum(axis=1, keepdims=True))
-        target = np.full(z.shape, 0.2 / 5)
-        target[np.arange(6), np.maximum(labels, 0)] += 0.8
-        return (((logarithm - z) * target).sum(axis=1) * weights * (labels >= 0)).sum()
-
-    dz, db = reference.cross_entropy_grad(z, labels, label_smoothing=0.2, sample_weight=weights)
-    step = 2.0 ** -17
-    for index in np.ndindex(z.shape):
-        kept = z[index]
-        z[index] = kept + step
-        above = loss()
-        z[index] = kept - step
-        difference = (above - loss()) / (2 * step)
-        z[index] = kept
-        # The third derivative is at most 1 times the weight; a loss, below 100, is rounded in about 100 operations.
-        assert abs(difference - dz[index]) <= 6 * step ** 2 / 6 + 100 * 100 * 2.0 ** -53 / step
-    np.testing.assert_allclose(db, dz.sum(axis=0), rtol=1e-14)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -201,61 +176,12 @@ def test_padding_contributes_exactly_nothing(activation, batch_axis, xp):
     np.testing.assert_array_equal(host(weighted.db), host(grads(kept, kept_z).db))
 
 
-@pytest.mark.parametrize(("dtype", "labels", "batch_axis"), [
-    ("float32", "int64", 0), ("float32", "int32", 1), ("float64", "int64", 1), ("float16", "int32", 0),
-    ("bfloat16", "int64", 1)])
-def test_cross_entropy(dtype, labels, batch_axis, xp):
-    z, label = data((21, 40), dtype, 7), np.random.default_rng(8).integers(0, 40, 21).astype(labels)
-    label[[3, 20]], z[3] = -1, np.nan
-    # Without weights nothing else leaves out what lies behind the last sample.
-    weights = None if labels == "int32" else np.abs(normal((21,), "float32", 9))
-    options = {"batch_axis": batch_axis, "ignore_index": -1, "label_smoothing": 0.1, "alpha": 0.5}
-    given = np.ascontiguousarray(z.T) if batch_axis else z
-    plan = small_plan("cross_entropy", 21, 40, dtype, batch_axis, parts=2)
-    out = poisoned(given.shape, dtype, module=xp)
-    _, db = dg.cross_entropy_grad(*on(xp, given, label), sample_weight=on(xp, weights)[0],
-                                  out=dg.OutputGrads(dz=out.array), plan=plan, **options)
-    exact, _ = reference.cross_entropy_grad(given, label, sample_weight=weights, **options)
-    roundings = cross_entropy_roundings(21, 40, batch_axis)
-    scale = np.ones(21) if weights is None else weights
-    largest = 0.5 * scale[None, :] if batch_axis else 0.5 * scale[:, None]
-    check_within(out.read(), exact, dz_bound(exact, largest, roundings, dtype))
-    dz = host(out.array).T if batch_axis else host(out.array)
-    assert (dz[[3, 20]] == 0).all()
-    assert (bits(db) == bits(dg.bias_grad(out.array, batch_axis=batch_axis, plan=plan.sum))).all()
-
-
-def test_large_logits_neither_overflow_nor_lose_their_softmax(xp):
-    z = np.array([[1000, 999, -1000], [-3e38, 0, 0], [-np.inf, 1, 1]], "float32")
-    dz, _ = dg.cross_entropy_grad(*on(xp, z, np.array([0, 1, 2])))
-    exact, _ = reference.cross_entropy_grad(z, np.array([0, 1, 2]))
-    check_within(dz, exact, dz_bound(exact, 1, cross_entropy_roundings(3, 3, False), "float32"))
-    # A common offset changes nothing, to the last bit.
-    dz, _ = dg.cross_entropy_grad(*on(xp, np.full((1, 2), 1e4, "float32"), np.array([0])))
-    np.testing.assert_array_equal(host(dz), [[-0.5, 0.5]])
-
-
-def test_not_finite_logits_spoil_their_sample_alone(xp):
-    inf, nan = np.inf, np.nan
-    z = np.array([[inf, 1, 2], [inf, inf, 0], [nan, 0, 0], [-inf, -inf, -inf], [0, 0, -inf]], "float32")
-    dz, _ = dg.cross_entropy_grad(*on(xp, z, np.array([1, 0, 0, 0, 0])))
-    np.testing.assert_array_equal(host(dz), np.array([[nan] * 3] * 4 + [[-0.5, 0.5, 0]]))
-
-
 @pytest.mark.parametrize("batch_axis", [0, 1])
 def test_what_is_left_out_is_zero_whatever_its_factors_are(batch_axis, xp):
-    z, labels = np.ones((2, 2), "float32"), np.array([0, -100])
-    weight, mask = np.array([1, np.nan], "float32"), np.array([True, False])
-    dz, db = dg.cross_entropy_grad(*on(xp, z, labels), sample_weight=xp.asarray(weight), batch_axis=batch_axis)
+    da, mask = np.ones((2, 2), "float32"), np.array([True, False])
+    dz, _ = dg.activation_grad(xp.asarray(da), sample_weight=xp.asarray(mask), alpha=np.inf, batch_axis=batch_axis)
     lost = host(dz)[:, 1] if batch_axis else host(dz)[1]
     np.testing.assert_array_equal(lost, 0)
-    assert np.isfinite(host(db)).all()
-    dz, db = dg.activation_grad(xp.asarray(z), sample_weight=xp.asarray(mask), alpha=np.inf, batch_axis=batch_axis)
-    lost = host(dz)[:, 1] if batch_axis else host(dz)[1]
-    np.testing.assert_array_equal(lost, 0)
-    masked, _ = dg.cross_entropy_grad(*on(xp, z, np.array([0, 7])), sample_weight=xp.asarray(mask),
-                                      batch_axis=batch_axis)
-    np.testing.assert_array_equal(host(masked)[:, 1] if batch_axis else host(masked)[1], 0)
 
 
 def test_an_f_ordered_gradient_gives_an_f_ordered_dz(xp):
@@ -268,45 +194,23 @@ def test_an_f_ordered_gradient_gives_an_f_ordered_dz(xp):
 
 
 @pytest.mark.parametrize("batch", [(2, 2), (3, 2, 4)])
-@pytest.mark.parametrize("above", ["identity", "relu", "mask", "cross_entropy"])
+@pytest.mark.parametrize("above", ["identity", "relu", "mask"])
 def test_a_new_dz_has_features_first_and_batch_axes_in_their_own_order(above, batch, xp):
     """Two batch axes that flatten to one, with samples side by side in memory: turning all axes would permute them."""
     def memory_order(array):
         return np.moveaxis(np.moveaxis(array, -1, 0).copy(), 0, -1)
 
     z, samples = memory_order(data((*batch, 3), "float32", 26)), np.arange(np.prod(batch)).reshape(batch)
-    function, arguments, options, scale, roundings = "activation_grad", (z,), {}, np.abs(z), 0
+    arguments, options = (z,), {}
     if above == "relu":
         arguments = z, memory_order(data((*batch, 3), "float32", 27)), "relu"
     elif above == "mask":
         options = {"sample_weight": samples % 3 > 0}
-    elif above == "cross_entropy":
-        function, arguments, scale = "cross_entropy_grad", (z, samples % 3), 1
-        roundings = cross_entropy_roundings(samples.size, 3, True)
-    exact = getattr(reference, function)(*arguments, **options)[0].reshape(z.shape)
+    exact = reference.activation_grad(*arguments, **options)[0].reshape(z.shape)
     given = [argument if isinstance(argument, str) else placed_as_it_is(xp, argument) for argument in arguments]
-    dz, _ = getattr(dg, function)(*given, **{name: xp.asarray(value) for name, value in options.items()})
-    check_within(dz, exact, dz_bound(exact, scale, roundings, "float32"))
+    dz, _ = dg.activation_grad(*given, **{name: xp.asarray(value) for name, value in options.items()})
+    check_within(dz, exact, dz_bound(exact, np.abs(z), 0, "float32"))
     assert dz.strides == z.strides
-
-
-def test_few_samples_of_many_classes(xp):
-    z, labels = data((3, 2300), "float32", 25), np.array([0, 2299, 5])
-    dz, _ = dg.cross_entropy_grad(*on(xp, z, labels))
-    exact, _ = reference.cross_entropy_grad(z, labels)
-    check_within(dz, exact, dz_bound(exact, 1, cross_entropy_roundings(3, 2300, False), "float32"))
-
-
-def test_a_label_that_is_no_class(lane, xp):
-    z, labels = xp.asarray(data((4, 3), "float32")), xp.asarray(np.array([0, 3, -7, 2]))
-    if lane == "simulator":
-        with pytest.raises(ValueError, match="labels must be classes from 0 to 2, or ignore_index -100; got 3 for "
-                                             "sample 1"):
-            dg.cross_entropy_grad(z, labels)
-    else:
-        dz, db = dg.cross_entropy_grad(z, labels)
-        np.testing.assert_array_equal(np.isnan(host(dz)).all(axis=1), [False, True, True, False])
-        assert np.isnan(host(db)).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -481,12 +385,6 @@ WRONG = {
     "z and activation": (ValueError, r"the order is da, z, activation", lambda a: dg.activation_grad(a, "relu", a)),
     "no z": (TypeError, r"z must be an array.*got 'relu' \(pass z=, and activation='relu'",
              lambda a: dg.activation_grad(a, "relu")),
-    "one-hot": (ShapeError, r"one-hot\? then pass labels.argmax\(axis=-1\)",
-                lambda a: dg.cross_entropy_grad(a, (a > 0).astype("int64"))),
-    "labels of torch's order": (
-        ShapeError, r"labels must have one value for each sample, shape \(2, 3\); got \(2, 4\); are the classes on "
-        r"axis 1 of z\? then pass numpy.moveaxis\(z, 1, -1\)",
-        lambda a: dg.cross_entropy_grad(a.reshape(2, 3, 4), (a.reshape(2, 3, 4)[:, 0] > 0).astype("int64"))),
     "compensated": (TypeError, "compensated must be True or False; got 2", lambda a: dg.bias_grad(a, compensated=2)),
     "keepdims": (TypeError, "keepdims must be True or False; got 'no'", lambda a: dg.bias_grad(a, keepdims="no")),
     "accumulate": (TypeError, "accumulate must be True or False; got 1", lambda a: dg.weight_grad(a, a, accumulate=1)),
@@ -510,19 +408,14 @@ WRONG = {
                            lambda a: dg.activation_grad(a, sample_weight=a[0])),
     "float64 weights": (DTypeError, "sample_weight must be float32, bool,",
                         lambda a: dg.activation_grad(a, sample_weight=a[:, 0].astype("float64"))),
-    "float labels": (DTypeError, "labels must be int64 or int32", lambda a: dg.cross_entropy_grad(a, a[:, 0])),
     "weights in dz": (OutError, "out.dz overlaps sample_weight in memory", lambda a: dg.activation_grad(
         a[:, :1].copy(), sample_weight=a[:, 0], out=dg.OutputGrads(dz=a[:, :1]))),
     "integer mask": (DTypeError, r"astype\('bool'\) if they choose samples",
                      lambda a: dg.activation_grad(a, sample_weight=a[:, 0].astype("uint8"))),
-    "ignore_index": (TypeError, "ignore_index must be an integer of 64 bits; got 1.5",
-                     lambda a: dg.cross_entropy_grad(a, a[:, 0].astype("int32"), ignore_index=1.5)),
     "alpha": (TypeError, "alpha must be a number; got NoneType", lambda a: dg.activation_grad(a, alpha=None)),
     "alphas": (TypeError, "alpha must be a number", lambda a: dg.bias_grad(a, alpha=host(a[0]))),
     "slope": (TypeError, "negative_slope must be a number",
               lambda a: dg.activation_grad(a, a, "leaky_relu", negative_slope="1")),
-    "smoothing": (ValueError, "label_smoothing must be between 0 and 1; got 2",
-                  lambda a: dg.cross_entropy_grad(a, a[:, 0].astype("int32"), label_smoothing=2)),
     "dtype of dz": (DTypeError, "out.dz must be float32, as the inputs are; got float64",
                     lambda a: dg.activation_grad(a, a, "relu", out=dg.OutputGrads(dz=a.astype("float64")))),
     "shifted dz": (OutError, "out.dz overlaps da in memory", lambda a: dg.activation_grad(
@@ -545,15 +438,6 @@ WRONG = {
     "plan of dz for a sum": (TypeError, "plan must be a BatchSumPlan; got UpstreamPlan", lambda a: dg.bias_grad(
         a, plan=plan_upstream(6, 4, "float32", "flat", "relu"))),
 }
-
-
-def test_class_probabilities_are_refused_without_another_problem_as_the_cure():
-    z = data((6, 4), "float32")
-    with pytest.raises(ShapeError, match="class probabilities are not taken") as raised:
-        dg.cross_entropy_grad(z, np.full((6, 4), 0.25, "float32"))
-    assert "argmax" not in str(raised.value)
-    # What it says instead: the same dz, from a softmax of the caller's.
-    assert "dz = softmax(z) - labels" in str(raised.value)
 
 
 def test_identity_takes_z_and_does_not_read_it(xp):
@@ -624,18 +508,3 @@ def test_a_plan_says_what_is_formed_and_what_it_takes(above, words):
                  f"{plan.blocks_per_multiprocessor} blocks a multiprocessor",
                  f"longest chain of additions {plan.chain}"):
         assert fact in said
-
-
-def test_what_is_launched_is_what_the_plan_says(xp):
-    z, labels = data((37, 9), "float32"), np.zeros(37, "int64")
-    plan = small_plan("cross_entropy", 37, 9, "float32", False, parts=2)
-    with recorded() as launches:
-        dg.cross_entropy_grad(*on(xp, z, labels), plan=plan)
-    (threads, samples), second = plan.log_sum_exp_block, plan.sum.second
-    assert [(one.kernel, one.block, one.plan) for one in launches] == [
-        ("log_sum_exp", threads * samples, plan), ("upstream_sum", plan.threads, plan),
-        ("sum_parts", second.threads, second)]
-    assert [one.grid for one in launches] == [(-(-37 // samples),), plan.grid, second.grid]
-    made_of = launches[1].constants
-    assert (made_of.above, made_of.elements, made_of.blocks_per_multiprocessor, made_of.threads_x, made_of.lanes) == (
-        plan.above, plan.elements, plan.blocks_per_multiprocessor, plan.sum.threads_x, plan.sum.lanes)

@@ -48,7 +48,7 @@ def cross_entropy(z, labels, *, class_weight=None, ignore_index=-100, label_smoo
     shifted = np.exp(z - highest)
     total = shifted.sum(axis=1, keepdims=True)
     with np.errstate(all="ignore"):
-        loss = np.where(q == 0, 0, q * (highest + np.log(total) - z)).sum(axis=1)
+        loss = np.where(q == 0, 0, q * (np.log(total) + (highest - z))).sum(axis=1)
     weigh = {"sample_weight": sample_weight, "kept": kept}
     losses, summed = _weighted(loss[:, None], alpha=1.0, batch_axis=0, **weigh)
     share = 1.0

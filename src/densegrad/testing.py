@@ -295,8 +295,11 @@ def expected_cross_entropy(z: np.ndarray, labels: np.ndarray, plan: CrossEntropy
             share = abs(1 / divisor) if divisor else 0.0
         magnitude = np.where(kept, np.abs(q).sum(axis=1), 0)
         highest = logits.max(axis=1, keepdims=True, initial=-np.inf)
-        # Minus infinity is no origin: zero takes its place.
-        first = np.where(np.isfinite(logits[:, :1]), logits[:, :1], 0)
+        first = highest
+        if isinstance(plan, UpstreamPlan) and (labels.dtype.kind not in "iu" or options.get("class_weight") is not None
+                                               or options.get("label_smoothing")):
+            # Minus infinity is no origin: zero takes its place.
+            first = np.where(np.isfinite(logits[:, :1]), logits[:, :1], 0)
         spread = np.where(np.isfinite(logits), np.abs(highest - logits) + np.abs(first - logits), 0)
         lost = size * (np.where(q == 0, 0, np.abs(q) * spread).sum(axis=1) + magnitude * (
             np.log(max(logits.shape[1], 1)) + 1 + np.abs(highest - first).max(axis=1, initial=0)))

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..errors import PlanError
@@ -178,12 +178,13 @@ def plan_cross_entropy(samples: int, outputs: int, dtype: str, layout: str) -> C
     pieces = power_of_two(ceil_div(vectors, threads_x))
     if rows * cols <= SMALL:
         lanes = max(64 // threads_x, 1)
-        return CrossEntropyPlan(samples, outputs, dtype, threads_x, lanes, pieces, rows)
+        return CrossEntropyPlan(samples, outputs, dtype, threads_x, lanes, pieces=pieces, samples_per_part=rows)
     lanes = THREADS // threads_x
     while lanes > 1 and threads_x * lanes > 128 and ceil_div(rows, lanes) < BLOCKS:
         lanes //= 2
     steps = ceil_div(ceil_div(rows, lanes), BLOCKS)
-    return CrossEntropyPlan(samples, outputs, dtype, threads_x, lanes, pieces, min(rows, steps * lanes))
+    return CrossEntropyPlan(samples, outputs, dtype, threads_x, lanes, pieces=pieces,
+                            samples_per_part=min(rows, steps * lanes))
 
 
 def launches(plan: CrossEntropyPlan | UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result,
@@ -199,7 +200,8 @@ def launches(plan: CrossEntropyPlan | UpstreamPlan, upstream: Upstream, dz: Matr
         return ()
     summed = loss is not None and upstream.reduction != "none"
     before, divisor, weights_at = _divisor(plan, upstream)
-    second = plan_sum_parts(plan.parts, plan.outputs + summed, plan.accumulator) if plan.parts > 1 else None
+    # With a loss or without one, by the same lanes: so that db has the same bits.
+    second = replace(plan.second, outputs=plan.outputs + summed) if plan.second else None
     kind = "" if loss is None else "each" if not summed else "part" if second else "sum"
     target, stride = result.matrix, 0
     if second:
@@ -259,7 +261,8 @@ def _variant(plan: CrossEntropyPlan, targets: Targets, reduction: str) -> Iterat
         Matrix(Slot(name), dtype, rows, 1, 1, 1) if dtype else None
         for name, dtype, rows in zip(names, targets, (samples, outputs, samples), strict=True))
     loss = Matrix(Slot("loss"), accumulator, samples if reduction == "none" else 1, 1, 1, 1)
-    upstream = Upstream(None, matrix, weights, labels, None if labels else matrix, classes, reduction, loss)
+    upstream = Upstream(None, matrix, weights, labels, probabilities=None if labels else matrix, class_weights=classes,
+                        reduction=reduction, loss=loss)
     title = "-".join([plan.dtype, f"{samples}x{outputs}", targets.labels or "probabilities", *(
         [f"classes-{targets.class_weights}"] * bool(targets.class_weights)), *(
         [f"weights-{targets.weights}"] * bool(targets.weights)), reduction])
