@@ -111,9 +111,9 @@ class Expected:
 def _below_cross_entropy(case: Case, data: Mapping[str, np.ndarray]) -> dict[str, Expected]:
     """What all results of cross-entropy should be.
 
-    A peer may add exponentials and losses in any order, and keep log-probabilities, each sample's loss and their mean
-    in the type of the logits, as PyTorch does. x exp(-x) is 1/e at most, which is what rounding log-probabilities does
-    to softmax.
+    A peer may add exponentials and losses in any order, and keep in the type of the logits, as PyTorch does,
+    log-probabilities, each sample's loss and its gradient, and the mean. x exp(-x) is 1/e at most, which is what
+    rounding log-probabilities does to softmax.
     """
     samples, _, classes = case.sizes
     plan, reduction = plan_cross_entropy(samples, classes, case.dtype, "flat"), REDUCTIONS[case.operation]
@@ -121,7 +121,7 @@ def _below_cross_entropy(case: Case, data: Mapping[str, np.ndarray]) -> dict[str
     (loss, dz, db), share = exact, 1 / samples if reduction == "mean" else 1.0
     kept, u = testing.ROUNDOFF[case.dtype], testing.ROUNDOFF[accumulator_of(case.dtype)]
     of_loss = bounds[0] + ((samples + 4 * classes) * u + 3 * kept) * (np.abs(loss) + samples * share)
-    of_dz = kept * share / np.e + testing.dz_bound(
+    of_dz = kept * (share / np.e + np.abs(dz)) + testing.dz_bound(
         dz, share, testing.cross_entropy_roundings(plan) + 4 * classes, case.dtype)
     of_db = of_dz.sum(axis=0) + testing.error_bound(np.abs(dz).sum(axis=0), db, samples, samples, case.dtype)
     names = "loss", "dz below cross-entropy", "db below cross-entropy"
