@@ -100,6 +100,8 @@ class Counts:
     store_sectors: int
     loads: Counter  # warps' requests to global memory by bytes a thread
     stores: Counter
+    loaded: Counter  # sectors loaded, by bytes a thread
+    stored: Counter
     warp_instructions: int
     thread_instructions: int
     by_class: Counter  # warps' instructions by ptxsim's classes: "ffma", "mma", "ld.global.128", "barrier"...
@@ -190,14 +192,17 @@ class Rehearsed:
     def _counts(self, kernel: str, executed: Any, launched: Any) -> Counts:
         counters = executed.counters
         requests: dict[str, Counter] = {"load": Counter(), "store": Counter(), "atomic": Counter()}
+        sectors: dict[str, Counter] = {"load": Counter(), "store": Counter(), "atomic": Counter()}
         for line in counters.lines:
             if line.space == "global" and line.threads:
                 requests[line.kind][line.width] += line.requests
+                sectors[line.kind][line.width] += line.sectors
         return Counts(
             kernel, executed.block[0] * executed.block[1] * executed.block[2],
             shared_bytes=counters.shared_bytes_per_cta,
             load_sectors=counters.global_load_sectors, store_sectors=counters.global_store_sectors,
-            loads=requests["load"], stores=requests["store"],
+            loads=requests["load"], stores=requests["store"], loaded=sectors["load"],
+            stored=sectors["store"],
             warp_instructions=counters.warp_instructions, thread_instructions=counters.thread_instructions,
             by_class=counters.warp_by_class,
             shared_load_wavefronts=counters.shared_load_wavefronts, shared_load_ideal=counters.shared_load_ideal,
@@ -280,7 +285,8 @@ class Profiled:
         ideal = {kind: seen[f"shared_{kind}_wavefronts"] - seen[f"shared_{kind}_conflicts"]
                  for kind in ("load", "store")}
         return Counts(launch.kernel, launch.block, 0, load_sectors=seen["load_sectors"],
-                      store_sectors=seen["store_sectors"], loads=Unseen(), stores=Unseen(),
+                      store_sectors=seen["store_sectors"], loads=Unseen(), stores=Unseen(), loaded=Unseen(),
+                      stored=Unseen(),
                       warp_instructions=seen["warp_instructions"], thread_instructions=seen["thread_instructions"],
                       by_class=Unseen(),
                       shared_load_wavefronts=seen["shared_load_wavefronts"], shared_load_ideal=ideal["load"],

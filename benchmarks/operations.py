@@ -18,6 +18,7 @@ from densegrad.commands import checks
 from densegrad.device import dtype_of
 from densegrad.facts import accumulator_of
 from densegrad.layers import LAYERS
+from densegrad.plans import plan_cross_entropy
 
 #: how much of a large result is compared with float64: so many rows, the first and last among them
 CHECKED_ROWS = 256
@@ -41,18 +42,19 @@ class Array:
 
 @dataclass(frozen=True)
 class Result:
-    """What comes out: made by which function of densegrad.reference of which arrays, and by how many additions."""
+    """What comes out: made by which function of densegrad.reference of which arrays, and by how many additions.
+
+    No function is named where all results of an operation are worked out together.
+    """
 
     array: Array
-    meaning: Callable[..., np.ndarray]
+    meaning: Callable[..., np.ndarray] | None
     arguments: tuple[str, ...]
     depth: Callable[[int, int, int], int]
     flops: Callable[[int, int, int], int]
     rows: tuple[str, int] | None = None  # of a product: which axis of which argument its rows follow
     # of the arguments, the sum of magnitudes where it is not the meaning of the arguments' own
     magnitude: Callable[..., np.ndarray] | None = None
-    # (case, whether additions may have any order, arguments) -> how far what is added may be off before
-    before: Callable[..., np.ndarray] | None = None
 
 
 #: Inputs of a trained layer are about normal, weights are smaller the more inputs there are, gradients are small.
@@ -73,13 +75,6 @@ def _below_relu(da: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return reference.activation_grad(da, z, ACTIVATION)
 
 
-def _cross_entropy_error(case: Case, any_order: bool, z: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How far dz below cross-entropy may be off, by the order in which our kernel adds exponentials up, or by any."""
-    roundings = testing.cross_entropy_roundings(case.samples, case.out_features, False)
-    return testing.dz_bound(reference.cross_entropy_grad(z, labels)[0], 1.0,
-                            roundings + 4 * case.out_features * any_order, case.dtype)
-
-
 RESULTS = {
     "dx": Result(Array(lambda s, d, m: (s, d)), reference.input_grad, ("dz", "w"), lambda s, d, m: m,
                  lambda s, d, m: 2 * s * d * m, ("dz", 0)),
@@ -91,19 +86,49 @@ RESULTS = {
     "db below relu": Result(Array(lambda s, d, m: (m,)), lambda da, z: _below_relu(da, z)[1], ("da", "z"),
                             lambda s, d, m: s, lambda s, d, m: s * m,
                             magnitude=lambda da, z: _below_relu(np.abs(da), z)[1]),
-    # The largest logit and the target are subtracted, and exponentials are added.
-    "dz below cross-entropy": Result(
-        INPUTS["dz"], lambda *given: reference.cross_entropy_grad(*given)[0], ("z", "labels"), lambda s, d, m: 1,
-        lambda s, d, m: 3 * s * m, magnitude=lambda *given: np.abs(reference.cross_entropy_grad(*given)[0]),
-        before=_cross_entropy_error),
-    "db below cross-entropy": Result(
-        Array(lambda s, d, m: (m,)), lambda *given: reference.cross_entropy_grad(*given)[1], ("z", "labels"),
-        lambda s, d, m: s, lambda s, d, m: s * m,
-        magnitude=lambda *given: np.abs(reference.cross_entropy_grad(*given)[0]).sum(axis=0),
-        before=lambda *given: _cross_entropy_error(*given).sum(axis=0)),
+    # The largest logit and the target are subtracted, and exponentials are added. The loss has the type of the sums.
+    "loss": Result(Array(lambda s, d, m: (), main=True), None, ("z", "labels"), lambda s, d, m: s,
+                   lambda s, d, m: 2 * s),
+    "dz below cross-entropy": Result(INPUTS["dz"], None, ("z", "labels"), lambda s, d, m: 1, lambda s, d, m: 3 * s * m),
+    "db below cross-entropy": Result(Array(lambda s, d, m: (m,)), None, ("z", "labels"), lambda s, d, m: s,
+                                     lambda s, d, m: s * m),
 }
 RESULTS |= {f"main {name}": replace(RESULTS[name], array=replace(RESULTS[name].array, main=True))
             for name in ("dw", "db")}
+#: of the operations on losses, what becomes of those of the samples
+REDUCTIONS = {"cross_entropy": "mean", "cross_entropy_grad": "sum"}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One result in float64, and how far it may be off: by our plan, or by any order of additions."""
+
+    exact: np.ndarray
+    bound: np.ndarray
+    any_order: np.ndarray
+
+
+def _below_cross_entropy(case: Case, data: Mapping[str, np.ndarray]) -> dict[str, Expected]:
+    """What all results of cross-entropy should be.
+
+    A peer may add exponentials and losses in any order, and keep in the type of the logits, as PyTorch does,
+    log-probabilities, each sample's loss and its gradient, and the mean. x exp(-x) is 1/e at most, which is what
+    rounding log-probabilities does to softmax.
+    """
+    samples, _, classes = case.sizes
+    plan, reduction = plan_cross_entropy(samples, classes, case.dtype, "flat"), REDUCTIONS[case.operation]
+    exact, bounds = testing.expected_cross_entropy(data["z"], data["labels"], plan, reduction=reduction)
+    (loss, dz, db), share = exact, 1 / samples if reduction == "mean" else 1.0
+    kept, u = testing.ROUNDOFF[case.dtype], testing.ROUNDOFF[accumulator_of(case.dtype)]
+    of_loss = bounds[0] + ((samples + 4 * classes) * u + 3 * kept) * (np.abs(loss) + samples * share)
+    of_dz = kept * (share / np.e + np.abs(dz)) + testing.dz_bound(
+        dz, share, testing.cross_entropy_roundings(plan) + 4 * classes, case.dtype)
+    of_db = of_dz.sum(axis=0) + testing.error_bound(np.abs(dz).sum(axis=0), db, samples, samples, case.dtype)
+    names = "loss", "dz below cross-entropy", "db below cross-entropy"
+    return {name: Expected(*map(np.asarray, of_one))
+            for name, *of_one in zip(names, exact, bounds, (of_loss, of_dz, of_db), strict=True)}
+
+
 ORIENTATIONS = ("samples first", "features first")
 
 
@@ -117,6 +142,8 @@ class Operation:
     in_pytorch: bool = False  # whether it is one of layers in PyTorch, and no function of densegrad
     in_parts: bool = False  # whether peers round parts of its sums to the dtype before they add them
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
+    # (case, inputs) -> all results, where they are worked out together
+    expected: Callable[..., Mapping[str, Expected]] | None = None
 
 
 #: how many parts of the batch go one after another into main gradients
@@ -128,9 +155,11 @@ OPERATIONS = {
     "weight_bias_grad": Operation(("x", "dz"), ("dw", "db")),
     "dense_grads": Operation(("x", "w", "dz"), ("dx", "dw", "db")),
     "activation_grad": Operation(("da", "z"), ("dz below relu", "db below relu")),
-    "cross_entropy_grad": Operation(("z", "labels"), ("dz below cross-entropy", "db below cross-entropy")),
-    # Of layers in PyTorch, through autograd: one backward, and micro-batches of one batch into main gradients. The loss
-    # belongs beside them.
+    "cross_entropy_grad": Operation(("z", "labels"), ("dz below cross-entropy", "db below cross-entropy"),
+                                    expected=_below_cross_entropy),
+    "cross_entropy": Operation(("z", "labels"), ("loss", "dz below cross-entropy", "db below cross-entropy"),
+                               expected=_below_cross_entropy),
+    # Of layers in PyTorch, through autograd: one backward, and micro-batches of one batch into main gradients.
     "layer_backward": Operation(("x", "w", "dz"), ("dx", "dw", "db"), in_pytorch=True),
     "micro_batches": Operation(("x", "dz"), ("main dw", "main db"), in_pytorch=True, in_parts=True,
                                dtypes=("float16", "bfloat16")),
@@ -203,7 +232,7 @@ class Truth:
     def __init__(self, case: Case, data: Mapping[str, np.ndarray]):
         self.case, self.data = case, data
         self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._before: dict[tuple[str, bool], np.ndarray | float] = {}
+        self._together: Mapping[str, Expected] = {}
 
     def worst(self, result: str, got: np.ndarray, chain: int | None, product_error: float = 0.0) -> float:
         """The worst error as a share of its bound. NaN and a wrong shape are infinitely wrong.
@@ -222,6 +251,10 @@ class Truth:
         depth = RESULTS[result].depth(*self.case.sizes)
         if got.shape != RESULTS[result].array.shape(*self.case.sizes):
             return float("inf")
+        if self.case.does.expected:
+            self._together = self._together or self.case.does.expected(self.case, self.data)
+            one = self._together[result]
+            return checks.compare(got, one.exact, one.any_order if chain is None else one.bound)[2]
         if result not in self._known:
             self._known[result] = self._exactly(result)
         exact, magnitude = self._known[result]
@@ -229,15 +262,7 @@ class Truth:
             got = got[checked_rows(len(got))]
         bound = testing.error_bound(magnitude, exact, depth if chain is None else chain, depth, self.case.dtype,
                                     RESULTS[result].array.dtype(self.case.dtype).name, product_error=product_error)
-        return checks.compare(got, exact, bound + self._off_before(result, chain is None))[2]
-
-    def _off_before(self, result: str, any_order: bool) -> np.ndarray | float:
-        """How far what is added up may be off before."""
-        before = RESULTS[result].before
-        if (result, any_order) not in self._before:
-            self._before[result, any_order] = (
-                0.0 if before is None else before(self.case, any_order, *self._arguments(result).values()))
-        return self._before[result, any_order]
+        return checks.compare(got, exact, bound)[2]
 
     def _arguments(self, result: str) -> dict[str, np.ndarray]:
         """What the result is made of, samples first and in float64."""
@@ -252,6 +277,7 @@ class Truth:
             name, axis = means.rows
             arrays[name] = arrays[name].take(checked_rows(arrays[name].shape[axis]), axis)
         given = arrays.values()
+        assert means.meaning, result
         return means.meaning(*given), means.magnitude(*given) if means.magnitude else means.meaning(*map(np.abs, given))
 
 
@@ -267,6 +293,8 @@ SHAPES = {
     "layers": tuple(LAYERS.values()),
     "tall": (*((samples, 64, outputs) for outputs in (1, 3, 10, 33, 128)
                for samples in (1_000, 10_000, 100_000, 1_000_003)), (1_000_003, 128, 128)),
+    "losses": tuple((samples, 1, classes) for samples, classes in (
+        (2048, 32000), (8192, 3072), (2048, 16000), (65536, 1000), (2048, 50257))),
     "square": tuple((size, size, size) for size in (512, 1024, 2048, 4096, 8192)),
 }
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import densegrad
 
 from . import baselines
-from .operations import ACTIVATION, MICRO_BATCHES, Case
+from .operations import ACTIVATION, MICRO_BATCHES, REDUCTIONS, Case
 
 Call = Callable[[], tuple]
 Prepare = Callable[[Case, Mapping[str, Any]], Call]
@@ -89,6 +90,8 @@ def _densegrad(precision: str | None) -> Prepare:
         elif case.operation in ("activation_grad", "cross_entropy_grad"):
             out = densegrad.OutputGrads(*given.values())
             inputs += [ACTIVATION] * (case.operation == "activation_grad")
+        elif case.operation == "cross_entropy":
+            out = densegrad.LossGrads(*given.values())
         options = {"batch_axis": case.batch_axis, "out": out} | ({"precision": precision} if precision else {})
 
         def call() -> tuple:
@@ -104,15 +107,20 @@ implementation(f"{OURS} tf32", *PRODUCTS, precision="tf32")(_densegrad("tf32"))
 implementation(f"{OURS} tf32x3", *PRODUCTS)(_densegrad("tf32x3"))
 
 
-@implementation("CuPy", "bias_grad", *PRODUCTS, "activation_grad", "cross_entropy_grad", requires=("cupy",))
+@implementation("CuPy", "bias_grad", *PRODUCTS, "activation_grad", *REDUCTIONS, requires=("cupy",))
 def _cupy(case: Case, arrays: Mapping[str, Any]) -> Call:
     import cupy
 
     def below_cross_entropy() -> None:
         z = arrays["z"].astype("float64" if case.dtype == "float64" else "float32", copy=False)
-        softmax = cupy.exp(z - z.max(axis=1, keepdims=True))
-        softmax /= softmax.sum(axis=1, keepdims=True)
-        softmax[cupy.arange(case.samples), arrays["labels"]] -= 1
+        shifted, at_label = z - z.max(axis=1, keepdims=True), (cupy.arange(case.samples), arrays["labels"])
+        softmax = cupy.exp(shifted)
+        total = softmax.sum(axis=1, keepdims=True)
+        softmax /= total
+        softmax[at_label] -= 1
+        if "loss" in arrays:
+            arrays["loss"][...] = (cupy.log(total[:, 0]) - shifted[at_label]).mean()
+            softmax /= case.samples
         arrays["dz below cross-entropy"][...] = softmax
 
     steps: dict[str, Callable[[], Any]] = {
@@ -121,6 +129,7 @@ def _cupy(case: Case, arrays: Mapping[str, Any]) -> Call:
         "db": lambda: cupy.sum(arrays["dz"], axis=case.batch_axis, out=arrays["db"]),
         "dz below relu": lambda: cupy.multiply(arrays["da"], arrays["z"] > 0, out=arrays["dz below relu"]),
         "db below relu": lambda: cupy.sum(arrays["dz below relu"], axis=0, out=arrays["db below relu"]),
+        "loss": lambda: None,  # with dz
         "dz below cross-entropy": below_cross_entropy,
         "db below cross-entropy": lambda: cupy.sum(arrays["dz below cross-entropy"], axis=0,
                                                    out=arrays["db below cross-entropy"]),
@@ -260,7 +269,7 @@ def _micro_batches(case: Case, arrays: Mapping[str, Any], ours: bool, compiled: 
     return call
 
 
-#: what is measured of layers in PyTorch; a loss is added here and in operations.py
+#: what is measured of layers in PyTorch
 _OF_LAYERS: dict[str, Callable[[Case, Mapping[str, Any], bool, bool], Call]] = {
     "layer_backward": _layer_backward, "micro_batches": _micro_batches}
 for _compiles in (False, True):
@@ -275,6 +284,66 @@ def _compiled(compiled: bool, function: Any) -> Any:
 
     function = function or torch.nn.functional.linear
     return torch.compile(function, fullgraph=True) if compiled else function
+
+
+# -- losses: forward and backward through autograd, and db as the sum of dz
+
+
+def _loss(case: Case, arrays: Mapping[str, Any], loss_of: Callable[[Any, Any], Any], in_place: bool = False) -> Call:
+    """The loss of logits and labels, dz from it, and db; a loss that writes dz over the logits is given a copy."""
+    import torch
+
+    below, labels = _as_tensor(arrays["z"]).detach(), _as_tensor(arrays["labels"])
+    below = (below.clone() if in_place else below).requires_grad_()
+
+    def call() -> tuple:
+        loss = loss_of(below, labels)
+        dz, = torch.autograd.grad(loss, below)
+        results = loss.detach(), dz, torch.sum(dz, 0)
+        return results if "loss" in case.does.results else results[1:]
+
+    return call
+
+
+def _torch_cross_entropy(case: Case) -> Callable[[Any, Any], Any]:
+    import torch
+
+    reduction = REDUCTIONS[case.operation]
+    return lambda z, labels: torch.nn.functional.cross_entropy(z, labels, reduction=reduction)
+
+
+@implementation("PyTorch", "cross_entropy", requires=("torch",))
+def _torch_loss(case: Case, arrays: Mapping[str, Any]) -> Call:
+    return _loss(case, arrays, _torch_cross_entropy(case))
+
+
+@implementation("PyTorch compiled", *REDUCTIONS, requires=("torch",))
+def _torch_loss_compiled(case: Case, arrays: Mapping[str, Any]) -> Call:
+    """The gradient alone takes a forward pass too, as ours does: from logits."""
+    return _loss(case, arrays, _compiled_cross_entropy(case))
+
+
+@lru_cache(maxsize=1)
+def _compiled_cross_entropy(case: Case) -> Callable[[Any, Any], Any]:
+    """Compiled for this case alone: not once for each set of buffers, and never for sizes that vary.
+
+    What was compiled for other cases is dropped first: PyTorch compiles one function for a few cases only.
+    """
+    import torch
+
+    torch.compiler.reset()
+    return torch.compile(_torch_cross_entropy(case), fullgraph=True, dynamic=False)
+
+
+@implementation("Liger", *REDUCTIONS, requires=("torch", "liger_kernel"))
+def _liger(case: Case, arrays: Mapping[str, Any]) -> Call:
+    """It writes dz over the logits, so that calls after the first, which is checked, do the same work on other values.
+
+    Its backward pass waits for the GPU, to see whether the loss is multiplied by anything.
+    """
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    return _loss(case, arrays, LigerCrossEntropyLoss(reduction=REDUCTIONS[case.operation]), in_place=True)
 
 
 @implementation("cuBLASLt BGRADB", "weight_bias_grad", requires=("nvmath",))

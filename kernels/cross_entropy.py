@@ -349,7 +349,8 @@ def _join_sums(accumulator, dense, with_loss):
 @cache
 def make_cross_entropy_rows(constants):
     """The kernel for these types and this cut of rows; the record of the signature says what each constant is."""
-    _, accumulator, _, width, threads_x, lanes, _, targets, divisor, loss, _ = constants
+    dtype, accumulator, result, width, threads_x, lanes, pieces, targets, divisor, loss, accumulate = (  # noqa: RUF059
+        constants)
     threads, warps, dense = threads_x * lanes, max(threads_x // LANES, 1), constants.targets.dense
     of_labels, with_loss, each_loss, of_part = targets.labels != "", loss != "", loss == "each", loss == "part"
     spacing, add_loss = threads_x * width, loss in ("sum", "part")

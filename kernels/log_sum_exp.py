@@ -10,7 +10,7 @@ and what each block's samples weigh, for the divisor of a mean, and their losses
 
 How the work is cut
     A block has a few samples at a time, and `adders` threads for each: thread a takes the vectors a, a + adders, ... of
-    16 bytes, which begin at multiples of 16 bytes in memory, whatever the row does: its first and last ones are read
+    16 bytes, of which the first begins where 32 bytes of memory do, whatever the row does: those at its ends are read
     element by element. It keeps the largest value so far and the sum of the exponentials of what the others are less
     than it. Where samples lie side by side, a thread takes one output after another. The threads that lie side by side
     are those of one sample where its outputs are contiguous, else those of neighbouring samples: memory is read in
@@ -32,7 +32,7 @@ from numba import cuda
 from . import primitives
 from .lanes import over_lanes
 from .primitives.factories import cache
-from .primitives.layout import ITEM_BYTES, LANES, WIDEST
+from .primitives.layout import ITEM_BYTES, LANES, SECTOR, WIDEST
 from .weigh_samples import weight_of_sample
 
 LOWEST, NOT_A_NUMBER = float("-inf"), float("nan")
@@ -114,7 +114,7 @@ def make_log_sum_exp(constants):
             origin = load_element(z, start, 1, there)
             if origin[0] == number(LOWEST):
                 origin = zero()
-            shift = 0 if features_first else (int(z) // item + start) % count
+            shift = 0 if features_first else (int(z) // item + start) % (SECTOR // item)
             state, target_sum, lost = nothing(), zero(), zero()
             for vector in range(adder, (outputs + shift + count - 1) // count if inside else 0, adders):
                 position = vector * count - shift

@@ -67,6 +67,8 @@ ON_A_GPU = {
     "python -m benchmarks.counted --ncu": "python -m benchmarks.counted --help",
     "python -m benchmarks.run": "python -m benchmarks.run --help",
     "python -m benchmarks.run --quick": "python -m benchmarks.run --help",
+    "python -m benchmarks.run --op cross_entropy cross_entropy_grad --shapes losses --dtype bfloat16 float32":
+        "python -m benchmarks.run --help",
     "python -m benchmarks.run --op layer_backward --dtype float32 bfloat16": "python -m benchmarks.run --help",
     "python -m benchmarks.run --op micro_batches --dtype bfloat16": "python -m benchmarks.run --help",
 }

@@ -17,8 +17,8 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 OF_LAUNCHES = {".errors", ".facts", ".launches", ".signatures"}
 #: module -> those beside it that it may import, and with a dot those beside its folder; kernels are one more of them
 ARROWS = {
-    "__init__": {"calls", "device", "errors", "gradients", "launches", "layers", "plans", "prepared", "reference",
-                 "output_gradients", "tuned", "warming"},
+    "__init__": {"calls", "device", "errors", "gradients", "launches", "layers", "losses", "plans", "prepared",
+                 "reference", "output_gradients", "tuned", "warming"},
     "__main__": {"commands"},
     "errors": set(),
     "activations": set(),
@@ -32,6 +32,7 @@ ARROWS = {
     "families/batch_sum": OF_LAUNCHES | {"common"},
     "families/add_parts": OF_LAUNCHES | {"common"},
     "families/upstream": OF_LAUNCHES | {".activations", "batch_sum", "common"},
+    "families/cross_entropy": OF_LAUNCHES | {"batch_sum", "common", "upstream"},
     "families/cost": {".facts", "common"},
     "families/tiling": OF_LAUNCHES | {"add_parts", "common", "cost"},
     "families/matmul_simt": OF_LAUNCHES | {"common", "tiling"},
@@ -46,15 +47,16 @@ ARROWS = {
     "estimate": {"launches"},
     "tensors": set(),
     "device": {"cache", "compiler", "errors", "estimate", "launches", "tensors"},
-    "operands": {"device", "errors", "launches", "tensors"},
+    "operands": {"device", "errors", "facts", "launches", "tensors"},
     "tuned": {"__version__", "errors", "families"},
     "calls": {"device", "errors", "facts", "launches", "operands", "tensors", "tuned"},
     "prepared": {"calls", "errors", "launches", "operands"},
     "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients", "tuned"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands"},
-    "torch": {"activations", "device", "errors", "gradients", "tensors"},
+    "losses": {"calls", "errors", "families", "launches", "operands", "output_gradients"},
+    "torch": {"activations", "device", "errors", "gradients", "losses", "tensors"},
     "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches",
-                "output_gradients"},
+                "losses", "output_gradients"},
     "testing": {"activations", "device", "plans", "reference"},
 }
 #: what is not the standard library -> the modules that may import it
@@ -206,7 +208,7 @@ def test_what_the_package_offers_is_loaded_when_it_is_asked_for():
     named = {node.asname or node.name: node for node in ast.walk(ast.parse((SOURCE / "__init__.py").read_text()))
              if isinstance(node, ast.alias)}
     offered = {name for name in named if not name.startswith(("_", "TYPE_CHECKING"))}
-    of_functions = {"gradients", "output_gradients", "prepared", "tuned", "warming"}
+    of_functions = {"gradients", "losses", "output_gradients", "prepared", "tuned", "warming"}
     assert offered == {*densegrad.__all__, *densegrad._MODULES} - of_functions
     assert all(getattr(densegrad, name) is not None for name in offered)
     assert offered <= set(dir(densegrad))

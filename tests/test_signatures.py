@@ -88,7 +88,7 @@ def test_each_argument_has_its_type(kernel):
 
 MOST = 6
 #: functions of other libraries that take more, and the commands, whose parameters are options of the command line
-OTHERS = {"Table", "add_row", "cuLibraryLoadData"}
+OTHERS = {"Table", "add_row", "cuLibraryLoadData", "partial"}
 COMMANDS = SOURCE / "commands"
 FILES = sorted(path for folder in (SOURCE, ROOT / "benchmarks") for path in folder.rglob("*.py"))
 

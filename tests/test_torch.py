@@ -492,6 +492,301 @@ def test_shapes_alone_have_a_forward_and_a_backward():
     assert weight.grad.is_meta
 
 
+# cross_entropy
+
+
+def classes_last(tensor):
+    """PyTorch's order of axes as densegrad's, with a batch axis."""
+    return tensor[None] if tensor.dim() == 1 else tensor.movedim(1, -1)
+
+
+def drawn_target(shape, place, probabilities=False, dtype=torch.float32):
+    """Classes, or class probabilities that require a gradient, for logits of this shape."""
+    generator = torch.Generator().manual_seed(11)
+    if probabilities:
+        return torch.rand(shape, generator=generator, dtype=torch.float64).to(place, dtype).requires_grad_()
+    batch = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+    return torch.randint(shape[min(1, len(shape) - 1)], batch, generator=generator).to(place)
+
+
+def held_to_the_core_and_to_pytorch(z, target, dloss=None, **options):
+    """Hold the loss to the bits of densegrad.cross_entropy, and all gradients to PyTorch's in float64."""
+    probabilities = target.is_floating_point()
+    given = (z, target) if probabilities else (z,)
+
+    def of(function, given, options):
+        return function(*given, *[target] * (not probabilities), **options)
+
+    loss = of(dt.cross_entropy, given, options)
+    assert (loss.dtype, loss.device) == (z.dtype, z.device)
+    dloss = torch.randn(loss.shape, dtype=torch.float64).to(loss) if dloss is None else dloss
+    found = torch.autograd.grad(loss, given, dloss)
+
+    wide = torch.float32 if z.dtype == torch.float16 else z.dtype
+    arrays = [numpy_of(classes_last(z.detach().to(wide))),
+              numpy_of(classes_last(target.detach().to(wide)) if probabilities else target[None] if z.dim() == 1 else
+                       target)]
+    named = {"class_weight" if name == "weight" else name: numpy_of(one) if name == "weight" else one
+             for name, one in options.items()}
+    of_core = dg.cross_entropy(*arrays, **named)
+    same_bits([loss], [tensors.host_tensor(np.asarray(of_core.loss).reshape(loss.shape)).to(z.dtype)])
+    factor = dloss.cpu().reshape(*dloss.shape, *[1] * (max(z.dim(), 2) - dloss.dim()))
+    saved = tensors.host_tensor(np.asarray(of_core.dz))
+    same_bits([classes_last(found[0])], [(saved * factor.to(saved.dtype)).to(z.dtype)])
+
+    exactly = [one.detach().double().requires_grad_() for one in given]
+    exact = of(functional.cross_entropy, exactly,
+               {name: one.double() if name == "weight" else one for name, one in options.items()})
+    several = 16 * torch.finfo(z.dtype).eps  # that it is the same function; bounds are the core's
+    for one, other in zip((loss, *found), (exact, *torch.autograd.grad(exact, exactly, dloss.double())), strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one.double(), other, rtol=several, atol=several, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_samples_of_pytorch_for_cross_entropy(dtype, place):
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    info, = (one for one in op_db if one.name == "nn.functional.cross_entropy")
+    samples = list(info.sample_inputs(place, dtype, requires_grad=True))
+    assert len(samples) >= 20
+    for sample in samples if dtype == torch.float32 else samples[::3]:
+        held_to_the_core_and_to_pytorch(sample.input, *sample.args, **sample.kwargs)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_every_number_of_axes_with_all_options(reduction, draw, place):
+    options = {"reduction": reduction, "label_smoothing": 0.2, "weight": torch.tensor([0.5, 2.0, 1.0], device=place)}
+    for shape in {"mean": ((3,), (2, 3, 2)), "sum": ((0, 3),), "none": ((3,), (1, 3, 2, 2))}[reduction]:
+        z, = draw(shape)
+        held_to_the_core_and_to_pytorch(z, drawn_target(shape, place), ignore_index=1 if len(shape) > 1 else -1,
+                                        **options)
+        held_to_the_core_and_to_pytorch(z, drawn_target(shape, place, probabilities=True), **options)
+
+
+def test_samples_or_classes_side_by_side_are_read_and_written_as_they_lie(place):
+    target = drawn_target((5, 3), place)
+    for z, strides in ((torch.ones(5, 3), (3, 1)), (torch.ones(3, 5).T, (1, 5)), (torch.ones(5, 8)[:, :3], (3, 1)),
+                       (torch.ones(5, 6)[:, ::2], (3, 1)), (torch.ones(1, 3, 5), (5, 1))):
+        z = z.to(place).detach().requires_grad_()
+        held = target if z.dim() == 2 else target[None]
+        found, = torch.autograd.grad(dt.cross_entropy(z, held), z)
+        assert found.squeeze(0).stride() == strides
+        torch.testing.assert_close(found, torch.autograd.grad(functional.cross_entropy(z, held), z)[0])
+
+
+@pytest.mark.only("simulator")
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_gradcheck_and_gradgradcheck_of_cross_entropy(probabilities, draw, place):
+    z, = draw((2, 2), dtype=torch.float64)
+    target = drawn_target((2, 2), place, probabilities, torch.float64)
+    weight = torch.tensor([0.5, 2.0], dtype=torch.float64, device=place)
+    given = (z, target) if probabilities else (z,)
+    for options in ({"label_smoothing": 0.2, "weight": weight}, {"reduction": "none"}):
+        def loss(*given, options=options):
+            return dt.cross_entropy(*given, *[target] * (not probabilities), **options)
+
+        assert torch.autograd.gradcheck(loss, given)
+        assert torch.autograd.gradgradcheck(loss, given, fast_mode=probabilities or "weight" not in options)
+
+
+def test_torch_func_grad_of_cross_entropy_and_its_own_gradient(draw, place):
+    z, target = draw((2, 3), dtype=torch.float64)[0].detach(), drawn_target((2, 3), place)
+
+    def once(function):
+        return torch.func.grad(lambda z: function(z, target, label_smoothing=0.1))
+
+    def twice(function):
+        return torch.func.grad(lambda z: once(function)(z).pow(2).sum())
+
+    for derived in (once, twice):
+        torch.testing.assert_close(derived(dt.cross_entropy)(z), derived(functional.cross_entropy)(z))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # which torch.func.jvp calls
+def test_vmap_and_forward_mode_of_cross_entropy_are_refused_with_a_sentence(draw, place):
+    z, = draw((4, 2, 3))
+    target = drawn_target((4, 2, 3), place)[:, :2]
+    for function in (dt.cross_entropy, torch.func.grad(dt.cross_entropy)):
+        with pytest.raises(NotImplementedError, match=r"cross_entropy is not mapped by torch\.vmap.*pass all samples"):
+            torch.vmap(function)(z, target)
+    with pytest.raises(NotImplementedError, match="cross_entropy has no forward-mode derivatives"):
+        torch.func.jvp(lambda z: dt.cross_entropy(z, target[0]), (z[0],), (z[0],))
+
+
+def test_opcheck_of_cross_entropy(place):
+    for z, target, weight, reduction in (
+            (torch.ones(3), torch.tensor(1), None, "none"),
+            (torch.ones(3, 4, dtype=torch.float16).T, torch.ones(4, 3, dtype=torch.float16), None, "mean"),
+            (torch.ones(2, 3, 4).movedim(1, -1), torch.zeros(2, 4, dtype=torch.int64), torch.ones(3), "none")):
+        given = z.to(place), target.to(place), None if weight is None else weight.to(place)
+        torch.library.opcheck(torch.ops.densegrad.cross_entropy, given,
+                              {"ignore_index": -100, "reduction": reduction, "label_smoothing": 0.1})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cross_entropy_compiled_whole_gives_the_bits_of_the_plain_call(backend, compiler, draw, place):
+    def total(z, target, weight):
+        return dt.cross_entropy(z, target, weight, reduction="none" if weight is None else "mean").sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend=backend)
+    z, = draw((4, 3))
+    transposed = z.detach().T.contiguous().T.requires_grad_()
+    cases = ((transposed, drawn_target((4, 3), place), None),
+             (z, drawn_target((4, 3), place, probabilities=True), None),
+             (z, drawn_target((4, 3), place), torch.tensor([0.5, 2.0, 1.0], device=place)))
+    for case in cases[:1] if backend == "inductor" else cases:  # which takes its time for C++
+        found, own = gradients(compiled, case, None), gradients(total, case, None)
+        same_bits(found[:1], own[:1])
+        torch.testing.assert_close(found, own)  # of probabilities the gradient is compiled too
+
+    def again():
+        first, = torch.autograd.grad(compiled(*cases[0]), transposed, create_graph=True)
+        first.sum().backward()
+
+    with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
+        again()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cross_entropy_compiled_for_any_size_and_under_autocast(compiler, draw, place):
+    compiled = torch.compile(dt.cross_entropy, fullgraph=True, dynamic=True, backend="aot_eager")
+    for samples in (5, 2):
+        z, = draw((samples, 3), dtype=torch.bfloat16)
+        case = z, drawn_target((samples, 3), place)
+        with torch.autocast(place, dtype=torch.bfloat16):
+            same_bits([compiled(*case)], [dt.cross_entropy(*case)])
+        same_bits(gradients(compiled, case, None), gradients(dt.cross_entropy, case, None))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_cross_entropy_checkpointed(reentrant, draw, place):
+    from torch.utils.checkpoint import checkpoint
+
+    z, = draw((4, 3))
+    target = drawn_target((4, 3), place)
+    checkpoint(dt.cross_entropy, z, target, use_reentrant=reentrant).backward()
+    same_bits([z.grad], gradients(dt.cross_entropy, (z, target), None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_under_autocast_the_loss_is_float32_as_pytorchs(dtype, draw, place):
+    z, = draw((4, 3), dtype=dtype)
+    dloss = torch.tensor(1 / 3, device=place)
+    for target in (drawn_target((4, 3), place), drawn_target((4, 3), place, True, dtype),
+                   drawn_target((4, 3), place, True, torch.float32 if dtype != torch.float64 else dtype)):
+        with torch.autocast(place, dtype=torch.bfloat16):
+            found, own = dt.cross_entropy(z, target), functional.cross_entropy(z, target)
+        torch.testing.assert_close(found, own)  # the dtype too
+        # half types are read as they are
+        assert {one.dtype for one in found.grad_fn.saved_tensors[:1]} <= {z.dtype, target.dtype}
+        torch.testing.assert_close(*(torch.autograd.grad(one, z, dloss.to(one.dtype))[0] for one in (found, own)))
+
+
+def test_a_loss_that_is_scaled_loses_nothing_of_float16(draw, place):
+    """Of a mean over many samples, gradients below what float16 has room for before they are scaled."""
+    z = torch.zeros(2, 3, dtype=torch.float16, device=place)
+    z[:, 0] = 16
+    z.requires_grad_()
+    target = torch.zeros(2, dtype=torch.int64, device=place)
+    with torch.autocast(place, dtype=torch.bfloat16):
+        found, = torch.autograd.grad(dt.cross_entropy(z, target) * 2.0 ** 16, z)
+    exact = z.detach().double().requires_grad_()
+    expected, = torch.autograd.grad(functional.cross_entropy(exact, target) * 2.0 ** 16, exact)
+    torch.testing.assert_close(found[:, 1:].double(), expected[:, 1:], rtol=1e-3, atol=0)
+
+
+def test_a_backward_is_one_multiplication_and_a_retained_graph_gives_it_again(draw, place):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **kwargs or {})
+
+    for dtype, reduction in itertools.product((torch.float32, torch.float16), ("mean", "none")):
+        z, = draw((4, 3), dtype=dtype)
+        loss = dt.cross_entropy(z, drawn_target((4, 3), place), reduction=reduction)
+        dloss = torch.full_like(loss, 0.3)
+        called.clear()
+        with calls.recorded() as launches, Listening():
+            first, = torch.autograd.grad(loss, z, dloss, retain_graph=True)
+        assert not launches
+        views = {"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.permute.default",
+                 "aten.movedim.int", "aten.detach.default"}
+        assert [one for one in called if one not in views] == ["aten.empty_like.default", "aten.mul.out"]
+        same_bits([first], torch.autograd.grad(loss, z, dloss))
+
+
+def test_cross_entropy_in_two_threads(draw, place):
+    cases = [(draw((4, 3))[0], drawn_target((4, 3), place)) for _ in range(2)]
+    expected = [gradients(dt.cross_entropy, case, None) for case in cases]
+    found = [None] * len(cases)
+
+    def work(number):
+        found[number] = [gradients(dt.cross_entropy, cases[number], None) for _ in range(2)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(cases))]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    for repeats, once in zip(found, expected, strict=True):
+        for repeated in repeats:
+            same_bits(repeated, once)
+
+
+def test_a_loss_that_densegrad_has_not_is_refused_by_name_or_left_to_pytorch(draw, place):
+    z, wide = draw((4, 3))[0], draw((4, 3), dtype=torch.float64)[0]
+    target, given = drawn_target((4, 3), place), drawn_target((4, 3), place, probabilities=True)
+    one = torch.ones(3, device=place)
+    refused = {
+        r"target must be classes of int64 or int32, or .*got torch\.uint8": (z, target.byte(), {}),
+        r"target must have the dtype of input .*torch\.float32; got torch\.float64": (z, given.double(), {}),
+        r"weight requires a gradient": (z, given, {"weight": one.clone().requires_grad_()}),
+        r"weight must be float16.*got torch\.float64 beside torch\.float32": (z, given, {"weight": one.double()}),
+        r"input is no tensor that kernels can use: .*to_dense\(\)": (z.detach().to_sparse(), target, {}),
+        r"input must be float16.*got torch\.complex64": (z.to(torch.complex64), given, {}),
+        r"input must be \(C,\).*got \(\)": (z[0, 0], target[0], {}),
+        r"target must have a class for each sample, shape \(4,\).*got \(4, 3\) of torch\.int64":
+            (z, target[:, None].expand(4, 3), {}),
+        r"target is of class probabilities.*got \(4,\) \(convert classes with long": (z, target.float(), {}),
+        r"weight must have one number for each class, shape \(3,\); got \(2,\)": (z, target, {"weight": one[:2]}),
+        r"ignore_index is a class.*got 1": (z, given, {"ignore_index": 1}),
+        r"input must be .*one class at least; got \(4, 0\)": (z[:, :0], target, {}),
+    }
+    left = 0
+    for words, (*tensors_given, options) in refused.items():
+        with pytest.raises((TypeError, ValueError), match=words):
+            dt.cross_entropy(*tensors_given, **options)
+        try:
+            own = functional.cross_entropy(*tensors_given, **options)
+        except (RuntimeError, ValueError, IndexError):  # PyTorch has no such loss either
+            continue
+        left += 1
+        torch.testing.assert_close(dt.cross_entropy(*tensors_given, **options, fallback=True), own)
+    assert left >= 3
+    with pytest.raises(ValueError, match="reduction must be one of mean, sum, none; got 'batchmean'"):
+        dt.cross_entropy(z, target, reduction="batchmean")
+    with pytest.raises(ValueError, match="label_smoothing must be between 0 and 1"):
+        dt.cross_entropy(z, target, label_smoothing=1.5)
+    if place == "cpu":
+        with pytest.raises(ValueError, match=r"labels must be classes from 0 to 2.*got 3 for sample 0"):
+            dt.cross_entropy(wide, target + 3)
+    same_bits([dt.cross_entropy(z, target.int(), weight=one.requires_grad_().detach())],
+              [dt.cross_entropy(z, target, weight=one.detach())])
+
+
+def test_shapes_alone_have_a_loss_and_its_gradient():
+    z, target = torch.ones(4, 3, 2, device="meta", requires_grad=True), torch.ones(4, 2, device="meta").long()
+    dt.cross_entropy(z, target).backward()
+    assert z.grad.shape == (4, 3, 2)
+    assert z.grad.is_meta
+
+
 # Main gradients
 
 

@@ -72,6 +72,7 @@ def test_what_is_foreseen_is_what_calls_launch(dtype, options, xp, monkeypatch):
             into = densegrad.OutputGrads(*given(dz, db))
             densegrad.activation_grad(dz, xp.ones_like(dz), "gelu", **of_axis, **add, out=into)
             densegrad.cross_entropy_grad(dz, labels, **of_axis, **add, out=into)
+            densegrad.cross_entropy(dz, labels, **of_axis, **add, out=densegrad.LossGrads(None, *into))
             densegrad.dense_grads(x, w, dz, activation="gelu", z=xp.ones_like(dz), **of_layout, **both,
                                   out=densegrad.DenseGrads(*given(dx, dw, db)))
     launched = {compiler.key_of(launch) for launch in launches}

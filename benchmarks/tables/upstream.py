@@ -1,4 +1,4 @@
-"""dL/dZ formed below activations and cross-entropy while dL/db is summed: what is read and written, and instructions.
+"""dL/dZ formed below activations and losses while dL/db is summed: what is read and written, and instructions.
 
 Large shapes are cut to one tile of outputs, of which all are alike, with the plan of the whole shape; narrow ones to a
 few parts of the batch.
@@ -20,8 +20,8 @@ README = [Shown(
     (("shape", "dZ (S, M)", ""), ("dtype", "dtype", ""), ("above", "below", ""), ("read", "read", ".3f"),
      ("written", "written", ".3f"), ("active_lanes", "lanes of 32", ".1f"), ("blocks", "blocks", "")),
     ("(8192, 3072) float32 relu", "(8192, 3072) bfloat16 gelu", "(8192, 3072) float32 weights",
-     "(8192, 3072) float32 cross_entropy", "(1000003, 10) float32 relu"),
-    "Below an activation two matrices must be read and one written: 2 and 1. Cross-entropy reads its logits twice.",
+     "(1000003, 10) float32 relu"),
+    "Below an activation two matrices must be read and one written: 2 and 1.",
 ), Shown(
     "dL/dZ and dL/db in bfloat16: instructions an element in the loop of the linked machine code, 9.0",
     (("above", "below", ""), ("instructions", "instructions an element", ".1f"), ("registers", "registers", ""),
@@ -141,6 +141,7 @@ def rows() -> list[Formed | MachineCode]:
         Formed(8192, 3072, dtype, above, axis, (Limit("moved", most=3.06),))
         for dtype, above, axis in (("float32", "relu", 0), ("float32", "gelu", 0), ("bfloat16", "gelu", 0),
                                    ("float16", "relu", 0), ("float64", "tanh", 0), ("float32", "relu", 1))]
-    table += [Formed(8192, 3072, "float32", above, axis) for axis in (0, 1) for above in ("weights", "cross_entropy")]
+    table += [Formed(8192, 3072, "float32", above, axis)
+              for above, axis in (("weights", 0), ("weights", 1), ("cross_entropy", 1))]
     table += [Formed(1_000_003, outputs, "float32", "relu", axis) for outputs in (1, 3, 10, 33) for axis in (0, 1)]
     return table + [MachineCode(name) for name in ACTIVATIONS]

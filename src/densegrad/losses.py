@@ -218,8 +218,8 @@ class _Held:
         """What dz is formed from."""
         weights, classes = (None if one is None else one.matrix for one in (self.weights, self.class_weights))
         probabilities = self.probabilities
-        return Upstream(None, z, weights, None if probabilities else self.labels.matrix, probabilities, classes,
-                        reduction, loss)
+        return Upstream(None, z, weights, None if probabilities else self.labels.matrix, probabilities=probabilities,
+                        class_weights=classes, reduction=reduction, loss=loss)
 
 
 def _describe(arrays: tuple, outs: tuple, options: tuple) -> Recipe:

@@ -495,7 +495,7 @@ class Target:
 
 
 def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accumulate: bool,
-               in_place: tuple[Argument | None, ...] = (), column: bool = False) -> Target:
+               in_place: tuple[Argument | None, ...] = (), *, column: bool = False) -> Target:
     """Check an array that a result is to be written to; in_place are inputs that it may be, of whose dtype it then is.
 
     A column has no axis of features: all of its axes, or none, count samples.

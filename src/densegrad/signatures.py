@@ -184,7 +184,7 @@ class SumParts(NamedTuple):
     most_threads: int
     accumulate: bool
     compensated: bool
-    beside: bool  # whether the last column is a sum of something else, with a place of its own
+    has_beside: bool  # whether the last column is a sum of something else, with a place of its own
 
     @property
     def number(self) -> str:
@@ -466,7 +466,7 @@ class UpstreamSum(NamedTuple):
     targets: Targets
     weights_width: int  # weights of samples of an access: all of a piece, or 1
     mean: bool  # whether dz is divided by the sum of what log_sum_exp left of weights
-    loss: bool  # whether what it left of losses is added up
+    with_loss: bool  # whether what it left of losses is added up
     accumulate: bool
 
     @property
@@ -485,8 +485,8 @@ class UpstreamSumArguments(NamedTuple):
     labels: ColumnAt
     class_weights: ColumnAt
     totals: Address  # what log_sum_exp found
-    left: Address  # what its blocks left
-    left_count: Integer  # of blocks
+    left_by_blocks: Address  # of log_sum_exp
+    left_count: Integer  # of these blocks
     loss: Address
     ignored: Integer  # the label of samples that are left out
     parameter: Number  # of the activation, or the smoothing of labels

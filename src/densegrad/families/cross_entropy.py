@@ -178,12 +178,13 @@ def plan_cross_entropy(samples: int, outputs: int, dtype: str, layout: str) -> C
     pieces = power_of_two(ceil_div(vectors, threads_x))
     if rows * cols <= SMALL:
         lanes = max(64 // threads_x, 1)
-        return CrossEntropyPlan(samples, outputs, dtype, threads_x, lanes, pieces, rows)
+        return CrossEntropyPlan(samples, outputs, dtype, threads_x, lanes, pieces=pieces, samples_per_part=rows)
     lanes = THREADS // threads_x
     while lanes > 1 and threads_x * lanes > 128 and ceil_div(rows, lanes) < BLOCKS:
         lanes //= 2
     steps = ceil_div(ceil_div(rows, lanes), BLOCKS)
-    return CrossEntropyPlan(samples, outputs, dtype, threads_x, lanes, pieces, min(rows, steps * lanes))
+    return CrossEntropyPlan(samples, outputs, dtype, threads_x, lanes, pieces=pieces,
+                            samples_per_part=min(rows, steps * lanes))
 
 
 def launches(plan: CrossEntropyPlan | UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result,
@@ -260,7 +261,8 @@ def _variant(plan: CrossEntropyPlan, targets: Targets, reduction: str) -> Iterat
         Matrix(Slot(name), dtype, rows, 1, 1, 1) if dtype else None
         for name, dtype, rows in zip(names, targets, (samples, outputs, samples), strict=True))
     loss = Matrix(Slot("loss"), accumulator, samples if reduction == "none" else 1, 1, 1, 1)
-    upstream = Upstream(None, matrix, weights, labels, None if labels else matrix, classes, reduction, loss)
+    upstream = Upstream(None, matrix, weights, labels, probabilities=None if labels else matrix, class_weights=classes,
+                        reduction=reduction, loss=loss)
     title = "-".join([plan.dtype, f"{samples}x{outputs}", targets.labels or "probabilities", *(
         [f"classes-{targets.class_weights}"] * bool(targets.class_weights)), *(
         [f"weights-{targets.weights}"] * bool(targets.weights)), reduction])

@@ -293,7 +293,7 @@ def launches(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result,
     arguments = UpstreamSumArguments(
         matrix_at(above.gradient), matrix_at(above.z), dz.at, column_at(above.weights), column_at(above.labels),
         column_at(above.class_weights), totals.address if before else 0, left.address if before else 0,
-        left.cols if before else 0, upstream.loss.address if constants.loss and upstream.loss else 0,
+        left.cols if before else 0, upstream.loss.address if constants.with_loss and upstream.loss else 0,
         Slot("ignored") if above.labels else 0, Slot("parameter"), scales[0], ONE if partial else scales[1],
         dz.rows, dz.cols, cut.samples_per_part, target.matrix.address,
         target.matrix.row_stride if partial else 0, target.matrix.col_stride)
