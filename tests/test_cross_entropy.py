@@ -128,7 +128,7 @@ ONE_READING = {
     "a thread a row": (41, 13, "float32", (1, 32, 4, 41), "int64", "", "", {}),
     "eight threads": (23, 120, "bfloat16", (8, 8, 2, 9), "int32", "float32", "bool",
                       {"label_smoothing": 0.125, "alpha": 0.75}),
-    "two warps": (3, 250, "float32", (64, 2, 1, 2), "", "float32", "float32", {"reduction": "sum"}),
+    "two warps": (3, 250, "float32", (64, 2, 1, 2), "", "", "float32", {"reduction": "sum", "label_smoothing": 0.25}),
     "float64": (10, 15, "float64", (4, 8, 2, 10), "int64", "float64", "", {"label_smoothing": 0.1, "alpha": -3.0}),
     "four warps of halves": (3, 999, "float16", (128, 1, 1, 2), "int64", "", "bfloat16",
                              {"reduction": "none", "label_smoothing": 0.1, "ignore_index": 7}),
