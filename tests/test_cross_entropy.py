@@ -125,11 +125,11 @@ def plan_sizes(plan):
 
 #: samples, outputs, dtype, (threads_x, lanes, pieces, samples_per_part), labels, classes', samples' weights, options
 ONE_READING = {
-    "a thread a row": (41, 29, "float32", (1, 32, 8, 41), "int64", "", "", {}),
+    "a thread a row": (41, 13, "float32", (1, 32, 4, 41), "int64", "", "", {}),
     "eight threads": (23, 120, "bfloat16", (8, 8, 2, 9), "int32", "float32", "bool",
                       {"label_smoothing": 0.125, "alpha": 0.75}),
     "two warps": (3, 250, "float32", (64, 2, 1, 2), "", "float32", "float32", {"reduction": "sum"}),
-    "float64": (10, 37, "float64", (4, 8, 8, 10), "int64", "float64", "", {"label_smoothing": 0.1, "alpha": -3.0}),
+    "float64": (10, 15, "float64", (4, 8, 2, 10), "int64", "float64", "", {"label_smoothing": 0.1, "alpha": -3.0}),
     "four warps of halves": (3, 999, "float16", (128, 1, 1, 2), "int64", "", "bfloat16",
                              {"reduction": "none", "label_smoothing": 0.1, "ignore_index": 7}),
     "narrow rows": (40, 10, "bfloat16", (2, 16, 1, 16), "int32", "", "float16", {"reduction": "sum"}),
@@ -191,7 +191,7 @@ ANYHOW = (*IN_PIECES, "spread", "mirrored")
 
 
 @pytest.mark.only("simulator")
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", range(20))
 def test_options_crossed(seed, xp):
     """Drawn: each would take a compiler seconds, and random calls make such on a device."""
     draw = np.random.default_rng([30, seed])
@@ -261,7 +261,9 @@ ODD = {
     "minus infinities": ([-INF, 1, -INF, 3, 2, 1, -INF], 1), "the label's is": ([0, 1, 2, 3, -INF, 1, 0], 4),
     "the first, the label's, is": ([-INF, 1, 2, 3, 0, 1, 0], 0), "far from zero": ([1e4, 10001, 9999, 1e4, 0, 1, 2], 2),
     "far below zero": ([-3e4, -30001, -29999, -3e4, -3e4, -4e4, -3e4], 2), "all equal": ([1e30] * 7, 5),
-    "far apart": ([-3e38, 3e38, 0, 0, 0, 0, 0], 1), "the first is hidden": ([-1e9, 1, 2, 3, 0, 1, 0], 3), "left out": ([NAN, INF, -INF, 0, 0, 0, 0], -100),
+    "far apart": ([-3e38, 3e38, 0, 0, 0, 0, 0], 1),
+    "the first is hidden": ([-1e9, 1, 2, 3, 0, 1, 0], 3),
+    "left out": ([NAN, INF, -INF, 0, 0, 0, 0], -100),
     "another usual one": ([0, 1, -2, 3, 2, 1, 0], 3),
 }
 
@@ -345,8 +347,8 @@ def test_a_label_that_is_no_class_may_be_left_out(kind, xp):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_left_out_adds_exactly_nothing(kind, xp):
     """Whatever it holds: with zeros in its place, and no mask, the sums have the same bits."""
-    z, labels = data((23, 7), "float32", 5), np.random.default_rng(5).integers(0, 7, 23)
-    mask = np.arange(23) % 3 > 0
+    z, labels = data((15, 7), "float32", 5), np.random.default_rng(5).integers(0, 7, 15)
+    mask = np.arange(15) % 3 > 0
     z[~mask] = np.array([NAN, INF, -INF, 1, 2, 3, 4], "float32")
     labels[~mask] = 1000
     loss, dz, db = called(xp, kind, z, labels, parts=2, sample_weight=mask)
@@ -354,22 +356,28 @@ def test_what_is_left_out_adds_exactly_nothing(kind, xp):
     ignored = called(xp, kind, np.where(mask[:, None], z, np.float32(0)), np.where(mask, labels, -100), parts=2)
     for one, other in zip((loss, dz, db), ignored, strict=True):
         assert (one == other).all()
-    # A weight that is not a number of a sample that is ignored, too.
-    weight = np.where(mask, np.float32(1), np.float32(NAN))
-    weighted = called(xp, kind, z, np.where(mask, labels, -100), parts=2, sample_weight=weight)
-    for one, other in zip((loss, dz, db), weighted, strict=True):
+
+
+@pytest.mark.only("simulator")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_is_no_number_of_a_sample_that_is_ignored(kind, xp):
+    z, labels = data((9, 7), "float32", 5), np.array([0, 1, -100, 3, 4, -100, 6, 0, -100])
+    weight = np.where(labels < 0, np.float32(NAN), np.float32(1))
+    weighted = called(xp, kind, z, labels, sample_weight=weight)
+    for one, other in zip(weighted, called(xp, kind, z, labels), strict=True):
         assert (one == other).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_if_no_sample_counts_the_mean_is_no_number_and_dz_zero(kind, xp):
-    z, labels = data((23, 7), "float32", 6), np.full(23, -100)
+    z, labels = data((15, 7), "float32", 6), np.full(15, -100)
     loss, dz, db = called(xp, kind, z, labels, parts=2)
     assert np.isnan(loss)
     assert not dz.any()
     assert not db.any()
 
 
+@pytest.mark.only("simulator")
 def test_a_sum_of_no_samples_that_count_is_zero(xp):
     z, labels = data((9, 7), "float32", 6), np.full(9, -100)
     loss, dz, db = map(host, dg.cross_entropy(*(xp.asarray(one) for one in (z, labels)), reduction="sum"))
@@ -378,20 +386,30 @@ def test_a_sum_of_no_samples_that_count_is_zero(xp):
     assert not db.any()
 
 
-@pytest.mark.parametrize("batch_axis", [0, 1])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("reduction", "batch_axis"), [
+    ("mean", 0), ("none", 0), *(pytest.param(*drawn, marks=pytest.mark.only("simulator"))
+                                for drawn in (("sum", 0), ("mean", 1), ("sum", 1), ("none", 1)))])
 def test_an_empty_batch(reduction, batch_axis, xp):
-    z, labels = xp.zeros((5, 0) if batch_axis else (0, 5), "float32"), xp.zeros(0, "int64")
-    old = xp.asarray(np.full(5, 2, "float32"))
-    loss, dz, db = dg.cross_entropy(z, labels, reduction=reduction, batch_axis=batch_axis,
-                                    out=dg.LossGrads(db=old), accumulate=True)
+    z, labels = xp.zeros((7, 0) if batch_axis else (0, 7), "float32"), xp.zeros(0, "int64")
+    plan = None if batch_axis else replace(few("one reading", 1, 7), samples=0)
+    loss, dz, db = dg.cross_entropy(z, labels, reduction=reduction, batch_axis=batch_axis, plan=plan)
     assert loss.shape == ((0,) if reduction == "none" else ())
     if reduction != "none":
         assert host(loss) == 0 if reduction == "sum" else np.isnan(host(loss))
     assert dz.shape == z.shape
-    np.testing.assert_array_equal(host(db), 2)
-    _, db = dg.cross_entropy_grad(z, labels, reduction=reduction, batch_axis=batch_axis)
     np.testing.assert_array_equal(host(db), 0)
+
+
+@pytest.mark.only("simulator")
+@pytest.mark.parametrize("batch_axis", [0, 1])
+def test_an_empty_batch_adds_nothing(batch_axis, xp):
+    z, labels = xp.zeros((5, 0) if batch_axis else (0, 5), "float32"), xp.zeros(0, "int64")
+    old = xp.asarray(np.full(5, 2, "float32"))
+    loss, _, _ = dg.cross_entropy(z, labels, batch_axis=batch_axis, out=dg.LossGrads(db=old), accumulate=True)
+    assert np.isnan(host(loss))
+    dg.cross_entropy_grad(z, labels, batch_axis=batch_axis, out=dg.OutputGrads(db=old), accumulate="db")
+    np.testing.assert_array_equal(host(old), 2)
+    assert dg.cross_entropy_grad(z[:0] if batch_axis else z[:, :0], labels, batch_axis=batch_axis).db.shape == (0,)
 
 
 @pytest.mark.parametrize("kind", ["one reading", "side by side"])
@@ -487,7 +505,7 @@ def test_launches_are_no_more_than_of_the_gradient_by_two_readings(dtype, layout
 
 def test_more_samples_than_a_block_weighs(xp):
     """Another launch adds up the weights; a block would take more than 1,024 of them."""
-    samples, plan = 1100, CrossEntropyPlan(1100, 3, "float32", 1, 32, 1, 600)
+    samples, plan = 1030, CrossEntropyPlan(1030, 3, "float32", 1, 64, 1, 600)
     z, labels, options = problem(samples, 3, "float32", "int64", "float32", "bool", {}, 11)
     with recorded() as launches:
         check(xp, z, labels, plan, **options)
@@ -497,8 +515,8 @@ def test_more_samples_than_a_block_weighs(xp):
 
 def test_more_blocks_than_threads_leave_what_their_samples_weigh(xp):
     """Of log_sum_exp, added up by the 16 threads of each block of the next launch."""
-    plan = two_readings(560, 2, "float32", True)
-    z, labels, options = problem(560, 2, "float32", "int64", "", "float32", {"batch_axis": 1}, 12)
+    plan = two_readings(520, 2, "float32", True)
+    z, labels, options = problem(520, 2, "float32", "int64", "", "float32", {"batch_axis": 1}, 12)
     assert plan.log_sum_exp_grid > plan.threads
     check(xp, np.ascontiguousarray(z.T), labels, plan, **options)
 
@@ -593,8 +611,8 @@ def test_arrays_that_may_not_be_written(xp):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dz_in_the_place_of_z(kind, xp):
-    z, labels = data((23, 7), "float32", 14), np.random.default_rng(14).integers(0, 7, 23)
-    plan, batch_axis = few(kind, 23, 7, 2), int(kind == "side by side")
+    z, labels = data((9, 7), "float32", 14), np.random.default_rng(14).integers(0, 7, 9)
+    plan, batch_axis = few(kind, 9, 7, 2), int(kind == "side by side")
     memory = xp.asarray(np.ascontiguousarray(z.T) if batch_axis else z)
     options = {"plan": plan, "batch_axis": batch_axis}
     apart = dg.cross_entropy(memory, on(xp, labels), **options)
@@ -629,9 +647,11 @@ def test_batches_of_several_axes_and_a_dz_in_the_order_of_z(xp):
     assert (bits(loss.read()) == bits(found.loss)).all()
 
 
+@pytest.mark.only("gpu")
 def test_few_samples_of_many_classes(xp):
-    z, labels = data((3, 2300), "float32", 25), np.array([0, 2299, 5])
-    check(xp, z, labels, plan_upstream(3, 2300, "float32", "rows", "cross_entropy"))
+    """By 256 threads a sample, which take the simulator long."""
+    z, labels = data((1, 2300), "float32", 25), np.array([2299])
+    check(xp, z, labels, plan_upstream(1, 2300, "float32", "rows", "cross_entropy"))
 
 
 # -- mistakes

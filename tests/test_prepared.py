@@ -10,6 +10,7 @@ import densegrad
 from densegrad import (
     DenseGrads,
     DTypeError,
+    LossGrads,
     OutError,
     OutputGrads,
     PrepareError,
@@ -18,6 +19,7 @@ from densegrad import (
     activation_grad,
     bias_grad,
     calls,
+    cross_entropy,
     cross_entropy_grad,
     dense_grads,
     device,
@@ -28,12 +30,13 @@ from densegrad import (
 )
 from densegrad.calls import recorded
 from densegrad.launches import ALIGNMENT, Launch
-from densegrad.plans import MatmulPlan, plan_batch_sum
+from densegrad.plans import CrossEntropyPlan, MatmulPlan, plan_batch_sum
 from densegrad.testing import ROUNDOFF, bits, host, integers, normal
 
 SAMPLES, INPUTS, OUTPUTS = 40, 12, 9
 #: parts of the batch, so that launches leave something for one another
 BATCH_IN_PARTS = plan_batch_sum(SAMPLES, OUTPUTS, "float32", "rows")
+LOSS_IN_PARTS = CrossEntropyPlan(SAMPLES, OUTPUTS, "float32", 4, 8, 1, 16)
 IN_PARTS = MatmulPlan(INPUTS, OUTPUTS, SAMPLES, "float32", 8, 8, 4, 4, 4, parts=3)
 
 
@@ -57,7 +60,9 @@ def arrays_of(xp, seed=0, dtype="float32"):
     found = {name: placed(xp, normal(shape, dtype, seed + n)) for n, (name, shape) in enumerate(shapes.items())}
     labels = np.random.default_rng(seed).integers(0, OUTPUTS, SAMPLES)
     weights = np.abs(normal((SAMPLES,), "float32", seed + 9))
-    return found | {"da": found["dz"], "labels": placed(xp, labels), "sample_weight": placed(xp, weights)}
+    classes, targets = (np.abs(normal(shape, "float32", seed + 10)) for shape in ((OUTPUTS,), (SAMPLES, OUTPUTS)))
+    return found | {"da": found["dz"], "labels": placed(xp, labels), "sample_weight": placed(xp, weights),
+                    "class_weight": placed(xp, classes), "probabilities": placed(xp, targets)}
 
 
 #: every public function, and those of one that differ in what they launch: the arrays in order, and options
@@ -73,11 +78,13 @@ CALLS = {
     "activation_grad": (activation_grad, ("da", "z"), {"activation": "gelu"}),
     "activation_grad weighted": (activation_grad, ("da",), {"sample_weight": "sample_weight", "alpha": 0.25}),
     "cross_entropy_grad": (cross_entropy_grad, ("z", "labels"), {"label_smoothing": 0.125}),
+    "cross_entropy": (cross_entropy, ("z", "labels"), {"reduction": "none", "alpha": 0.5}),
+    "cross_entropy in parts": (cross_entropy, ("z", "labels"), {"plan": LOSS_IN_PARTS, "class_weight": "class_weight"}),
 }
 BELOW_AN_ACTIVATION = (dense_grads, ("x", "w", "dz"), {"activation": "leaky_relu", "z": "z", "negative_slope": 0.25})
 #: those that need memory of their own
 NEEDY = {name: CALLS[name] for name in ("weight_grad in parts", "weight_bias_grad", "dense_grads",
-                                        "cross_entropy_grad")} | {"dense_grads below": BELOW_AN_ACTIVATION}
+                                        "cross_entropy in parts")} | {"dense_grads below": BELOW_AN_ACTIVATION}
 EVERY_CALL = CALLS | NEEDY
 
 
@@ -238,6 +245,19 @@ def test_parameters_and_labels(xp):
     prepared = prepare(cross_entropy_grad, arrays["z"], arrays["labels"])
     prepared.rebind(label_smoothing=0.5, ignore_index=3)
     assert same_bits(prepared(), cross_entropy_grad(arrays["z"], arrays["labels"], label_smoothing=0.5, ignore_index=3))
+    given = {"class_weight": arrays["class_weight"], "plan": LOSS_IN_PARTS}
+    prepared = prepare(cross_entropy, arrays["z"], arrays["labels"], **given)
+    prepared.rebind(label_smoothing=0.5, ignore_index=3, alpha=-2.0)
+    assert same_bits(prepared(), cross_entropy(arrays["z"], arrays["labels"], label_smoothing=0.5, ignore_index=3,
+                                               alpha=-2.0, **given))
+    loss = placed(xp, np.zeros((), "float32"))
+    prepared = prepare(cross_entropy, arrays["z"], arrays["probabilities"])
+    with pytest.raises(PrepareError, match=r"out\.loss cannot be bound anew, since the call was prepared without it"):
+        prepared.rebind(out=LossGrads(loss=loss))
+    other = arrays_of(xp, 5)["probabilities"]
+    assert same_bits(prepared.rebind(labels=other)(), cross_entropy(arrays["z"], other))
+    with pytest.raises(ValueError, match="ignore_index is a label, and labels are probabilities here; got 3"):
+        prepared.rebind(ignore_index=3)
 
 
 def test_more_aligned_arrays_and_back(xp):
@@ -634,7 +654,8 @@ def test_results_each_their_own_way(xp, name, dtype, out_dtypes):
 
 
 @pytest.mark.parametrize("name", ["bias_grad compensated", "weight_grad in parts", "input_grad", "dense_grads",
-                                  "dense_grads below", "activation_grad weighted", "cross_entropy_grad"])
+                                  "dense_grads below", "activation_grad weighted", "cross_entropy_grad",
+                                  "cross_entropy in parts"])
 def test_alpha_on_the_device(xp, name):
     """Read by the launches: never fetched, and what it holds when they run counts."""
     function, arrays, options = given(xp, EVERY_CALL[name])

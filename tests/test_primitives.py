@@ -42,6 +42,11 @@ FRAGMENTS = {
                           lambda a: np.concatenate([a[:4], np.where(np.isfinite(a[4:]), a[4:], np.float32(0))])),
     "settle": (lambda: primitives.settle("float32", 4, False), (4,), 4, lambda a: a),
     "settle, compensated": (lambda: primitives.settle("float32", 4, True), (8,), 4, lambda a: a[:4] + a[4:]),
+    "add now": (lambda: primitives.add_now("float32", 5), (5, 5), 5, lambda a, b: a + b),
+    "add each now": (lambda: primitives.add_each_now("float32", 5), (1, 5), 1,
+                     lambda a, b: np.cumsum(np.concatenate([a, b]), dtype=np.float32)[-1:]),
+    "larger": (lambda: primitives.largest("float32"), (1, 1), 1, np.fmax),
+    "join": (lambda: primitives.join("float32", (2, 3)), (2, 3), 5, lambda a, b: np.concatenate([a, b])),
     "minus": (lambda: primitives.minus("float32", 4, 1), (4, 1), 4, lambda a, b: a - b),
     "weigh, all": (lambda: primitives.weigh("float32", 4, 1), (4, 1), 4, lambda a, b: a * b),
     "weigh, each": (lambda: primitives.weigh("float32", 4, 4), (4, 4), 4, lambda a, b: a * b),
@@ -622,8 +627,154 @@ def test_integers_choose_elements(xp, dtype):
         same(out, np.array(wanted, "float32"))
 
 
+@pytest.mark.parametrize(("dtype", "width"), [
+    ("float16", 8), ("float16", 1), ("bfloat16", 8), ("bfloat16", 2), ("bfloat16", 1), ("float32", 4), ("float32", 1),
+    ("float64", 2), ("float64", 1)])
+def test_rows_are_kept_as_they_are_stored(xp, dtype, width):
+    """What is not touched is minus infinity, of which no number is less; NaN is passed over."""
+    wide, count = WIDE[dtype], 16 // np.dtype(dtype_of(dtype)).itemsize
+    offsets = tuple(range(0, 3 * count, 3 * width))[:count // width]
+    keep, kept = primitives.keep(dtype, width, offsets), primitives.kept(dtype, wide)
+    largest, store_row = primitives.largest_kept(dtype, wide), primitives.store_row(dtype, width, offsets, wide)
+    load_row, one = primitives.load_row(dtype, width, offsets, wide), primitives.load_vector(wide, 1, wide)
+    whole, single, typed = primitives.store_each(wide, count, wide), primitives.store_vector(wide, 1, wide), np.int32
+
+    @primitives.jit(1)
+    def kernel(source, start, left, least, target, kept_out, loaded, top):
+        row = keep(source, start, typed(left))
+        whole(kept_out, 0, 1, count, kept(row))
+        store_row(target, start, typed(left), kept(row))
+        whole(loaded, 0, 1, count, load_row(source, start, typed(left)))
+        single(top, 0, largest(one(least, 0), row))
+
+    memory = normal((2 * count + offsets[-1],), dtype, 5)
+    memory[count + offsets[-1]] = np.nan
+    places = np.array([offset + element for offset in offsets for element in range(width)])
+    for left in (0, 1, offsets[-1], offsets[-1] + 1):
+        inside = np.repeat(np.array(offsets) < left, width)
+        values = memory[count + places].astype(wide)
+        target = xp.asarray(np.full(len(memory), -99, memory.dtype))
+        kept_out, loaded, top = xp.zeros(count, wide), xp.zeros(count, wide), xp.zeros(1, wide)
+        least = np.array([-1], wide)
+        run(kernel, xp.asarray(memory), count, left, xp.asarray(least), target, kept_out, loaded, top)
+        same(kept_out, np.where(inside, values, np.array(-np.inf, wide)))
+        same(loaded, np.where(inside, values, np.array(0, wide)))
+        same(top, np.fmax.reduce(np.append(values[inside], least))[None].astype(wide))
+        wanted = np.full(len(memory), -99, memory.dtype)
+        wanted[count + places[inside]] = memory[count + places[inside]]
+        same(target, wanted)
+
+
+def test_elements_of_a_row_are_chosen_by_their_columns(xp):
+    columns, offsets = (0, 1, 8, 9), (0, 8)
+    labelled, labelled_each = (primitives.labelled("float32", columns, each) for each in (1, 4))
+    smooth, inside = primitives.smooth("float32", 4), primitives.inside("float32", 2, offsets)
+    chosen, minus_at = primitives.chosen("float32", columns), primitives.minus_at("float32", columns)
+    between, fill = primitives.between("float32", 4), primitives.fill("float32", 4)
+    load, typed = primitives.load_each("float32", 4, "float32"), np.int32
+    store, store_one = primitives.store_each("float32", 4, "float32"), primitives.store_each("float32", 1, "float32")
+
+    @primitives.jit(1)
+    def kernel(source, out, label, first, left, elsewhere, more):
+        values = load(source, 0, 1, 4)
+        store(out, 0, 1, 4, labelled((label,), first, elsewhere, more))
+        store(out, 4, 1, 4, labelled_each((label, label - 1, label - 8, label - 9), first, elsewhere, more))
+        store(out, 8, 1, 4, smooth(values, elsewhere, more))
+        store(out, 12, 1, 4, inside(values, typed(left)))
+        store(out, 16, 1, 4, minus_at(values, typed(label - first), more))
+        store(out, 20, 1, 4, between(values, first - 4, left))
+        store(out, 24, 1, 4, fill(elsewhere))
+        store_one(out, 28, 1, 1, chosen(values, typed(label - first)))
+
+    values = np.array([1.5, np.nan, -np.inf, 3], "float32")
+    elsewhere, more = np.float32(0.1), np.float32(0.7)
+    for label, first, left in ((4, 4, 0), (5, 4, 1), (13, 4, 8), (12, 4, 9), (6, 4, 20), (-1, 0, 3), (1, 2, 2)):
+        out, zero, there = xp.zeros(29, "float32"), np.zeros(4, "float32"), elsewhere + more
+        run(kernel, xp.asarray(values), out, label, first, left, elsewhere, more)
+        at_label = np.array(columns) == label - first
+        each = np.array(columns) == np.array([label, label - 1, label - 8, label - 9]) - first
+        stands = np.arange(4) + first - 4
+        with np.errstate(all="ignore"):
+            wanted = [np.where(at_label, there, elsewhere), np.where(each, there, elsewhere), elsewhere + values * more,
+                      np.where(np.repeat(np.array(offsets) < left, 2), values, zero),
+                      np.where(at_label, values - more, values),
+                      np.where((stands >= 0) & (stands < left), values, zero), np.full(4, elsewhere),
+                      values[at_label] if at_label.any() else zero[:1]]
+        same(out, np.concatenate(wanted).astype("float32"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_products_of_what_counts_are_added_and_numbers_divided(xp, dtype):
+    add, divide = primitives.weighted_sum(dtype, 3), primitives.divide(dtype)
+    load, one, store = (primitives.load_each(dtype, 3, dtype), primitives.load_each(dtype, 1, dtype),
+                        primitives.store_each(dtype, 1, dtype))
+    fill = primitives.fill(dtype, 1)
+
+    @primitives.jit(1)
+    def kernel(total, weights, values, out):
+        store(out, 0, 1, 1, add(one(total, 0, 1, 1), load(weights, 0, 1, 3), load(values, 0, 1, 3)))
+        store(out, 1, 1, 1, fill(divide(one(total, 0, 1, 1)[0], one(weights, 0, 1, 1)[0])))
+
+    # Powers of two, so that products are exact, fused or not.
+    for weights, values in (([2, 0, 0.5], [0.3, np.inf, -1.7]), ([0, -0.0, 4], [np.nan, -np.inf, 1 / 3]),
+                            ([-0.25, 2, 1], [np.inf, 1, 1])):
+        weights, values, total = (np.array(one, dtype) for one in (weights, values, [1 / 3]))
+        out, wanted = xp.zeros(2, dtype), total[0]
+        run(kernel, *(xp.asarray(array) for array in (total, weights, values)), out)
+        for weight, value in zip(weights, values, strict=True):
+            wanted = wanted + weight * value if weight else wanted
+        with np.errstate(all="ignore"):
+            same(out, np.array([wanted, total[0] / weights[0]], dtype))
+
+
+@pytest.mark.parametrize(("dtype", "absent"), [("float32", -np.inf), ("bfloat16", 0.0)])
+def test_vectors_over_the_edges_of_a_row(xp, dtype, absent):
+    """Those elements alone are touched that stand in the row, wherever it begins and ends."""
+    wide = WIDE[dtype]
+    load, store = primitives.load_between(dtype, 4, wide, absent), primitives.store_each(wide, 4, wide)
+
+    @primitives.jit(1)
+    def kernel(source, out, index, stride, position, end):
+        store(out, 0, 1, 4, load(source, index, stride, position, end))
+
+    memory = normal((20,), dtype, 6)
+    for index, stride, position, end in ((4, 1, 0, 9), (-2, 1, -2, 5), (17, 1, 6, 9), (4, 3, 1, 4), (9, -2, -1, 9),
+                                         (10 ** 9, 1, 5, 5), (0, 1, -4, 3)):
+        out = xp.zeros(4, wide)
+        run(kernel, xp.asarray(memory), out, index, stride, position, end)
+        places = [index + n * stride if 0 <= position + n < end else None for n in range(4)]
+        same(out, np.array([absent if place is None else memory[place] for place in places], wide))
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize(("dtype", "wide"), [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
+def test_exponentials_of_differences(xp, dtype, wide, samples):
+    """As near as the bound of cross-entropy has them, approximate ones too; of minus infinity it is zero."""
+    exponentials, unit = primitives.exponentials(dtype, wide, 4, samples), 2.0 ** (-53 if wide == "float64" else -24)
+    load, less = primitives.load_each(wide, 4, wide), primitives.load_each(wide, samples, wide)
+    store = primitives.store_each(wide, 4, wide)
+
+    @primitives.jit(1)
+    def kernel(values, others, out):
+        store(out, 0, 1, 4, exponentials(load(values, 0, 1, 4), less(others, 0, 1, samples)))
+
+    for values, others in (([0, -0.5, -20, -np.inf], [0, 0, 0, 0]), ([-1, -2, 0, -60], [1.5, 0.25, 7, 1.5]),
+                           ([np.nan, -3, -np.inf, 0], [2, 2, np.nan, 2])):
+        values, others = np.array(values, wide), np.array(others[:samples], wide)
+        out = xp.zeros(4, wide)
+        run(kernel, xp.asarray(values), xp.asarray(others), out)
+        exact = np.exp(values.astype("float64") - others)
+        # Of the two and of their difference the larger rounds most.
+        sizes = 4 + 3 * (np.abs(values) + np.abs(others))
+        found = host(out).astype("float64")
+        finite = np.isfinite(exact) & np.isfinite(values)
+        right = np.where(finite, np.abs(found - exact) <= np.where(finite, sizes, 0) * unit * exact,
+                         (found == exact) | (np.isnan(found) & np.isnan(exact)))
+        assert right.all(), (values, others, found, exact)
+
+
 def test_exponentials_are_merged_without_overflow(xp):
-    nothing, exponential = primitives.no_exponentials("float32"), primitives.exponential("float32")
+    nothing, add_values = primitives.no_exponentials("float32"), primitives.add_exponentials("float32", "float32", 1)
     merge, logarithm = primitives.merge_exponentials("float32"), primitives.log_of_exponentials("float32")
     load, store = primitives.load_vector("float32", 1, "float32"), primitives.store_each("float32", 2, "float32")
 
@@ -631,7 +782,7 @@ def test_exponentials_are_merged_without_overflow(xp):
     def kernel(source, out, count):
         state = nothing()
         for index in range(count):
-            state = merge(exponential(load(source, index)), state)
+            state = merge(add_values(nothing(), load(source, index)), state)
         store(out, 0, 1, 2, logarithm(state))
 
     for values in ([3.0], [-1.0, 2.0, 0.5], [1000.0, 999.0], [-np.inf, 0.0], [-np.inf], []):
@@ -645,3 +796,30 @@ def test_exponentials_are_merged_without_overflow(xp):
             assert abs(total - exact) <= 2.0 ** -24 * 8 * len(values)
         else:
             assert np.isnan(total)
+
+
+@pytest.mark.parametrize(("dtype", "wide", "count"), [("float32", "float32", 4), ("bfloat16", "float32", 8),
+                                                      ("float64", "float64", 2)])
+def test_exponentials_are_added_to_a_state(xp, dtype, wide, count):
+    """Vector by vector, whichever is the largest; minus infinities add nothing, also where there is no other number."""
+    nothing, add_values = primitives.no_exponentials(wide), primitives.add_exponentials(dtype, wide, count)
+    load, store = primitives.load_each(wide, count, wide), primitives.store_each(wide, 2, wide)
+
+    @primitives.jit(1)
+    def kernel(source, out, vectors):
+        state = nothing()
+        for vector in range(vectors):
+            state = add_values(state, load(source, vector * count, 1, count))
+        store(out, 0, 1, 2, state)
+
+    lowest = np.full(count, -np.inf)
+    for vectors in ([lowest], [lowest, np.arange(count)], [np.arange(count), lowest], [np.arange(count), -np.arange(
+            count) - 50.0, np.arange(count) + 3.0], [np.full(count, 1000.0), np.full(count, 999.0)]):
+        values, out = np.concatenate(vectors).astype(wide), xp.zeros(2, wide)
+        run(kernel, xp.asarray(values), out, len(vectors))
+        largest, total = host(out)
+        assert largest == values.max()
+        exact = np.exp(values.astype("float64") - (largest if np.isfinite(largest) else 0)).sum()
+        unit, finite = 2.0 ** (-53 if wide == "float64" else -24), values[np.isfinite(values)]
+        spread = np.ptp(finite) if finite.size else 0
+        assert abs(total - exact) <= (5 * (len(values) + 1) + 16 + 3 * spread) * unit * exact

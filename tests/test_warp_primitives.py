@@ -191,6 +191,25 @@ def test_tiles_have_no_bank_conflicts(item, outer, along_depth):
         assert len({place[where] % 8 for where in eight}) == 8
 
 
+@pytest.mark.parametrize(("dtype", "count", "distance"), [
+    ("float32", 1, 16), ("float32", 4, 1), ("float32", 2, 8), ("float64", 1, 2), ("float64", 4, 4)])
+def test_lanes_take_the_values_of_one_another(xp, dtype, count, distance):
+    """Of the one whose number differs in a bit, whatever is in them, and in the second warp as in the first."""
+    load, store = primitives.load_each(dtype, count, dtype), primitives.store_each(dtype, count, dtype)
+    other = primitives.of_lane(dtype, count, distance)
+
+    @primitives.jit(2 * WARP)
+    def kernel(source, out):
+        thread = cuda.threadIdx.x
+        store(out, thread * count, 1, count, other(load(source, thread * count, 1, count)))
+
+    values = normal((2 * WARP, count), dtype, 7)
+    values[5], values[40], values[63] = np.nan, -0.0, -np.inf
+    out = xp.zeros(values.shape, dtype)
+    run(kernel, xp.asarray(values), out, threads=2 * WARP)
+    assert (bits(out) == bits(values[np.arange(2 * WARP) ^ distance])).all()
+
+
 # the simulator's warps
 
 
