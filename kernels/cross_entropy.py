@@ -79,7 +79,7 @@ def _look_at_sample(constants):
     return look_at
 
 
-# -- of the pieces of a row, each with those behind it
+# -- of the pieces of a row
 
 
 def _vector(constants):
@@ -166,7 +166,10 @@ def _largest(constants, piece):
 
 @cache
 def _target(constants, piece):
-    """(of_target) -> q: label, place, probabilities, their index and stride, class weights, their step, left, ..."""
+    """(label, place, probabilities, index in these, class weights, left, elsewhere, more) -> q, of one argument.
+
+    elsewhere is smoothing / outputs, more is 1 - smoothing; left is how many elements the row has from place on.
+    """
     accumulator, vector = constants.accumulator, _vector(constants)
     offsets, columns = _offsets(constants, piece), _columns(constants, piece)
     labelled, smooth = primitives.labelled(accumulator, columns, 1), primitives.smooth(accumulator, vector)
@@ -194,8 +197,8 @@ def _measure(constants, piece):
     """state: (sum of exponentials, Q, sum of q (z - largest)); row: (largest, what _target takes)."""
     accumulator, vector = constants.accumulator, _vector(constants)
     unpack, minus = primitives.kept(constants.dtype, accumulator), primitives.minus(accumulator, vector, 1)
-    exponentials, zero = primitives.exponentials(constants.dtype, accumulator, vector, 1), primitives.zeros(
-        accumulator, 1)
+    exponentials = primitives.exponentials(constants.dtype, accumulator, vector, 1)
+    zero = primitives.zeros(accumulator, 1)
     add_each, add_products = primitives.add_each_now(accumulator, vector), primitives.weighted_sum(accumulator, vector)
     inside = primitives.inside(accumulator, constants.width, _offsets(constants, piece))
     target, dense, with_loss = _target(constants, piece), constants.targets.dense, constants.loss != ""
