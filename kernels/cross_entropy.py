@@ -79,7 +79,7 @@ def _look_at_sample(constants):
     return look_at
 
 
-# -- of the pieces of a row, each with those behind it
+# -- of the pieces of a row
 
 
 def _vector(constants):
@@ -99,28 +99,30 @@ def _columns(constants, piece):
 
 
 @cache
-def _begin(constants, piece=0):
-    """(address, index, left) -> the pieces of a row from this one on, as they are stored, and sums of nothing."""
-    keep = primitives.keep(constants.dtype, constants.width, _offsets(constants, piece))
-    zeros = primitives.zeros(constants.accumulator, _vector(constants))
-    if piece + 1 == constants.pieces:
-        @cuda.jit(device=True, inline="always")
-        def begin(address, index, left):
-            return (keep(address, index, left),), (zeros(),)
-    else:
-        rest = _begin(constants, piece + 1)
+def _begin(constants, first, count):
+    """(address, index, left) -> so many pieces of a row as they are stored, and sums of nothing: in pairs of pairs."""
+    if count == 1:
+        keep = primitives.keep(constants.dtype, constants.width, _offsets(constants, first))
+        zeros = primitives.zeros(constants.accumulator, _vector(constants))
 
         @cuda.jit(device=True, inline="always")
         def begin(address, index, left):
-            first = keep(address, index, left)
-            others, other_sums = rest(address, index, left)
-            return (first, *others), (zeros(), *other_sums)
+            return keep(address, index, left), zeros()
+    else:
+        half = count // 2
+        begin_first, begin_second = _begin(constants, first, half), _begin(constants, first + half, half)
+
+        @cuda.jit(device=True, inline="always")
+        def begin(address, index, left):
+            one, one_sums = begin_first(address, index, left)
+            other, other_sums = begin_second(address, index, left)
+            return (one, other), (one_sums, other_sums)
 
     return begin
 
 
 @cache
-def _walk(of_piece, constants, piece=0):
+def _walk(of_piece, constants, first, count):
     """(outputs, kept, sums, state, row) -> (kept, sums, state) after each piece's function has had its turn, in order.
 
     of_piece(constants, piece) makes that: (the piece as kept, its sums, state, row) -> the same three. So what belongs
@@ -128,24 +130,24 @@ def _walk(of_piece, constants, piece=0):
     reaches are left out, by a branch that the whole grid takes alike. Beyond a branch the compiler begins no other
     piece's work: it would take more registers than there are.
     """
-    one, first_column = of_piece(constants, piece), _offsets(constants, piece)[0]
-    if piece + 1 == constants.pieces:
-        @cuda.jit(device=True, inline="always")
-        def walk(outputs, kept, sums, state, row):
-            first, first_sums = kept[0], sums[0]
-            if outputs > first_column:
-                first, first_sums, state = one(first, first_sums, state, row)
-            return (first,), (first_sums,), state
-    else:
-        rest = _walk(of_piece, constants, piece + 1)
+    if count == 1:
+        one, first_column = of_piece(constants, first), _offsets(constants, first)[0]
 
         @cuda.jit(device=True, inline="always")
         def walk(outputs, kept, sums, state, row):
-            first, first_sums = kept[0], sums[0]
             if outputs > first_column:
-                first, first_sums, state = one(first, first_sums, state, row)
-            others, other_sums, state = rest(outputs, kept[1:], sums[1:], state, row)
-            return (first, *others), (first_sums, *other_sums), state
+                kept, sums, state = one(kept, sums, state, row)
+            return kept, sums, state
+    else:
+        half = count // 2
+        walk_first = _walk(of_piece, constants, first, half)
+        walk_second = _walk(of_piece, constants, first + half, half)
+
+        @cuda.jit(device=True, inline="always")
+        def walk(outputs, kept, sums, state, row):
+            one, one_sums, state = walk_first(outputs, kept[0], sums[0], state, row)
+            other, other_sums, state = walk_second(outputs, kept[1], sums[1], state, row)
+            return (one, other), (one_sums, other_sums), state
 
     return walk
 
@@ -164,7 +166,10 @@ def _largest(constants, piece):
 
 @cache
 def _target(constants, piece):
-    """(of_target) -> q: label, place, probabilities, their index and stride, class weights, their step, left, ..."""
+    """(label, place, probabilities, index in these, class weights, left, elsewhere, more) -> q, of one argument.
+
+    elsewhere is smoothing / outputs, more is 1 - smoothing; left is how many elements the row has from place on.
+    """
     accumulator, vector = constants.accumulator, _vector(constants)
     offsets, columns = _offsets(constants, piece), _columns(constants, piece)
     labelled, smooth = primitives.labelled(accumulator, columns, 1), primitives.smooth(accumulator, vector)
@@ -192,8 +197,8 @@ def _measure(constants, piece):
     """state: (sum of exponentials, Q, sum of q (z - largest)); row: (largest, what _target takes)."""
     accumulator, vector = constants.accumulator, _vector(constants)
     unpack, minus = primitives.kept(constants.dtype, accumulator), primitives.minus(accumulator, vector, 1)
-    exponentials, zero = primitives.exponentials(constants.dtype, accumulator, vector, 1), primitives.zeros(
-        accumulator, 1)
+    exponentials = primitives.exponentials(constants.dtype, accumulator, vector, 1)
+    zero = primitives.zeros(accumulator, 1)
     add_each, add_products = primitives.add_each_now(accumulator, vector), primitives.weighted_sum(accumulator, vector)
     inside = primitives.inside(accumulator, constants.width, _offsets(constants, piece))
     target, dense, with_loss = _target(constants, piece), constants.targets.dense, constants.loss != ""
@@ -215,32 +220,20 @@ def _measure(constants, piece):
 
 
 @cache
-def _lose_everywhere(constants, piece):
-    """state: the sum of what all elements are less than the row's largest; row: (largest, left)."""
+def _lose(constants, piece):
+    """state: how much less than the row's largest all elements are, and the label's; row: (largest, column, left)."""
     accumulator, vector = constants.accumulator, _vector(constants)
     unpack, minus = primitives.kept(constants.dtype, accumulator), primitives.minus(accumulator, vector, 1)
     inside = primitives.inside(accumulator, constants.width, _offsets(constants, piece))
+    chosen, add = primitives.chosen(accumulator, _columns(constants, piece)), primitives.add(accumulator, 1)
     add_each = primitives.add_each(accumulator, vector, False)
 
     @cuda.jit(device=True, inline="always")
     def lose(kept, sums, state, row):
-        largest, left = row
-        return kept, sums, add_each(state, inside(minus(unpack(kept), largest), left))
-
-    return lose
-
-
-@cache
-def _lose_at_label(constants, piece):
-    """state: plus what the label's element is less than the row's largest; row: (largest, the label's column)."""
-    accumulator, vector = constants.accumulator, _vector(constants)
-    unpack, minus = primitives.kept(constants.dtype, accumulator), primitives.minus(accumulator, vector, 1)
-    chosen, add = primitives.chosen(accumulator, _columns(constants, piece)), primitives.add(accumulator, 1)
-
-    @cuda.jit(device=True, inline="always")
-    def lose(kept, sums, state, row):
-        largest, column = row
-        return kept, sums, add(state, chosen(minus(unpack(kept), largest), column))
+        everywhere, at_label = state
+        largest, column, left = row
+        below = minus(unpack(kept), largest)
+        return kept, sums, (add_each(everywhere, inside(below, left)), add(at_label, chosen(below, column)))
 
     return lose
 
@@ -366,10 +359,9 @@ def make_cross_entropy_rows(constants):
     sum_of_block = over_row(accumulator, add, 1, threads)
     weight_of = weight_of_sample(accumulator, targets)
     load_part = primitives.load_vector(accumulator, 1, accumulator)
-    find_largest, measure, lose_everywhere, lose_at_label, form, leave = (
-        _walk(of_piece, constants)
-        for of_piece in (_largest, _measure, _lose_everywhere, _lose_at_label, _form, _leave))
-    begin, look_at = _begin(constants), _look_at_sample(constants)
+    find_largest, measure, lose, form, leave = (
+        _walk(of_piece, constants, 0, pieces) for of_piece in (_largest, _measure, _lose, _form, _leave))
+    begin, look_at = _begin(constants, 0, pieces), _look_at_sample(constants)
     two, logarithm = primitives.join(accumulator, (1, 1)), primitives.log_of_exponentials(accumulator)
     top_array = primitives.shared_array("tops", accumulator, lanes * warps)
     cell_array = primitives.shared_array("cells", accumulator, max(lanes * warps * summed, threads // LANES))
@@ -429,14 +421,11 @@ def make_cross_entropy_rows(constants):
             _, _, top = find_largest(outputs, kept, sums, fill(number(LOWEST)), 0)
             top = largest_of_row(tops, lane, thread, top)
             _, _, (total, target_sum, lost) = measure(outputs, kept, sums, (zero(), zero(), zero()), (top, of_target))
-            if with_loss and not dense:
-                if elsewhere != 0:
-                    _, _, lost = lose_everywhere(outputs, kept, sums, lost, (top, of_target[LEFT]))
-                    lost = scale(lost, elsewhere)
-                column = int32(label - place)
-                if column >= 0 and column % spacing < width:
-                    _, _, at_label = lose_at_label(outputs, kept, sums, zero(), (top, column))
-                    lost = add_product(lost, fill(more), at_label)
+            column = int32(label - place)
+            if with_loss and not dense and (elsewhere != 0 or (column >= 0 and column % spacing < width)):
+                of_row = top, column, of_target[LEFT]
+                _, _, (everywhere, at_label) = lose(outputs, kept, sums, (zero(), zero()), of_row)
+                lost = add_product(add_product(zero(), fill(elsewhere), everywhere), fill(more), at_label)
             found = sums_of_row(cells, lane, thread, join(total, target_sum, lost))
             log_total = logarithm(two(top, fill(found[0])))[1]
             if of_labels and label == NO_CLASS:

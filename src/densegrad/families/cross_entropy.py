@@ -60,7 +60,7 @@ class CrossEntropyPlan:
         for name in ("threads_x", "lanes", "pieces", "samples_per_part"):
             if getattr(self, name) < 1:
                 raise PlanError(f"plan: {name} must be at least 1; got {getattr(self, name)}")
-        for name in ("threads_x", "lanes"):
+        for name in ("threads_x", "lanes", "pieces"):
             if getattr(self, name) & getattr(self, name) - 1:
                 raise PlanError(f"plan: {name} must be a power of two; got {getattr(self, name)}")
         if not 32 <= self.threads <= 1024:
