@@ -3,7 +3,7 @@
     result[0, s] = max over m of z[s, m]                                     all matrices (samples, outputs)
     result[1, s] = log(sum over m of exp(z[s, m] - result[0, s]))            not a number if the label is no class
     result[2, s] = Q[s] = sum over m of q[s, m]                              as in cross_entropy, if not always 1
-    loss[s]      = weight[s] (Q[s] (result[0, s] - z[s, 0] + result[1, s]) + sum over m of q[s, m] (z[s, 0] - z[s, m]))
+    loss[s]      = weight[s] (Q[s] result[1, s] + sum over m of q[s, m] (result[0, s] - z[s, m]))
                    of which the label's part is taken as result[0, s] - z[s, label] where targets need no sum
 
 and what each block's samples weigh, for the divisor of a mean, and their losses.
@@ -12,9 +12,10 @@ How the work is cut
     A block has a few samples at a time, and `adders` threads for each: thread a takes the vectors a, a + adders, ... of
     16 bytes, of which the first begins where 32 bytes of memory do, whatever the row does: those at its ends are read
     element by element. It keeps the largest value so far and the sum of the exponentials of what the others are less
-    than it. Where samples lie side by side, a thread takes one output after another. The threads that lie side by side
-    are those of one sample where its outputs are contiguous, else those of neighbouring samples: memory is read in
-    whole lines. The lanes of warps are merged in pairs, what is left in order.
+    than it; where they are asked for, also the sums of q and of q times what the values are less than it. Where samples
+    lie side by side, a thread takes one output after another. The threads that lie side by side are those of one sample
+    where its outputs are contiguous, else those of neighbouring samples: memory is read in whole lines. The lanes of
+    warps are merged in pairs, what is left in order.
 Threads
     adders * samples of the block, whole warps.
 Grid
@@ -50,8 +51,7 @@ def make_log_sum_exp(constants):
     leaves = mean or loss == "sum"
     number, fill = primitives.typed(accumulator), primitives.fill(accumulator, 1)
     zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
-    divide, minus = primitives.divide(accumulator), primitives.minus(accumulator, count, 1)
-    subtract = primitives.minus(accumulator, 1, 1)
+    divide, subtract = primitives.divide(accumulator), primitives.minus(accumulator, 1, 1)
     load_all, load_edge = (primitives.load_vector(dtype, count, accumulator),
                            primitives.load_between(dtype, count, accumulator, LOWEST))
     load_element = primitives.load_each(dtype, 1, accumulator)
@@ -62,23 +62,18 @@ def make_log_sum_exp(constants):
     load_probabilities = primitives.load_between(dtype, count, accumulator, 0.0)
     load_classes = primitives.load_between(class_weights or accumulator, count, accumulator, 0.0)
     weigh_classes = primitives.weigh(accumulator, count, count)
-    add_each, add_products = primitives.add_each(accumulator, count, False), primitives.weighted_sum(accumulator, count)
-    # States are (largest, total, Q, sum of q times what z is less than the row's first).
-    nothing = primitives.no_exponentials(accumulator)
+    fill_all = primitives.fill(accumulator, count)
+    # States are (largest, total), then Q and the sum of q times what z is less than the largest.
+    nothing, no_targets = primitives.no_exponentials(accumulator), primitives.zeros(accumulator, 2)
     add_values = primitives.add_exponentials(dtype, accumulator, count)
-    merge, add_two = primitives.merge_exponentials(accumulator), primitives.add(accumulator, 2)
+    add_targets, merge = primitives.add_targets(dtype, accumulator, count), primitives.merge_targets(accumulator)
     both, front, turn = (primitives.join(accumulator, (2, 2)), primitives.head(accumulator, 4, 2),
                          primitives.rotate(accumulator, 4, 2))
-    two = primitives.join(accumulator, (1, 1))
-
-    @cuda.jit(device=True, inline="always")
-    def merge_all(left, right):
-        return both(merge(front(left), front(right)), add_two(front(turn(left)), front(turn(right))))
 
     def others(distance):
         return primitives.of_lane(accumulator, 4, distance)
 
-    over_warp = over_lanes(merge_all, others, 0 if features_first else LANES // 2)
+    over_warp = over_lanes(merge, others, 0 if features_first else LANES // 2)
     shares = adders if features_first else adders // LANES
     # One place more a sample, so that samples begin at different banks.
     pitch = 4 * (shares + 1)
@@ -111,18 +106,14 @@ def make_log_sum_exp(constants):
             there = 1 if inside else 0
             start = sample * z_down
             label = load_label(labels, sample * labels_step, 1, there, ignored)[0] if of_labels else 0
-            origin = load_element(z, start, 1, there)
-            if origin[0] == number(LOWEST):
-                origin = zero()
             shift = 0 if features_first else (int(z) // item + start) % (SECTOR // item)
-            state, target_sum, lost = nothing(), zero(), zero()
+            state = both(nothing(), no_targets())
             for vector in range(adder, (outputs + shift + count - 1) // count if inside else 0, adders):
                 position = vector * count - shift
                 if position >= 0 and position + count <= outputs:
                     values = load_all(z, start + position * z_across)
                 else:
                     values = load_edge(z, start + position * z_across, z_across, position, outputs)
-                state = add_values(state, values)
                 if dense:
                     if of_labels:
                         q = labelled((label,), position, elsewhere, more)
@@ -132,29 +123,26 @@ def make_log_sum_exp(constants):
                             probabilities_across, position, outputs), elsewhere, more)
                     if of_classes:
                         q = weigh_classes(q, load_classes(class_weights, position, 1, position, outputs))
-                    q = between(q, position, outputs)
-                    target_sum = add_each(target_sum, q)
-                    if with_loss:
-                        lost = add_products(lost, q, minus(values, origin))
+                    state = add_targets(state, values, between(q, position, outputs))
                 elif with_loss and elsewhere != 0:
-                    lost = add_each(lost, between(minus(values, origin), position, outputs))
-            whole = over_warp(both(state, two(target_sum, lost)))
+                    state = add_targets(state, values, between(fill_all(elsewhere), position, outputs))
+                else:
+                    state = both(add_values(front(state), values), no_targets())
+            state = over_warp(state)
             if features_first:
-                store_state(states, row * pitch + 4 * adder, whole)
+                store_state(states, row * pitch + 4 * adder, state)
             elif adder % LANES == 0:
-                store_state(states, row * pitch + 4 * (adder // LANES), whole)
+                store_state(states, row * pitch + 4 * (adder // LANES), state)
             cuda.syncthreads()
 
             # 2. The shares are merged in ascending order, and the sample's results are written.
             sample = first + thread
             if thread < min(samples_of_block, samples - first):
-                whole = both(nothing(), two(zero(), zero()))
+                state = both(nothing(), no_targets())
                 for share in range(shares):
-                    whole = merge_all(whole, load_state(states, thread * pitch + 4 * share))
-                found = log_of(front(whole))
-                log_total, target_sum, lost = found[1], number(1), front(turn(whole))[1]
-                if dense:
-                    target_sum = front(turn(whole))[0]
+                    state = merge(state, load_state(states, thread * pitch + 4 * share))
+                found, of_targets = log_of(front(state)), front(turn(state))
+                log_total, target_sum, lost = found[1], of_targets[0] if dense else number(1), of_targets[1]
                 left_out = False
                 if of_labels:
                     label = load_label(labels, sample * labels_step, 1, 1, ignored)[0]
@@ -166,21 +154,10 @@ def make_log_sum_exp(constants):
                 if dense:
                     store(result, 2 * samples + sample, fill(target_sum))
                 if with_loss:
-                    origin = load_element(z, sample * z_down, 1, 1)
-                    if origin[0] == number(LOWEST):
-                        origin = zero()
-                    largest = fill(found[0])
-                    beyond = subtract(largest, origin)[0]
-                    if dense:
-                        row_loss = target_sum * (beyond + log_total) - lost
-                    else:
-                        all_beyond = fill(number(outputs) * beyond)
-                        lost = elsewhere * subtract(fill(lost), all_beyond)[0] if elsewhere != 0 else number(0)
-                        if label >= 0 and label < outputs and more != 0:
-                            # Less the largest, and not the first, which may be any number.
-                            at_label = load_element(z, sample * z_down + label * z_across, 1, 1)
-                            lost += more * subtract(at_label, largest)[0]
-                        row_loss = log_total - lost
+                    if not dense and label >= 0 and label < outputs and more != 0:
+                        at_label = load_element(z, sample * z_down + label * z_across, 1, 1)
+                        lost += more * subtract(at_label, fill(found[0]))[0]
+                    row_loss = target_sum * log_total - lost
                     if weighted:
                         row_loss *= load_weight(weights, sample * weights_step, 1, 1)[0]
                     if masked:

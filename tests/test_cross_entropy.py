@@ -311,6 +311,19 @@ def test_probabilities_of_zero_lose_nothing_and_rows_are_taken_as_they_are(kind,
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_first_logit_far_off_takes_no_digits_from_what_targets_lose(kind, xp):
+    z, targets = data((6, 30), "float32", 61), np.abs(data((6, 30), "float32", 62))
+    z[:, 0], targets[:, 0], z[3, 20] = -1e9, 0, -1e9
+    targets[3, 20] = 0
+    found = called(xp, kind, z, targets, reduction="none")
+    near = z.copy()
+    near[:, 0] = near[3, 20] = -200
+    exact, bounds = expected_cross_entropy(near, targets, few(kind, *z.shape), reduction="none")
+    check_within(found[0], exact[0], bounds[0])
+    check_within(found[1], exact[1], bounds[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_label_that_is_no_class(kind, lane, xp):
     z, labels = data((6, 7), "float32", 3), np.array([0, 7, -7, 2, -100, 2 ** 33])
     if lane == "simulator":

@@ -242,6 +242,31 @@ def merge_exponentials(dtype):
 
 
 @cache
+def add_targets(dtype, wide, count):
+    """(state, fragment, targets) -> the state of a row, as the formula says, with these values and their targets."""
+    state, fragment = _fragment_type(wide, 4), _fragment_type(wide, count)
+
+    def body(builder, found, values, targets):
+        number = _Functions(builder, dtype in ("float16", "bfloat16"))
+        return _pack_numbers(builder, formulas.add_targets(
+            number, _numbers(builder, found), _numbers(builder, values), _numbers(builder, targets)))
+
+    return _expand(state, (state, fragment, fragment), body)
+
+
+@cache
+def merge_targets(dtype):
+    """(state, state) -> the state of both parts of a row."""
+    state = _fragment_type(dtype, 4)
+
+    def body(builder, left, right):
+        return _pack_numbers(builder, formulas.merge_targets(
+            _Functions(builder), _numbers(builder, left), _numbers(builder, right)))
+
+    return _expand(state, (state, state), body)
+
+
+@cache
 def log_of_exponentials(dtype):
     """(state) -> the largest value, and the logarithm of the sum less it."""
     state = _fragment_type(dtype, 2)

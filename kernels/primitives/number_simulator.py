@@ -76,6 +76,19 @@ def merge_exponentials(dtype):
 
 
 @cache
+def add_targets(dtype, wide, count):
+    """(state, fragment, targets) -> the state of a row, as the formula says, with these values and their targets."""
+    return _quiet(lambda state, values, targets: np.array(
+        formulas.add_targets(_Arrays, state, values, targets), _TYPE[wide]))
+
+
+@cache
+def merge_targets(dtype):
+    """(state, state) -> the state of both parts of a row."""
+    return _quiet(lambda left, right: np.array(formulas.merge_targets(_Arrays, left, right), _TYPE[dtype]))
+
+
+@cache
 def log_of_exponentials(dtype):
     """(state) -> the largest value, and the logarithm of the sum less it."""
     return _quiet(lambda state: np.array(formulas.log_of_exponentials(_Arrays, state), _TYPE[dtype]))

@@ -106,8 +106,8 @@ def cross_entropy(z: Any, labels: Any, *, class_weight: Any = None, ignore_index
     which, and `densegrad.plans.plan_cross_entropy(...).explain()` why. Nothing is fetched to the host: the divisor of a
     mean is found on the device. If no sample counts, the mean is NaN, and all of dz is zero, as in PyTorch. A target of
     zero loses nothing where a logit is minus infinity; PyTorch's loss of probabilities is NaN there.
-    Precision and reproducibility as in `activation_grad`: equal inputs give equal bits on every run, and the same dz
-    and db with and without a loss.
+    Precision and reproducibility as in `activation_grad`: equal inputs of one layout, alignment included, give equal
+    bits on every run, and the same dz and db with and without a loss.
     Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.2.2.3; Szegedy et al., "Rethinking the
     Inception Architecture for Computer Vision", 2016, section 7.
 

@@ -271,7 +271,7 @@ def expected_cross_entropy(z: np.ndarray, labels: np.ndarray, plan: CrossEntropy
     """What cross_entropy should give, (loss, dz, db) in float64, and how far each may be off, by this plan.
 
     A loss is a sum of at most as many roundings as softmax has, each of Q log(total) or of a target's product with what
-    a logit is less than the largest, or than the row's first. Divisors are off by the chain of their additions, which
+    a logit is less than the largest. Where the largest rises, what was added up moves by no more than that. Divisors are off by the chain of their additions, which
     is shorter than that of the losses, as long as no weight is negative. What is left out is off by nothing.
     """
     dtype, batch_axis, alpha = z.dtype.name, options.get("batch_axis", 0), options.get("alpha", 1.0)
@@ -295,14 +295,9 @@ def expected_cross_entropy(z: np.ndarray, labels: np.ndarray, plan: CrossEntropy
             share = abs(1 / divisor) if divisor else 0.0
         magnitude = np.where(kept, np.abs(q).sum(axis=1), 0)
         highest = logits.max(axis=1, keepdims=True, initial=-np.inf)
-        first = highest
-        if isinstance(plan, UpstreamPlan) and (labels.dtype.kind not in "iu" or options.get("class_weight") is not None
-                                               or options.get("label_smoothing")):
-            # Minus infinity is no origin: zero takes its place.
-            first = np.where(np.isfinite(logits[:, :1]), logits[:, :1], 0)
-        spread = np.where(np.isfinite(logits), np.abs(highest - logits) + np.abs(first - logits), 0)
-        lost = size * (np.where(q == 0, 0, np.abs(q) * spread).sum(axis=1) + magnitude * (
-            np.log(max(logits.shape[1], 1)) + 1 + np.abs(highest - first).max(axis=1, initial=0)))
+        spread = np.where(np.isfinite(logits), highest - logits, 0)
+        lost = size * (np.where(q == 0, 0, np.abs(q) * spread).sum(axis=1)
+                       + magnitude * (np.log(max(logits.shape[1], 1)) + 1))
         lost = np.where(kept, lost, 0)
         of_losses = 2 * (roundings + 8) * u * lost + np.where(kept, UNDERFLOW[accumulator], 0)
         chain = plan.chain + 40
