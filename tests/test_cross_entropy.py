@@ -125,7 +125,7 @@ def plan_sizes(plan):
 
 #: samples, outputs, dtype, (threads_x, lanes, pieces, samples_per_part), labels, classes', samples' weights, options
 ONE_READING = {
-    "a thread a row": (41, 13, "float32", (1, 32, 4, 41), "int64", "", "", {}),
+    "a thread a row": (41, 13, "bfloat16", (1, 32, 2, 41), "int64", "", "", {}),
     "eight threads": (23, 120, "bfloat16", (8, 8, 2, 9), "int32", "float32", "bool",
                       {"label_smoothing": 0.125, "alpha": 0.75}),
     "two warps": (3, 250, "float32", (64, 2, 1, 2), "", "", "float32", {"reduction": "sum", "label_smoothing": 0.25}),
@@ -518,9 +518,12 @@ def test_launches_are_no_more_than_of_the_gradient_by_two_readings(dtype, layout
             assert len(launched(plan, True, reduction, layout)) <= before, (samples, outputs, reduction)
 
 
-def test_more_samples_than_a_block_weighs(xp):
-    """Another launch adds up the weights; a block would take more than 1,024 of them."""
-    samples, plan = 1030, CrossEntropyPlan(1030, 3, "float32", 1, 64, 1, 600)
+def test_more_samples_than_a_block_weighs(xp, monkeypatch):
+    """Another launch adds up the weights; a block would take more than 1,024 of them, or 100 here."""
+    assert [plan_cross_entropy(samples, 3, "float32", "flat").weighing_blocks for samples in (1024, 1025)] == [0, 2]
+    monkeypatch.setattr("densegrad.families.cross_entropy.WEIGHED_IN_PLACE", 100)
+    monkeypatch.setattr("densegrad.families.cross_entropy.WEIGHING_THREADS", 64)
+    samples, plan = 111, CrossEntropyPlan(111, 3, "float32", 1, 64, 1, 60)
     z, labels, options = problem(samples, 3, "float32", "int64", "float32", "bool", {}, 11)
     with recorded() as launches:
         check(xp, z, labels, plan, **options)

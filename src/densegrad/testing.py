@@ -271,8 +271,9 @@ def expected_cross_entropy(z: np.ndarray, labels: np.ndarray, plan: CrossEntropy
     """What cross_entropy should give, (loss, dz, db) in float64, and how far each may be off, by this plan.
 
     A loss is a sum of at most as many roundings as softmax has, each of Q log(total) or of a target's product with what
-    a logit is less than the largest. Where the largest rises, what was added up moves by no more than that. Divisors are off by the chain of their additions, which
-    is shorter than that of the losses, as long as no weight is negative. What is left out is off by nothing.
+    a logit is less than the largest. Where the largest rises, what was added up moves by no more than that. Divisors
+    are off by the chain of their additions, which is shorter than that of the losses, as long as no weight is negative.
+    What is left out is off by nothing.
     """
     dtype, batch_axis, alpha = z.dtype.name, options.get("batch_axis", 0), options.get("alpha", 1.0)
     reduction, accumulator = options.get("reduction", "mean"), accumulator_of(dtype)
