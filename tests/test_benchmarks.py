@@ -228,63 +228,6 @@ def test_cross_entropy_is_held_to_its_bound(dtype, wrong):
             assert truth.worst(name, off, chain) > 1
 
 
-@pytest.fixture
-def in_pytorch(monkeypatch):
-    """PyTorch on the CPU with a compiler and a Liger that are stand-ins; how a peer by this name does a case."""
-    torch = pytest.importorskip("torch")
-
-    def tensor(array):
-        return torch.from_numpy(array.view("int16")).view(torch.bfloat16) if array.dtype.name == "bfloat16" else (
-            torch.from_numpy(array))
-
-    class InPlace(torch.autograd.Function):
-        """The loss, whose gradient is written over the logits."""
-
-        @staticmethod
-        def forward(ctx, z, labels, reduction):
-            with torch.enable_grad():
-                leaf = z.detach().clone().requires_grad_()
-                loss = torch.nn.functional.cross_entropy(leaf, labels, reduction=reduction)
-            z.detach().copy_(torch.autograd.grad(loss, leaf)[0])
-            ctx.save_for_backward(z.detach())
-            return loss.detach()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return ctx.saved_tensors[0] * gradient, None, None
-
-    liger = SimpleNamespace(
-        LigerCrossEntropyLoss=lambda reduction: lambda z, labels: InPlace.apply(z, labels, reduction))
-    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
-    monkeypatch.setattr(peers, "_as_tensor", tensor)
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    peers._compiled_cross_entropy.cache_clear()
-
-    def results(name, case, arrays):
-        (one,) = [one for one in peers.IMPLEMENTATIONS if one.name == name and case.operation in one.operations]
-        return [found.double().numpy() for found in one.prepare(case, arrays)()]
-
-    yield results
-    peers._compiled_cross_entropy.cache_clear()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("operation", operations.REDUCTIONS)
-def test_losses_of_peers_are_held_to_bounds_that_they_keep(operation, dtype, in_pytorch):
-    case = Case(operation, 27, 1, 300, dtype)  # one over 27 is rounded
-    data = case.data()
-    truth, before = Truth(case, data), data["z"].copy()
-    arrays = data | {name: np.zeros(()) for name in case.does.results}
-    for name in ("PyTorch", "PyTorch compiled", "Liger"):
-        found = in_pytorch(name, case, arrays)
-        assert (data["z"] == before).all()
-        for result, got in zip(case.does.results, found, strict=True):
-            assert truth.worst(result, got, None) < 1
-            assert truth.worst(result, got * 1.25, None) > 1
-            assert truth.worst(result, np.full_like(got, np.nan), None) > 1
-
-
 @pytest.mark.only("simulator")
 def test_our_loss_is_timed_into_results_that_are_checked():
     case = Case("cross_entropy", 24, 1, 40, "float32")
