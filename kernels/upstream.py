@@ -177,6 +177,8 @@ def make_upstream_sum(constants):
     add_folds = primitives.add_shared(accumulator, threads_x)
     finish = finish_column(accumulator, result, accumulate)
     number, alpha_at = primitives.typed(accumulator), primitives.scale_at(constants.number, accumulator)
+    # Smoothed, the target of a sample beyond the last is not zero, though its probabilities were loaded as zeros.
+    beyond, inside = has_totals and labels == "" and features_first, primitives.inside(accumulator, width, pieces)
     sum_left = _sum_left(accumulator, threads)
     store_loss, scale_loss = primitives.store_vector(accumulator, 1, accumulator), primitives.scale(accumulator, 1)
 
@@ -234,6 +236,8 @@ def make_upstream_sum(constants):
             if weighted:
                 values = weigh(values, load_weights(weights, this_sample * weights_step, weights_step, this_left))
             values = scale(values, alpha)
+            if beyond:
+                values = inside(values, int32(min(this_left, line)))
             if chosen:
                 wanted = load_chosen(weights, this_sample * weights_step, weights_step, this_left, 0)
                 values = leave_out(values, wanted, 0)

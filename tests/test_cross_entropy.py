@@ -688,14 +688,15 @@ WRONG = {
     "class weights of float64": (DTypeError, "class_weight must be float32, float16 or bfloat16; got float64",
                                  lambda z, y: dg.cross_entropy(z, y, class_weight=z[0].astype("float64"))),
     "one-hot": (DTypeError, r"labels of the shape of z, \(6, 4\), are class probabilities and must be float32; got "
-                r"integers \(one-hot\? pass labels.astype\('float32'\), or labels.argmax\(axis=-1\)",
+                r"int64 \(one-hot\? pass labels.astype\('float32'\), or labels.argmax\(axis=-1\)",
                 lambda z, y: dg.cross_entropy(z, (z > 0).astype("int64"))),
     "one-hot, transposed": (DTypeError, r"labels.argmax\(axis=0\) for the class of each sample",
                             lambda z, y: dg.cross_entropy(z, z > 0, batch_axis=1)),
     "dtype of probabilities": (DTypeError, "labels and z must have the same dtype; labels is float64 and z is float32",
                                lambda z, y: dg.cross_entropy(z, z.astype("float64"))),
-    "shape of probabilities": (DTypeError, r"labels must be int64 or int32; got float32 .*; class probabilities have "
-                               r"the shape of z\)", lambda z, y: dg.cross_entropy(z, z[:, :3])),
+    "shape of probabilities": (
+        ShapeError, r"labels of floats are class probabilities and must have the shape of z, \(6, 4\); got \(6, 3\)",
+        lambda z, y: dg.cross_entropy(z, z[:, :3])),
     "shape of labels": (ShapeError, r"labels must have one value for each sample, shape \(6,\); got \(5,\)",
                         lambda z, y: dg.cross_entropy(z, y[:5])),
     "labels of torch's order": (
@@ -729,7 +730,8 @@ WRONG = {
     "plan of something else": (
         PlanError, "plan forms dz below relu, but it is cross_entropy that lies above",
         lambda z, y: dg.cross_entropy(z, y, plan=plan_upstream(6, 4, "float32", "flat", "relu"))),
-    "no plan": (TypeError, "plan must be an UpstreamPlan; got str", lambda z, y: dg.cross_entropy(z, y, plan="fast")),
+    "no plan": (TypeError, "plan must be a CrossEntropyPlan or an UpstreamPlan; got str",
+                lambda z, y: dg.cross_entropy(z, y, plan="fast")),
     "one reading of what lies side by side": (
         PlanError, "a CrossEntropyPlan needs z, dz and probabilities whose rows lie in one piece each", lambda z, y: (
             dg.cross_entropy(z, y[:4], batch_axis=1, plan=plan_cross_entropy(4, 6, "float32", "flat")))),
@@ -784,3 +786,16 @@ def test_plans_of_what_is_none_are_refused():
                                ((-1, 6, "float32", "flat"), "samples must")):
         with pytest.raises(PlanError, match=message):
             plan_cross_entropy(*arguments)
+
+
+@pytest.mark.parametrize("samples", [1, 5, 37])
+@pytest.mark.parametrize("class_weight", [False, True])
+def test_smoothed_probabilities_side_by_side_add_nothing_beyond_the_last_sample(samples, class_weight, xp):
+    z, targets = data((3, samples), "float32", 71), np.abs(data((3, samples), "float32", 72))
+    plan = two_readings(samples, 3, "float32", True)
+    weights = {"class_weight": np.array([1, 2, 3], "float32")} if class_weight else {}
+    found = dg.cross_entropy(on(xp, z), on(xp, targets), label_smoothing=0.4, batch_axis=1, plan=plan,
+                             **{name: on(xp, value) for name, value in weights.items()})
+    exact, bounds = expected_cross_entropy(z, targets, plan, label_smoothing=0.4, batch_axis=1, **weights)
+    for got, right, bound in zip(found, exact, bounds, strict=True):
+        check_within(got, right, bound)

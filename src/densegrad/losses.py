@@ -229,7 +229,8 @@ def _describe(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     z, labels, sample_weight, class_weight = arrays
     inputs = accept(dz=z, batch_axis=batch_axis, name="z")
     if with_loss and not inputs.out_features:
-        raise ShapeError(f"z must have one class at least, to have a loss; got shape {inputs.dz.memory.shape}")
+        raise ShapeError(f"z must have one class at least, to have a loss; got shape {inputs.dz.memory.shape} (pass "
+                         "logits with classes, or take cross_entropy_grad)")
     held = _Held(accept_labels(labels, inputs, batch_axis),
                  None if sample_weight is None else accept_sample_weight(sample_weight, inputs),
                  None if class_weight is None else accept_class_weight(class_weight, inputs))
@@ -267,7 +268,8 @@ def _plan(plan: Any, inputs: Inputs, dz: Matrix, probabilities: Matrix | None) -
     if plan is None:
         return plan_cross_entropy(samples, outputs, dtype, layout) if rows else (
             plan_upstream(samples, outputs, dtype, layout, CROSS_ENTROPY))
-    if not isinstance(plan, CrossEntropyPlan):
+    check_plan(plan, (CrossEntropyPlan, UpstreamPlan), {})
+    if isinstance(plan, UpstreamPlan):
         return upstream_plan(plan, inputs, CROSS_ENTROPY)
     if not rows:
         raise PlanError("plan: a CrossEntropyPlan needs z, dz and probabilities whose rows lie in one piece each (pass "

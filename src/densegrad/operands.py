@@ -16,7 +16,7 @@ import numpy as np
 
 from . import device, tensors
 from .errors import DeviceError, DTypeError, OutDeviceError, OutError, ShapeError
-from .facts import accumulator_of
+from .facts import ITEM_BYTES, accumulator_of
 from .launches import ALIGNMENT, Matrix, Result, Slot
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -330,16 +330,19 @@ def accept_labels(array: Any, inputs: Inputs, batch_axis: int) -> Argument:
     """
     shape, z = getattr(array, "shape", None), inputs.dz.memory.shape
     if shape == z:
-        if _memory(inputs.device, "labels", array).dtype.kind in "iub":
+        dtype = _memory(inputs.device, "labels", array).dtype
+        if dtype.kind in "iub":
             raise DTypeError(f"labels of the shape of z, {shape}, are class probabilities and must be {inputs.dtype}; "
-                             f"got integers (one-hot? pass labels.astype({inputs.dtype!r}), or "
+                             f"got {dtype} (one-hot? pass labels.astype({inputs.dtype!r}), or "
                              f"labels.argmax(axis={0 if batch_axis else -1}) for the class of each sample)")
         return accept_beside("labels", array, inputs, batch_axis)
     if len(z) > 2 and shape == (*z[:1], *z[2:]) != inputs.batch_shape:
         raise ShapeError(f"labels must have one value for each sample, shape {inputs.batch_shape}; got {shape}; are "
                          "the classes on axis 1 of z? then pass numpy.moveaxis(z, 1, -1)")
-    return _accept_per_sample("labels", array, inputs, ("int64", "int32"), "astype('int64'); class probabilities have "
-                              "the shape of z")
+    if shape != inputs.batch_shape and _memory(inputs.device, "labels", array).dtype.name in ITEM_BYTES:
+        raise ShapeError(f"labels of floats are class probabilities and must have the shape of z, {z}; got {shape} "
+                         "(pass one probability for each class, or the class of each sample as int64)")
+    return _accept_per_sample("labels", array, inputs, ("int64", "int32"), "astype('int64')")
 
 
 def accept_class_weight(array: Any, inputs: Inputs) -> Argument:
