@@ -40,7 +40,7 @@ REHEARSED = ((8, 0), (9, 0))
 #: threads that a multiprocessor holds where it is not 1,536
 RESIDENT = {(7, 5): 1024, (8, 0): 2048, (9, 0): 2048, (10, 0): 2048}
 #: random calls of each function, the first of those that the tests make
-SEEDS = range(6)
+SEEDS = range(4)
 SPILLS = "bytes of local memory"
 #: kernels that are known to spill, and where; one that does not any more is a problem, too
 KNOWN = {(name, capability) for capability, names in {
