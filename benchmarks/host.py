@@ -187,7 +187,7 @@ def backwards() -> dict[str, Callable[[], Any] | None]:
         return dict.fromkeys(labels)
     import torch
 
-    from densegrad import torch as ours
+    from densegrad.torch import layers as ours
 
     where = "cpu" if device.gpu_missing() else "cuda"
     if where == "cuda" and not torch.cuda.is_available():
@@ -215,7 +215,7 @@ def _allocating_operator() -> Any:
     """An operator like the backward's that only allocates its results."""
     import torch
 
-    from densegrad import torch as ours
+    from densegrad.torch import layers as ours
 
     def allocate(da: Any, x: Any, weight: Any, z: Any, **options: Any) -> Any:
         return [torch.empty_like(x), torch.empty_like(weight), da.new_empty(da.shape[-1:])]

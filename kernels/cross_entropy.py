@@ -305,37 +305,6 @@ def _leave(constants, piece):
     return leave
 
 
-@cache
-def _join_sums(accumulator, dense, with_loss):
-    """((exponentials, Q, lost) -> a fragment of those that are needed, its length, where Q is in it, and lost)."""
-    join = primitives.join(accumulator, (1,) * (1, 2, 2, 4)[dense * 2 + with_loss])
-    if dense and with_loss:
-        # Four, which shared memory takes at once.
-        @cuda.jit(device=True, inline="always")
-        def join_sums(total, target_sum, lost):
-            return join(total, target_sum, lost, lost)
-
-        return join_sums, 4, 1, 2
-    if dense:
-        @cuda.jit(device=True, inline="always")
-        def join_sums(total, target_sum, lost):
-            return join(total, target_sum)
-
-        return join_sums, 2, 1, 0
-    if with_loss:
-        @cuda.jit(device=True, inline="always")
-        def join_sums(total, target_sum, lost):
-            return join(total, lost)
-
-        return join_sums, 2, 0, 1
-
-    @cuda.jit(device=True, inline="always")
-    def join_sums(total, target_sum, lost):
-        return total
-
-    return join_sums, 1, 0, 0
-
-
 # -- kernels
 
 
@@ -347,8 +316,11 @@ def make_cross_entropy_rows(constants):
     threads, warps, dense = threads_x * lanes, max(threads_x // LANES, 1), constants.targets.dense
     of_labels, with_loss, each_loss, of_part = targets.labels != "", loss != "", loss == "each", loss == "part"
     spacing, add_loss = threads_x * width, loss in ("sum", "part")
-    counted, left_by_parts = divisor == "samples", divisor == "parts"
-    join, summed, whole_at, lost_at = _join_sums(accumulator, dense, loss != "")
+    known, counted, left_by_parts = divisor == "known", divisor == "samples", divisor == "parts"
+    # A row's sums are those of exponentials, of what is lost and of targets, as many of these as are asked for.
+    summed = 4 if dense else 2 if with_loss else 1
+    join, front = primitives.join(accumulator, (1, 1, 1, 1)), primitives.head(accumulator, 4, summed)
+    lost_at, whole_at = min(1, summed - 1), min(2, summed - 1)
     number, alpha_at = primitives.typed(accumulator), primitives.scale_at(constants.number, accumulator)
     divide, fill = primitives.divide(accumulator), primitives.fill(accumulator, 1)
     zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
@@ -383,7 +355,7 @@ def make_cross_entropy_rows(constants):
 
         # 1. What all of dz is multiplied by: alpha over the divisor, which is added up from the weights of all samples,
         #    or of parts of them that another launch has left.
-        share = number(1)
+        share = divide(number(1), number(samples)) if known else number(1)
         if counted or left_by_parts:
             total = zero()
             for item in range(thread, divisors_count, threads):
@@ -426,7 +398,7 @@ def make_cross_entropy_rows(constants):
                 of_row = top, column, of_target[LEFT]
                 _, _, (everywhere, at_label) = lose(outputs, kept, sums, (zero(), zero()), of_row)
                 lost = add_product(add_product(zero(), fill(elsewhere), everywhere), fill(more), at_label)
-            found = sums_of_row(cells, lane, thread, join(total, target_sum, lost))
+            found = sums_of_row(cells, lane, thread, front(join(total, lost, target_sum, target_sum)))
             log_total = logarithm(two(top, fill(found[0])))[1]
             if of_labels and label == NO_CLASS:
                 log_total = number(NOT_A_NUMBER)

@@ -54,7 +54,10 @@ ARROWS = {
     "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients", "tuned"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands"},
     "losses": {"calls", "errors", "families", "launches", "operands", "output_gradients"},
-    "torch": {"activations", "device", "errors", "gradients", "losses", "tensors"},
+    "torch/__init__": {"layers", "loss"},
+    "torch/common": {".device", ".errors", ".tensors"},
+    "torch/layers": {".activations", ".errors", ".gradients", "common"},
+    "torch/loss": {".errors", ".losses", "common"},
     "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches",
                 "losses", "output_gradients"},
     "testing": {"activations", "device", "plans", "reference"},
@@ -67,7 +70,7 @@ OUTSIDE = {
     "cuda": {"cache", "device"},
     "numba": {"compiler", "device"},
     "platformdirs": {"cache"},
-    "torch": {"torch"},
+    "torch": {"torch/__init__", "torch/common", "torch/layers", "torch/loss"},
 }
 #: the command line may use the whole package, but only `python -m densegrad` uses the command line
 COMMANDS = SOURCE / "commands"
@@ -168,7 +171,7 @@ def test_launches_are_made_without_numba_cupy_and_device():
 
 
 def test_every_module_has_its_arrows():
-    paths = [*SOURCE.glob("*.py"), *(SOURCE / "families").glob("*.py")]
+    paths = [path for folder in (".", "families", "torch") for path in (SOURCE / folder).glob("*.py")]
     assert {path.relative_to(SOURCE).with_suffix("").as_posix() for path in paths} == ARROWS.keys()
 
 

@@ -31,7 +31,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("expecttest")
 
 import densegrad.torch as dt  # noqa: E402
-from densegrad.torch import MainGrads, convert, linear  # noqa: E402
+from densegrad.torch import MainGrads, convert, layers, linear  # noqa: E402
 
 functional = torch.nn.functional
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -263,14 +263,14 @@ def test_only_what_is_needed_is_computed(needed, draw):
 
 
 def test_every_activation_has_its_forward():
-    assert {*dt._FORWARD, "leaky_relu"} == set(ACTIVATIONS)
+    assert {*layers._FORWARD, "leaky_relu"} == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_an_activation_and_the_layer_below_it_are_one_backward(activation, draw):
     given, (da,) = draw((5, 4), (3, 4), (3,)), draw((5, 3))
     options = {"negative_slope": 0.3} if activation == "leaky_relu" else {}
-    forward = (lambda z: functional.leaky_relu(z, 0.3)) if options else dt._FORWARD[activation]
+    forward = (lambda z: functional.leaky_relu(z, 0.3)) if options else layers._FORWARD[activation]
     z = functional.linear(*given)
     same_bits([linear(*given, activation=activation, **options)], [forward(z)])
     found = gradients(lambda *given: linear(*given, activation=activation, **options), given, da)

@@ -230,18 +230,6 @@ def add_exponentials(dtype, wide, count):
 
 
 @cache
-def merge_exponentials(dtype):
-    """(state, state) -> the state of the sum of both."""
-    state = _fragment_type(dtype, 2)
-
-    def body(builder, left, right):
-        return _pack_numbers(builder, formulas.merge_exponentials(
-            _Functions(builder), _numbers(builder, left), _numbers(builder, right)))
-
-    return _expand(state, (state, state), body)
-
-
-@cache
 def add_targets(dtype, wide, count):
     """(state, fragment, targets) -> the state of a row, as the formula says, with these values and their targets."""
     state, fragment = _fragment_type(wide, 4), _fragment_type(wide, count)

@@ -70,12 +70,6 @@ def add_exponentials(dtype, wide, count):
 
 
 @cache
-def merge_exponentials(dtype):
-    """(state, state) -> the state of the sum of both."""
-    return _quiet(lambda left, right: np.array(formulas.merge_exponentials(_Arrays, left, right), _TYPE[dtype]))
-
-
-@cache
 def add_targets(dtype, wide, count):
     """(state, fragment, targets) -> the state of a row, as the formula says, with these values and their targets."""
     return _quiet(lambda state, values, targets: np.array(

@@ -460,15 +460,6 @@ def load_vector(dtype, count, wide):
 
 
 @cache
-def load_if(dtype, count, wide):
-    """(address, index, condition) -> as load_vector where the condition holds, else zeros; never a branch."""
-    return _expand(
-        _fragment_type(wide, count), (types.int64, types.int64, types.boolean),
-        lambda builder, address, index, condition: _pack(builder, _widened(
-            builder, _load_global(builder, address, index, dtype, count, condition), dtype, wide)))
-
-
-@cache
 def add_vectors(dtype, count, wide, rows, across=1, spacing=0, compensated=False):
     """(sums, address, index, step) -> sums plus the vectors at index, index + step, ..., added in that order.
 

@@ -142,10 +142,15 @@ def largest_kept(dtype, wide):
 
 
 def _larger(builder, left, right):
-    name, letter = ("max.f64", "d") if left.type == ir.DoubleType() else ("max.f32", "f")
+    return _of_two(builder, "max", left, right, stays=False)
+
+
+def _of_two(builder, name, left, right, *, stays):
+    """One instruction on two floats; if it stays, between what is loaded and stored before and after it."""
+    width, letter = (64, "d") if left.type == ir.DoubleType() else (32, "f")
     kind = ir.FunctionType(left.type, [left.type] * 2)
-    return builder.asm(kind, f"{name} $0, $1, $2;", ",".join([f"={letter}"] + [letter] * 2), [left, right],
-                       side_effect=False)
+    return builder.asm(kind, f"{name}.f{width} $0, $1, $2;", ",".join([f"={letter}"] + [letter] * 2), [left, right],
+                       side_effect=stays)
 
 
 @cache
@@ -299,10 +304,7 @@ def add_each_now(dtype, count):
 
 
 def _add_now(builder, left, right):
-    name, letter = ("add.f64", "d") if left.type == ir.DoubleType() else ("add.f32", "f")
-    kind = ir.FunctionType(left.type, [left.type] * 2)
-    return builder.asm(kind, f"{name} $0, $1, $2;", ",".join([f"={letter}"] + [letter] * 2), [left, right],
-                       side_effect=True)
+    return _of_two(builder, "add", left, right, stays=True)
 
 
 @cache

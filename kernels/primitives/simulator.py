@@ -129,13 +129,6 @@ def load_vector(dtype, count, wide):
 
 
 @cache
-def load_if(dtype, count, wide):
-    """(address, index, condition) -> as load_vector where the condition holds, else zeros; never a branch."""
-    return lambda address, index, condition: (
-        address.read(index, count).astype(_TYPE[wide]) if condition else np.zeros(count, _TYPE[wide]))
-
-
-@cache
 def add_vectors(dtype, count, wide, rows, across=1, spacing=0, compensated=False):
     """(sums, address, index, step) -> sums plus the vectors at index, index + step, ..., added in that order.
 

@@ -16,10 +16,10 @@ from .operands import (
     accept,
     accept_bias_out,
     accept_class_weight,
+    accept_dz_out,
     accept_labels,
     accept_loss_out,
     accept_number,
-    accept_out,
     accept_outs,
     accept_sample_weight,
     accept_tuple,
@@ -237,8 +237,7 @@ def _describe(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     beside = held.labels, held.weights, held.class_weights
     added = accept_outs(LossGrads(*outs) if with_loss else OutputGrads(*outs[1:]), accumulate, added=("db",))
     inputs = replace(inputs, beside=tuple(one for one in beside if one is not None))
-    dz = accept_out("out.dz", outs[1], inputs, inputs.dz.memory.shape, False, in_place=(inputs.dz, None))
-    dz = replace(dz, features_first=inputs.dz.layout == "features_first" and not batch_axis)
+    dz = accept_dz_out("out.dz", outs[1], inputs, batch_axis, (inputs.dz,))
     db = accept_bias_out("out.db", outs[2], inputs, keepdims, "db" in added)
     loss = accept_loss_out("out.loss", outs[0], inputs,
                            inputs.batch_shape if reduction == "none" else ()) if with_loss else None

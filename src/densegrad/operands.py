@@ -562,6 +562,13 @@ def _as_column(memory: device.Memory) -> device.Memory:
     return replace(memory, shape=(*memory.shape, 1), strides=(*memory.strides, memory.dtype.itemsize))
 
 
+def accept_dz_out(name: str, out: Any, inputs: Inputs, batch_axis: int,
+                  in_place: tuple[Argument | None, ...]) -> Target:
+    """Check an array that dz is to be written to, as `accept_out` does; a new one has the order of the input's axes."""
+    dz = accept_out(name, out, inputs, inputs.dz.memory.shape, False, in_place)
+    return replace(dz, features_first=inputs.dz.layout == "features_first" and not batch_axis)
+
+
 def accept_bias_out(name: str, out: Any, inputs: Inputs, keepdims: bool, accumulate: bool) -> Target:
     """Check an array that db is to be written to, as `accept_out` does."""
     shape = (1, inputs.out_features) if accept_flag("keepdims", keepdims) else (inputs.out_features,)

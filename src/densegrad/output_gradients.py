@@ -17,7 +17,7 @@ from .operands import (
     accept,
     accept_beside,
     accept_bias_out,
-    accept_out,
+    accept_dz_out,
     accept_outs,
     accept_sample_weight,
     accept_tuple,
@@ -213,8 +213,7 @@ def _describe(inputs: Inputs, above: UpstreamArguments, outs: tuple, options: tu
     batch_axis, keepdims, accumulate, plan = options
     added = accept_outs(OutputGrads(*outs), accumulate, added=("db",))
     inputs = replace(inputs, beside=above.arguments)
-    dz = accept_out("out.dz", outs[0], inputs, inputs.dz.memory.shape, False, in_place=(inputs.dz, above.z))
-    dz = replace(dz, features_first=inputs.dz.layout == "features_first" and not batch_axis)
+    dz = accept_dz_out("out.dz", outs[0], inputs, batch_axis, (inputs.dz, above.z))
     db = accept_bias_out("out.db", outs[1], inputs, keepdims, "db" in added)
     check_apart([dz, db])
     plan = upstream_plan(plan, inputs, above.name)

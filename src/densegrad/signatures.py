@@ -414,7 +414,7 @@ class CrossEntropyRows(NamedTuple):
     lanes: int  # rows of a block at a time
     pieces: int  # of 16 bytes that a thread holds of a row
     targets: Targets
-    divisor: str  # of a mean: each block adds up those of the "samples", or the "parts" left; "" if there is none
+    divisor: str  # of a mean: "known", the number of samples; what "samples" weigh, or what is left in "parts"; or ""
     loss: str  # "each" sample's, the "sum", "part": each part's, behind its last output, or ""
     accumulate: bool
 

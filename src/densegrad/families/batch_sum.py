@@ -23,7 +23,17 @@ from ..signatures import (
     SumStrided,
     SumStridedArguments,
 )
-from .common import ceil_div, check_choice, check_integers, check_sizes, constants_of, named, nth, power_of_two
+from .common import (
+    ceil_div,
+    check_choice,
+    check_integers,
+    check_positive,
+    check_sizes,
+    constants_of,
+    named,
+    nth,
+    power_of_two,
+)
 
 #: where the kernels' factories stand
 KERNELS = "densegrad.kernels.batch_sum"
@@ -33,6 +43,19 @@ MOST_THREADS = 256
 #: How the matrix of (samples, outputs) lies in memory: outputs side by side; that without gaps between the samples;
 #: samples side by side. plan_batch_sum says when each applies.
 LAYOUTS = ("rows", "flat", "features_first")
+
+
+def check_matrix(samples: int, outputs: int, dtype: str, layout: str) -> None:
+    """Hold what a matrix (samples, outputs) is described by to what it can be.
+
+    Raises
+    ------
+    PlanError
+        If one of these is none.
+    """
+    check_sizes(samples=samples, outputs=outputs)
+    check_choice("dtype", dtype, ITEM_BYTES)
+    check_choice("layout", layout, LAYOUTS)
 
 
 @dataclass(frozen=True)
@@ -85,8 +108,38 @@ def pitch_of(outputs: int, accumulator: str) -> int:
     return ceil_div(outputs, size) * size
 
 
+class Cut:
+    """What follows from how a matrix is cut: threads_x threads side by side, lanes of them, parts of the samples."""
+
+    samples: int
+    dtype: str
+    threads_x: int
+    lanes: int
+    samples_per_part: int
+
+    @property
+    def accumulator(self) -> str:
+        """The type of the sums."""
+        return accumulator_of(self.dtype)
+
+    @property
+    def vector(self) -> int:
+        """Elements of 16 bytes, a thread's access."""
+        return 16 // ITEM_BYTES[self.dtype]
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.threads_x * self.lanes
+
+    @property
+    def parts(self) -> int:
+        """Parts of the batch; more than one are added by another launch."""
+        return max(1, ceil_div(self.samples, self.samples_per_part))
+
+
 @dataclass(frozen=True)
-class BatchSumPlan:
+class BatchSumPlan(Cut):
     """How the sum over the samples of a matrix (samples, outputs) is computed.
 
     threads_x threads side by side read memory that lies side by side, `lanes` of such groups work in a block, each
@@ -112,9 +165,7 @@ class BatchSumPlan:
         check_choice("plan: dtype", self.dtype, ITEM_BYTES)
         check_choice("plan: layout", self.layout, LAYOUTS)
         check_sizes(samples=self.samples, outputs=self.outputs)
-        for name in ("threads_x", "lanes", "in_flight", "samples_per_part", "vectors", "runs_per_block", "folders"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"plan: {name} must be at least 1; got {getattr(self, name)}")
+        check_positive(self)
         if self.threads > 1024:
             raise PlanError(f"plan: threads_x * lanes must be at most 1024; got {self.threads}")
         if self.tile * ITEM_BYTES[self.dtype] % (16 if self.layout == "flat" else 32) or self.tile < 2 * self.sector:
@@ -149,24 +200,9 @@ class BatchSumPlan:
                             f"{self.line_pitch} cells apart, no multiple of 16 bytes (take another number of folders)")
 
     @property
-    def accumulator(self) -> str:
-        """The type of the sums."""
-        return accumulator_of(self.dtype)
-
-    @property
-    def vector(self) -> int:
-        """Elements in a load of 16 bytes."""
-        return 16 // ITEM_BYTES[self.dtype]
-
-    @property
     def sector(self) -> int:
         """Elements in 32 bytes: what memory is moved in, and where shifted loads begin."""
         return 32 // ITEM_BYTES[self.dtype]
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return self.threads_x * self.lanes
 
     @property
     def blocks_per_multiprocessor(self) -> int:
@@ -204,11 +240,6 @@ class BatchSumPlan:
     def period(self) -> int:
         """Elements after which the columns repeat along a run."""
         return self.outputs if self.layout == "flat" else 1
-
-    @property
-    def parts(self) -> int:
-        """Parts of the batch; more than one are added by a second launch."""
-        return max(1, ceil_div(self.samples, self.samples_per_part))
 
     @cached_property
     def second(self) -> SumPartsPlan | None:
@@ -351,9 +382,7 @@ def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensa
     PlanError
         If one of these is none.
     """
-    check_sizes(samples=samples, outputs=outputs)
-    check_choice("dtype", dtype, ITEM_BYTES)
-    check_choice("layout", layout, LAYOUTS)
+    check_matrix(samples, outputs, dtype, layout)
     if not samples or not outputs:
         return replace(_one_part(samples or 1, outputs or 1, dtype, compensated), samples=samples, outputs=outputs)
     if layout == "features_first":

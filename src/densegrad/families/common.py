@@ -72,6 +72,19 @@ def check_integers(plan: Any) -> None:
             raise PlanError(f"plan: {field.name} must be an int; got {value!r}")
 
 
+def check_positive(plan: Any) -> None:
+    """Hold the fields of a plan that count to at least 1, but for the sizes that it is made for.
+
+    Raises
+    ------
+    PlanError
+        If one is less.
+    """
+    for field in fields(plan):
+        if field.type == "int" and field.name not in ("samples", "outputs") and getattr(plan, field.name) < 1:
+            raise PlanError(f"plan: {field.name} must be at least 1; got {getattr(plan, field.name)}")
+
+
 def check_sizes(**sizes: int) -> None:
     """Hold sizes to what they can be.
 

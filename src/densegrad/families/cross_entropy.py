@@ -16,13 +16,20 @@ from ..signatures import (
     WeighSamples,
     WeighSamplesArguments,
 )
-from .batch_sum import LAYOUTS, SMALL, SumPartsPlan, plan_sum_parts, sum_parts
-from .common import ceil_div, check_choice, check_integers, check_sizes, constants_of, named, power_of_two
-from .upstream import CROSS_ENTROPY, Upstream, UpstreamPlan, column_at, matrix_at, plan_upstream
+from .batch_sum import SMALL, Cut, SumPartsPlan, check_matrix, plan_sum_parts, sum_parts
+from .common import (
+    ceil_div,
+    check_choice,
+    check_integers,
+    check_positive,
+    check_sizes,
+    constants_of,
+    named,
+    power_of_two,
+)
+from .upstream import CROSS_ENTROPY, ROW_BYTES, Upstream, UpstreamPlan, column_at, matrix_at, plan_upstream
 from .upstream import launches as two_readings
 
-#: Bytes of a row that the registers of a block hold, beside a sum for each of its elements, on every GPU.
-ROW_BYTES = 65536
 #: Threads of a block, and blocks of a launch: one for each multiprocessor of the largest GPUs that were at hand.
 THREADS, BLOCKS = 512, 132
 #: Registers of a block, and what a thread needs beside a row and its sums.
@@ -33,7 +40,7 @@ WEIGHED_IN_PLACE, WEIGHING_BLOCKS, WEIGHING_THREADS = 1024, 128, 1024
 
 
 @dataclass(frozen=True)
-class CrossEntropyPlan:
+class CrossEntropyPlan(Cut):
     """How dZ (samples, outputs) is made from logits that are read once, with dL/db and the loss.
 
     threads_x threads side by side hold a row, each `pieces` times 16 bytes of it; `lanes` rows are in a block at a
@@ -57,9 +64,7 @@ class CrossEntropyPlan:
         check_integers(self)
         check_choice("plan: dtype", self.dtype, ITEM_BYTES)
         check_sizes(samples=self.samples, outputs=self.outputs)
-        for name in ("threads_x", "lanes", "pieces", "samples_per_part"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"plan: {name} must be at least 1; got {getattr(self, name)}")
+        check_positive(self)
         for name in ("threads_x", "lanes", "pieces"):
             if getattr(self, name) & getattr(self, name) - 1:
                 raise PlanError(f"plan: {name} must be a power of two; got {getattr(self, name)}")
@@ -75,29 +80,9 @@ class CrossEntropyPlan:
             raise PlanError(f"plan: at most 49152 bytes of shared memory; got {self.shared_bytes}")
 
     @property
-    def accumulator(self) -> str:
-        """The type of the sums."""
-        return accumulator_of(self.dtype)
-
-    @property
-    def vector(self) -> int:
-        """Elements of 16 bytes."""
-        return 16 // ITEM_BYTES[self.dtype]
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return self.threads_x * self.lanes
-
-    @property
     def registers(self) -> int:
         """Registers of a thread: for its share of a row, a sum for each element, and what else it needs."""
         return self.pieces * (4 + self.vector * ITEM_BYTES[self.accumulator] // 4) + OTHER_REGISTERS
-
-    @property
-    def parts(self) -> int:
-        """Parts of the batch, a block each; more than one are added by another launch."""
-        return max(1, ceil_div(self.samples, self.samples_per_part))
 
     @property
     def shared_bytes(self) -> int:
@@ -163,9 +148,7 @@ def plan_cross_entropy(samples: int, outputs: int, dtype: str, layout: str) -> C
     PlanError
         If one of these is none.
     """
-    check_sizes(samples=samples, outputs=outputs)
-    check_choice("dtype", dtype, ITEM_BYTES)
-    check_choice("layout", layout, LAYOUTS)
+    check_matrix(samples, outputs, dtype, layout)
     if layout == "features_first" or outputs * ITEM_BYTES[dtype] > ROW_BYTES:
         return plan_upstream(samples, outputs, dtype, layout, CROSS_ENTROPY)
     rows, cols, vector = max(samples, 1), max(outputs, 1), 16 // ITEM_BYTES[dtype]
@@ -229,6 +212,8 @@ def _divisor(plan: CrossEntropyPlan, upstream: Upstream) -> tuple[tuple[Launch, 
     room = Room(0, max(blocks, 1), plan.accumulator)
     if upstream.reduction != "mean":
         return (), "", room
+    if upstream.targets == Targets("", upstream.targets.class_weights, ""):
+        return (), "known", room
     if not blocks:
         return (), "samples", room
     arguments = WeighSamplesArguments(
@@ -240,31 +225,37 @@ def _divisor(plan: CrossEntropyPlan, upstream: Upstream) -> tuple[tuple[Launch, 
     return (weighing,), "parts", room
 
 
+#: layers of the catalogue: samples, outputs or None for the longest row that is read once, layout, dtypes of labels, of
+#: class weights and of the samples' weights, reduction
+LAYERS = (
+    (2048, None, "flat", ("int64", "", ""), "mean"), (8192, 3072, "flat", ("int64", "", "bool"), "sum"),
+    (8191, 999, "flat", ("int32", "float32", ""), "mean"), (65536, 10, "flat", ("int64", "", "float32"), "none"),
+    (4096, 1000, "flat", ("", "float32", ""), "mean"), (64, 10, "flat", ("", "", ""), "sum"),
+    (2048, 50257, "flat", ("int64", "", ""), "mean"), (2047, 50256, "rows", ("", "float32", "bool"), "none"),
+    (8192, 3072, "features_first", ("int64", "", "bool"), "mean"), (33, 11, "features_first", ("", "", ""), "sum"))
+
+
 def variants() -> Iterator[tuple[str, Launch]]:
-    """The kernels for rows of one piece to eight, by name, with what losses can be made of."""
+    """The kernels of one reading, for rows of one piece to eight, and of two, by name."""
     for dtype in ITEM_BYTES:
-        most = ROW_BYTES // ITEM_BYTES[dtype]
-        for samples, outputs, columns, reduction in (
-                (2048, most, ("int64", "", ""), "mean"), (8192, 3072, ("int64", "", "bool"), "sum"),
-                (8191, 999, ("int32", "float32", ""), "mean"), (65536, 10, ("int64", "", "float32"), "none"),
-                (4096, 1000, ("", "float32", ""), "mean"), (64, 10, ("", "", ""), "sum")):
-            plan = plan_cross_entropy(samples, outputs, dtype, "flat")
-            if isinstance(plan, CrossEntropyPlan):
-                yield from _variant(plan, Targets(*columns), reduction)
+        for samples, outputs, layout, columns, reduction in LAYERS:
+            outputs = ROW_BYTES // ITEM_BYTES[dtype] if outputs is None else outputs
+            yield from _variant((samples, outputs, dtype, layout), Targets(*columns), reduction)
 
 
-def _variant(plan: CrossEntropyPlan, targets: Targets, reduction: str) -> Iterator[tuple[str, Launch]]:
-    samples, outputs, accumulator = plan.samples, plan.outputs, plan.accumulator
-    matrix = Matrix(Slot("dz"), plan.dtype, samples, outputs, outputs, 1)
+def _variant(matrix_of: tuple[int, int, str, str], targets: Targets, reduction: str) -> Iterator[tuple[str, Launch]]:
+    samples, outputs, dtype, layout = matrix_of
+    plan, turned = plan_cross_entropy(*matrix_of), layout == "features_first"
+    matrix = Matrix(Slot("dz"), dtype, samples, outputs, *((1, samples) if turned else (outputs, 1)))
     names = ("labels", "class_weight", "sample_weight")
     labels, classes, weights = (
-        Matrix(Slot(name), dtype, rows, 1, 1, 1) if dtype else None
-        for name, dtype, rows in zip(names, targets, (samples, outputs, samples), strict=True))
-    loss = Matrix(Slot("loss"), accumulator, samples if reduction == "none" else 1, 1, 1, 1)
+        Matrix(Slot(name), kind, rows, 1, 1, 1) if kind else None
+        for name, kind, rows in zip(names, targets, (samples, outputs, samples), strict=True))
+    loss = Matrix(Slot("loss"), accumulator_of(dtype), samples if reduction == "none" else 1, 1, 1, 1)
     upstream = Upstream(None, matrix, weights, labels, probabilities=None if labels else matrix, class_weights=classes,
                         reduction=reduction, loss=loss)
-    title = "-".join([plan.dtype, f"{samples}x{outputs}", targets.labels or "probabilities", *(
-        [f"classes-{targets.class_weights}"] * bool(targets.class_weights)), *(
+    title = "-".join([dtype, f"{samples}x{outputs}", "features_first" if turned else "rows", targets.labels or (
+        "probabilities"), *([f"classes-{targets.class_weights}"] * bool(targets.class_weights)), *(
         [f"weights-{targets.weights}"] * bool(targets.weights)), reduction])
-    return named(title, launches(plan, upstream, matrix, Result(Matrix(
-        Slot("db"), plan.dtype, 1, outputs, outputs, 1))))
+    result = Result(Matrix(Slot("db"), dtype, 1, outputs, outputs, 1))
+    return named(title, launches(plan, upstream, matrix, result))

@@ -23,21 +23,24 @@ from ..signatures import (
     UpstreamSumArguments,
 )
 from .batch_sum import (
-    LAYOUTS,
     MOST_BLOCKS,
     SMALL,
     BatchSumPlan,
     add_parts_of,
+    check_matrix,
     explain_blocks,
     explain_sums,
     parts_of,
     steps_of_a_part,
     worthy_blocks,
 )
-from .common import ceil_div, check_choice, check_sizes, named, nth, power_of_two
+from .common import ceil_div, check_sizes, named, nth, power_of_two
 
 #: what lies above beside activations: softmax and cross-entropy
 CROSS_ENTROPY = "cross_entropy"
+#: Bytes of a row of logits that a block's registers hold, beside a sum for each element, on every GPU: cross_entropy
+#: reads such rows once.
+ROW_BYTES = 65536
 #: blocks of the launch that reads logits first
 MOST_LOG_SUM_EXP_BLOCKS = 1024
 
@@ -164,9 +167,10 @@ class UpstreamPlan:
         lines.append(f"{reads} read once, dz is written once: {moved} bytes")
         if self.above == CROSS_ENTROPY:
             threads, samples = self.log_sum_exp_block
+            row = cut.outputs * ITEM_BYTES[cut.dtype]
             why = "the samples lie side by side" if self.features_first else (
-                f"a row of {cut.outputs * ITEM_BYTES[cut.dtype]} bytes does not fit into the registers of a block, or "
-                "this plan was asked for")
+                f"a row of {row} bytes does not fit into the registers of a block, up to {ROW_BYTES} do"
+                if row > ROW_BYTES else "rows do not lie in one piece each, or this plan was asked for")
             lines.append(f"before that another launch reads z for each sample's log-sum-exp, by blocks of {samples} "
                          f"samples and {threads} threads for each: two readings, since {why}")
         elements = f"{self.elements} element{'s' * (self.elements > 1)}"
@@ -205,9 +209,7 @@ def plan_upstream(samples: int, outputs: int, dtype: str, layout: str, above: st
     PlanError
         If one of these is none.
     """
-    check_sizes(samples=samples, outputs=outputs)
-    check_choice("dtype", dtype, ITEM_BYTES)
-    check_choice("layout", layout, LAYOUTS)
+    check_matrix(samples, outputs, dtype, layout)
     vector, sector = 16 // ITEM_BYTES[dtype], 32 // ITEM_BYTES[dtype]
     rows, cols = max(samples, 1), max(outputs, 1)
     small = rows * cols <= SMALL
@@ -276,25 +278,24 @@ def launches(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result,
     dz is multiplied by the first of the scales before it is rounded and summed, the sum by the second one. The slot
     "parameter" holds the activation's or the smoothing of labels, "ignored" the label that is left out.
     """
-    reads = upstream.loss is not None
-    if not dz.cols or (result.accumulate and not dz.rows and not reads):
+    if not dz.cols or (result.accumulate and not dz.rows and upstream.loss is None):
         return ()
-    cut, above = plan.sum, upstream
+    cut = plan.sum
     totals = scratch(workspace_at, 3, max(dz.rows, 1), cut.accumulator)
     left = scratch(totals.end, 2, plan.log_sum_exp_grid, cut.accumulator)
     before: tuple[Launch, ...] = ()
     if plan.above == CROSS_ENTROPY:
         workspace_at = left.end
         before = (_log_sum_exp(plan, upstream, totals, left),)
-        above = replace(upstream, gradient=upstream.probabilities)
     partial = cut.second is not None
     target = Result(parts_of(cut, workspace_at)) if partial else result
-    constants = _constants(plan, above, dz, target)
+    constants = _constants(plan, upstream, dz, target)
     arguments = UpstreamSumArguments(
-        matrix_at(above.gradient), matrix_at(above.z), dz.at, column_at(above.weights), column_at(above.labels),
-        column_at(above.class_weights), totals.address if before else 0, left.address if before else 0,
-        left.cols if before else 0, upstream.loss.address if constants.with_loss and upstream.loss else 0,
-        Slot("ignored") if above.labels else 0, Slot("parameter"), scales[0], ONE if partial else scales[1],
+        matrix_at(upstream.gradient or upstream.probabilities), matrix_at(upstream.z), dz.at,
+        column_at(upstream.weights), column_at(upstream.labels), column_at(upstream.class_weights),
+        totals.address if before else 0, left.address if before else 0, left.cols if before else 0,
+        upstream.loss.address if constants.with_loss and upstream.loss else 0,
+        Slot("ignored") if upstream.labels else 0, Slot("parameter"), scales[0], ONE if partial else scales[1],
         dz.rows, dz.cols, cut.samples_per_part, target.matrix.address,
         target.matrix.row_stride if partial else 0, target.matrix.col_stride)
     launch = Launch("densegrad.kernels.upstream", "upstream_sum", constants, arguments, plan.grid, plan.threads,
@@ -302,17 +303,16 @@ def launches(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, result: Result,
     return *before, launch, *add_parts_of(cut, result, scales[1], workspace_at)
 
 
-def _constants(plan: UpstreamPlan, above: Upstream, dz: Matrix, target: Result) -> UpstreamSum:
+def _constants(plan: UpstreamPlan, upstream: Upstream, dz: Matrix, target: Result) -> UpstreamSum:
     """Accesses are as wide as every matrix allows; weights come in such pieces, too, or one by one."""
-    features_first, weights = plan.features_first, above.weights
+    features_first, weights = plan.features_first, upstream.weights
     width = min((matrix.T if features_first else matrix).access(plan.elements)
-                for matrix in (above.gradient, above.z, dz) if matrix is not None)
+                for matrix in (upstream.gradient, upstream.z, upstream.probabilities, dz) if matrix is not None)
     of_pieces = weights is not None and features_first and weights.T.access(width) == width
-    summed = above.reduction if plan.above == CROSS_ENTROPY else ""
     return UpstreamSum(plan.above, plan.sum.dtype, plan.sum.accumulator, target.matrix.dtype, plan.elements, width,
                        plan.sum.threads_x, plan.sum.lanes, features_first, plan.blocks_per_multiprocessor,
-                       above.targets, width if of_pieces else 1, summed == "mean",
-                       above.loss is not None and summed in ("mean", "sum"), target.accumulate)
+                       upstream.targets, width if of_pieces else 1, upstream.reduction == "mean",
+                       upstream.loss is not None and upstream.reduction != "none", target.accumulate)
 
 
 def _log_sum_exp(plan: UpstreamPlan, upstream: Upstream, totals: Matrix, left: Matrix) -> Launch:
@@ -334,15 +334,14 @@ def _log_sum_exp(plan: UpstreamPlan, upstream: Upstream, totals: Matrix, left: M
 
 
 def variants() -> Iterator[tuple[str, Launch]]:
-    """The kernels below activations and cross-entropy, for all dtypes and layouts, by name."""
+    """The kernels below activations, for all dtypes and layouts, by name."""
     for dtype in ITEM_BYTES:
         for layout in ("flat", "features_first"):
-            for above, weights in (("relu", ""), ("gelu", ""), ("gelu_tanh", "float32"), (CROSS_ENTROPY, ""),
-                                   ("identity", "bool")):
+            for above, weights in (("relu", ""), ("gelu", ""), ("gelu_tanh", "float32"), ("identity", "bool")):
                 yield from _variant(plan_upstream(8192, 3072, dtype, layout, above), weights)
-            for above, weights in (("silu", "float16"), (CROSS_ENTROPY, "bool"), ("leaky_relu", "bfloat16")):
+            for above, weights in (("silu", "float16"), ("leaky_relu", "bfloat16")):
                 yield from _variant(plan_upstream(8191, 3071, dtype, layout, above), weights)
-            for above, weights in (("tanh", "bool"), (CROSS_ENTROPY, "float32"), ("identity", "float16")):
+            for above, weights in (("tanh", "bool"), ("identity", "float16")):
                 yield from _variant(plan_upstream(33, 11, dtype, layout, above), weights, accumulate=True)
         yield from _variant(plan_upstream(65536, 10, dtype, "flat", "silu"))
         yield from _variant(plan_upstream(64, 10, dtype, "flat", "sigmoid"))
@@ -354,12 +353,11 @@ def variants() -> Iterator[tuple[str, Launch]]:
 
 def _variant(plan: UpstreamPlan, weights: str = "", accumulate: bool = False) -> Iterator[tuple[str, Launch]]:
     """The launches of a plan; those that add do so in the type of the sums."""
-    cut, turned, labels = plan.sum, plan.features_first, plan.above == CROSS_ENTROPY
+    cut, turned = plan.sum, plan.features_first
     strides = (1, cut.samples) if turned else (cut.outputs, 1)
     matrix = Matrix(Slot("dz"), cut.dtype, cut.samples, cut.outputs, *strides)
-    column = Matrix(Slot("column"), weights or "int64", cut.samples, 1, 1, 1)
-    formed = Upstream(None if labels else matrix, None if plan.above == "identity" else matrix,
-                      column if weights else None, replace(column, dtype="int64") if labels else None)
+    column = Matrix(Slot("column"), weights, cut.samples, 1, 1, 1) if weights else None
+    formed = Upstream(matrix, None if plan.above == "identity" else matrix, column)
     target = cut.accumulator if accumulate else cut.dtype
     result = Result(Matrix(Slot("db"), target, 1, cut.outputs, cut.outputs, 1), accumulate)
     layout = "features_first" if turned else "rows"
