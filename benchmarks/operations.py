@@ -277,7 +277,8 @@ class Truth:
             name, axis = means.rows
             arrays[name] = arrays[name].take(checked_rows(arrays[name].shape[axis]), axis)
         given = arrays.values()
-        assert means.meaning, result
+        if means.meaning is None:
+            raise TypeError(f"{result} is worked out together with the others of its operation")
         return means.meaning(*given), means.magnitude(*given) if means.magnitude else means.meaning(*map(np.abs, given))
 
 

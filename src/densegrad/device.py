@@ -180,7 +180,7 @@ def _seen(memory: Memory | None, kind: type) -> Seen | None:
 def seen_tensor(tensor: Any) -> Seen | None:
     """What a call sees of a CUDA tensor, or None if kernels cannot use it; strides are PyTorch's, in elements.
 
-    Of its dtype that says nothing, which is for others to look at. Written out, since each call passes here thrice.
+    Of its dtype that says nothing, which is for others to look at.
     """
     types, strided, kind = tensors.plain()
     if type(tensor) in types:
@@ -194,9 +194,8 @@ def seen_tensor(tensor: Any) -> Seen | None:
         return None
     if not address and tensor.numel():
         return None
-    layout = (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), False, kind,
-              (address | OPERAND_ALIGNMENT) & -(address | OPERAND_ALIGNMENT))
-    return tuple.__new__(Seen, (layout, address, None))
+    return Seen((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), False, kind, alignment_of(address)),
+                address)
 
 
 def _kind_of(array: Any) -> type:
