@@ -144,7 +144,7 @@ def misfit(launch: Launch, capability: tuple[int, int], used: Used) -> str:
         return f"compiled for at most {threads} threads, launched with {launch.block}"
     if registers > 65536:
         return f"{blocks} blocks of {threads} threads with {used.registers} registers do not fit on a multiprocessor"
-    if shared_bytes > (64 if capability < (8, 0) else 99) * 1024:
+    if shared_bytes > (227 if launch.alone else 64 if capability < (8, 0) else 99) * 1024:
         return f"{shared_bytes} bytes of shared memory"
     return ""
 
@@ -208,7 +208,7 @@ def main() -> None:
         for number, (name, launch) in enumerate(kernels.items()):
             if number % one_in:
                 continue
-            able = [capability for capability in asked or capabilities if capability >= launch.capability]
+            able = [capability for capability in asked or capabilities if launch.runs_on(capability)]
             jobs[name] = launch, able if asked or options.all else [able[number % len(able)]]
     jobs = {name: (launch, able) for name, (launch, able) in jobs.items() if able and options.only in name}
     failed = known_spills = 0

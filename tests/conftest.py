@@ -20,6 +20,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "only(lane): the test asks about what only this lane has, and is left out of "
                                        "the other")
+    config.addinivalue_line("markers", "hopper: needs the instructions of compute capability 9.0, and is left out on "
+                                       "other GPUs")
     config.addinivalue_line("markers", "large: takes 5 GB of memory, of which few pages are touched on the CPU")
     asked, missing = config.getoption("--lane"), device.gpu_missing()
     lane = asked or ("simulator" if missing else "gpu")
@@ -42,10 +44,12 @@ def pytest_report_header(config):
 
 def pytest_collection_modifyitems(config, items):
     kept, left_out = [], []
+    other = config.lane == "gpu" and device.current().capability(device.HOST) != (9, 0)
     for item in items:
         marker = item.get_closest_marker("only")
         too_large = item.get_closest_marker("large") and config.lane == "gpu" and not config.getoption("--large")
-        (left_out if too_large or (marker and marker.args != (config.lane,)) else kept).append(item)
+        lacking = other and item.get_closest_marker("hopper")
+        (left_out if too_large or lacking or (marker and marker.args != (config.lane,)) else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
 

@@ -76,19 +76,20 @@ def expected_names(record, target):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_each_argument_has_its_type(kernel):
-    """Addresses and integers have 64 bits; a number has the type that the constants name."""
+    """Addresses and integers have 64 bits; a number has the type that the constants name, a tensor map its own."""
     launch = KERNELS[kernel]
     kinds = [kind for _, _, kind in flattened(launch.arguments)]
-    assert set(kinds) <= {"Address", "Integer", "Number"}
-    assert launch.types == tuple(launch.constants.number if kind == "Number" else "int64" for kind in kinds)
-    assert set(launch.types) <= {"int64", "float32", "float64"}
+    assert set(kinds) <= {"Address", "Integer", "Number", "TensorMap"}
+    assert launch.types == tuple({"Number": launch.constants.number, "TensorMap": "tensor_map"}.get(kind, "int64")
+                                 for kind in kinds)
+    assert set(launch.types) <= {"int64", "float32", "float64", "tensor_map"}
 
 
 # -- how many arguments in a row
 
 MOST = 6
 #: functions of other libraries that take more, and the commands, whose parameters are options of the command line
-OTHERS = {"Table", "add_row", "cuLibraryLoadData", "partial"}
+OTHERS = {"Table", "add_row", "cuLibraryLoadData", "cuTensorMapEncodeTiled", "partial"}
 COMMANDS = SOURCE / "commands"
 FILES = sorted(path for folder in (SOURCE, ROOT / "benchmarks") for path in folder.rglob("*.py"))
 

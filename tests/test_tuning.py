@@ -305,6 +305,7 @@ def test_every_class_of_plans_comes_back_as_it_was_written(write):
              if capability >= plans.TENSOR_CORE_CAPABILITY]
     made += [Entry(plans.thin_candidates(2, 65, 4000, dtype, "across")[0], "across", 0.5, 1.25)
              for dtype in ("bfloat16", "float32")]
+    made += [Entry(plans.hopper_candidates(99, 65, 4000, "bfloat16")[0], "along", 0.5, 1.25)]
     assert {type(entry.plan).__name__ for entry in made} == set(tuned.PLANS)
     text = write(*made).read_text()
     assert list(tuned.table_of(text, "plans.json").entries) == made

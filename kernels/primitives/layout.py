@@ -5,8 +5,12 @@ from ...facts import ITEM_BYTES
 
 #: what global memory is moved in, what all banks of shared memory serve at once, and the widest access, in bytes
 SECTOR, LINE, WIDEST = 32, 128, 16
-#: threads of a warp
-LANES = 32
+#: threads of a warp, and of a warpgroup
+LANES, GROUP_THREADS = 32, 128
+#: of tiles that are copied as boxes: a line, a box of 64 of them, and the bytes after which the swizzle repeats
+LINE_BYTES, PIECE_BYTES, SWIZZLE_BYTES = 128, 8192, 1024
+#: of a tensor map
+MAP_BYTES = 128
 
 
 class TileLayout(NamedTuple):
@@ -427,3 +431,12 @@ def fragment_layout(item_bytes: int, outer_size: int, along_depth: bool, left: b
     """The fragments of a warp that takes warp_outer of a tile's outer indices."""
     tile = chunk_tile(item_bytes, outer_size, along_depth)
     return FragmentLayout(tile, along_depth, item_bytes == 4 and not along_depth, left, warp_outer // 8)
+
+
+def sum_pieces(dtype: str, first: int, pieces: int) -> list[tuple[int, int, int]]:
+    """(piece, 32 bytes of its lines, first register): where a warpgroup's float32 sums go that are stored as dtype.
+
+    A thread's registers are four for each 8 columns: two neighbours in one row, two in the row eight further.
+    """
+    of_piece, of_step = (16, 4) if dtype == "float32" else (32, 8)
+    return [(piece, step, (first + piece) * of_piece + step * of_step) for piece in range(pieces) for step in range(4)]

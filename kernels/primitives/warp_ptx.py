@@ -52,15 +52,17 @@ def _registers(count):
 def shared_bytes(size):
     """() -> the block's dynamic shared memory, which its launch says the size of. Indices of it count bytes."""
 
-    def body(builder):
-        array = builder.module.globals.get("densegrad_dynamic")
-        if array is None:
-            cells = ir.ArrayType(ir.IntType(8), 0)
-            array = ir.GlobalVariable(builder.module, cells, "densegrad_dynamic", addrspace=_SHARED)
-            array.linkage, array.align = "external", 128
-        return builder.ptrtoint(array, _INT32)
+    return _expand(types.int32, (), _dynamic_shared)
 
-    return _expand(types.int32, (), body)
+
+def _dynamic_shared(builder):
+    """The address of the block's dynamic shared memory."""
+    array = builder.module.globals.get("densegrad_dynamic")
+    if array is None:
+        cells = ir.ArrayType(ir.IntType(8), 0)
+        array = ir.GlobalVariable(builder.module, cells, "densegrad_dynamic", addrspace=_SHARED)
+        array.linkage, array.align = "external", 128
+    return builder.ptrtoint(array, _INT32)
 
 
 # -- copies of chunks

@@ -19,13 +19,13 @@ _lock = threading.Lock()
 
 
 class Warp:
-    """32 threads of a block, and what they bring to one another."""
+    """32 threads of a block, or a warpgroup's 128, and what they bring to one another."""
 
-    def __init__(self):
-        self._brought = [None] * LANES
+    def __init__(self, lanes):
+        self._brought = [None] * lanes
         self._taken = None
         self._fault = None
-        self._barrier = threading.Barrier(LANES, self._meet, PATIENCE)
+        self._barrier = threading.Barrier(lanes, self._meet, PATIENCE)
 
     def exchange(self, lane, meaning, value):
         """What meaning(the values of all lanes, in order) gives this lane; all lanes must mean the same."""
@@ -48,18 +48,18 @@ class Warp:
             self._fault = fault
 
 
-def exchange(meaning, value):
-    """What meaning(the values of the 32 lanes of this thread's warp) gives this thread."""
+def exchange(meaning, value, lanes=LANES):
+    """What meaning(the values of the 32 lanes of this thread's warp, or of its warpgroup's 128) gives this thread."""
     thread = threading.current_thread()
-    number, lane = divmod(thread.thread_id, LANES)
+    number, lane = divmod(thread.thread_id, lanes)
     block = thread._manager
     with _lock:
         warps = block.__dict__.setdefault("densegrad_warps", {})
-        if number not in warps:
-            if int(np.prod(block._block_dim)) % LANES:
+        if (number, lanes) not in warps:
+            if int(np.prod(block._block_dim)) % lanes:
                 raise RuntimeError(f"a block of {int(np.prod(block._block_dim))} threads is not made of whole warps")
-            warps[number] = Warp()
-    return warps[number].exchange(lane, meaning, value)
+            warps[number, lanes] = Warp(lanes)
+    return warps[number, lanes].exchange(lane, meaning, value)
 
 
 @cache

@@ -44,7 +44,8 @@ def library_of(launch: Launch, capability: tuple[int, int]) -> Any:
     from numba.cuda.cudadrv import nvvm
 
     kernel = kernel_of(launch.module, launch.kernel, launch.constants)
-    arguments = tuple(getattr(types, name) for name in launch.types)
+    of_map = types.containers.UniTuple(types.int64, 16)
+    arguments = tuple(of_map if name == "tensor_map" else getattr(types, name) for name in launch.types)
     compiled = compile_cuda(kernel.py_func, types.void, arguments, nvvm_options={"fastmath": False, "opt": 3},
                             cc=capability, lto=True)
     library = compiled.library
@@ -72,7 +73,7 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Code:
 
 
 def ptx_of(launch: Launch, capability: tuple[int, int]) -> str:
-    """The PTX of a launch's kernel after linking, for every GPU from this compute capability on.
+    """The PTX of a launch's kernel after linking, for every GPU from this compute capability on that runs it.
 
     Raises
     ------
@@ -81,7 +82,8 @@ def ptx_of(launch: Launch, capability: tuple[int, int]) -> str:
     """
     check_capability(capability)
     with _compiling:
-        return library_of(launch, capability).get_lto_ptx(capability).rstrip("\0")
+        target = architecture_of(capability) if launch.alone else capability
+        return library_of(launch, capability).get_lto_ptx(target).rstrip("\0")
 
 
 def check_capability(capability: tuple[int, int]) -> None:

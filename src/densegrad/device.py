@@ -20,6 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import accumulate, groupby
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ import numpy as np
 from . import compiler, tensors
 from .errors import DeviceError
 from .estimate import duration, simulated_seconds
-from .launches import ALIGNMENT, OPERAND_ALIGNMENT, Clear, Launch, Room, Slot
+from .launches import ALIGNMENT, OPERAND_ALIGNMENT, Clear, Launch, Room, Slot, TensorMap
 
 log = logging.getLogger("densegrad")
 
@@ -397,6 +398,8 @@ class _SimulatedLaunch:
 
 def _simulated(values: Mapping[str, Any], value: Any, kind: str) -> Any:
     """An argument as the simulator's kernels take it."""
+    if isinstance(value, TensorMap):
+        return SimulatedMap(_simulated(values, value.address, "int64"), value)
     if isinstance(value, Room):
         return SimulatedAddress(_room(values["workspace"], value))
     if isinstance(value, Slot):
@@ -440,13 +443,56 @@ class SimulatedAddress:
         """Store the elements of one access."""
         self.cells[self._span(index, len(values))] = values.astype(self.cells.dtype)
 
-    def _span(self, index: int, count: int) -> slice:
-        first, size = self.origin + index, self.cells.itemsize
+    def read_each(self, index: int, count: int) -> np.ndarray:
+        """Neighbouring elements, each accessed by itself."""
+        return self.cells[self._within(index, count)]
+
+    def write_each(self, index: int, values: np.ndarray) -> None:
+        """Store neighbouring elements, each by itself."""
+        self.cells[self._within(index, len(values))] = values
+
+    def _within(self, index: int, count: int) -> slice:
+        first = self.origin + index
         if first < 0 or first + count > len(self.cells):
             raise IndexError(f"elements {first} to {first + count - 1} of {len(self.cells)}")
+        return slice(first, first + count)
+
+    def _span(self, index: int, count: int) -> slice:
+        size = self.cells.itemsize
         if (self.byte + index * size) % (count * size):
             raise IndexError(f"{count} elements of {size} bytes at byte {index * size}: not aligned")
-        return slice(first, first + count)
+        return self._within(index, count)
+
+
+class SimulatedMap:
+    """A tensor map, as kernels of the simulator see it: the boxes of a matrix, in lines."""
+
+    def __init__(self, address: SimulatedAddress, numbers: TensorMap):
+        self.address, self.numbers = address, numbers
+        self.size = address.cells.itemsize
+
+    def _lines(self, first: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+        """(line of the box, index of its first element, elements within the matrix) of the lines within the matrix."""
+        (length, *outer), steps = self.numbers.lengths, self.numbers.steps
+        across, *others = first
+        count = min(max(length - across, 0), self.numbers.box[0])
+        for line, where in enumerate(np.ndindex(*self.numbers.box[:0:-1])):
+            at = [one + other for one, other in zip(where[::-1], others, strict=True)]
+            if count and all(0 <= one < most for one, most in zip(at, outer, strict=True)):
+                yield line, across + sum(one * step // self.size for one, step in zip(at, steps, strict=True)), count
+
+    def read(self, first: tuple[int, ...]) -> np.ndarray:
+        """The lines of a box, zeros beyond the matrix, by the coordinates of its first element."""
+        found = np.zeros((prod(self.numbers.box[1:]), self.numbers.box[0]), self.address.cells.dtype)
+        for line, index, count in self._lines(first):
+            found[line, :count] = self.address.read_each(index, count)
+        return found
+
+    def write(self, first: tuple[int, ...], lines: np.ndarray, adds: bool) -> None:
+        """Store the lines of a box, or add them to what is there; nothing beyond the matrix."""
+        for line, index, count in self._lines(first):
+            values = lines[line, :count].astype(self.address.cells.dtype)
+            self.address.write_each(index, self.address.read_each(index, count) + values if adds else values)
 
 
 class Gpu:
@@ -783,12 +829,19 @@ class PackedLaunches:
         takes = [list(zip(launch.values, launch.types, strict=True)) for launch in launches]
         # by what is printed of them, since -0.0 equals 0.0
         alike = {(repr(value), kind): (value, kind) for taken in takes for value, kind in taken}
-        number_of = {name: number for number, name in enumerate(alike)}
-        self.cells = (ctypes.c_int64 * len(alike))()
+        sizes = [MAP_WORDS if kind == "tensor_map" else 1 for _, kind in alike]
+        number_of = dict(zip(alike, accumulate(sizes, initial=0), strict=False))
+        self.cells = (ctypes.c_int64 * sum(sizes))()
         self.addresses: list[tuple[int, str, int]] = []  # cell, slot, bytes further on
         self.numbers: list[tuple[Any, str]] = []  # cell, slot
-        for cell, (value, kind) in enumerate(alike.values()):
-            if kind != "int64":
+        self.maps: list[tuple[int, TensorMap, str, int]] = []  # first cell, map, slot of its address, bytes further on
+        for name, (value, kind) in alike.items():
+            cell = number_of[name]
+            if kind == "tensor_map":
+                inside = isinstance(value.address, Room)
+                self.maps.append((cell, value, "workspace" if inside else value.address.name,
+                                  value.address.offset if inside else 0))
+            elif kind != "int64":
                 number = _NUMBERS[kind].from_buffer(self.cells, 8 * cell)
                 if isinstance(value, Slot):
                     self.numbers.append((number, value.name))
@@ -801,8 +854,9 @@ class PackedLaunches:
             else:
                 self.cells[cell] = value
         begin = ctypes.addressof(self.cells)
-        self.pointers = [(ctypes.c_void_p * len(taken))(*[begin + 8 * number_of[repr(value), kind]
-                                                          for value, kind in taken]) for taken in takes]
+        places = [[begin + 8 * (number_of[repr(value), kind] + word) for value, kind in taken
+                   for word in range(MAP_WORDS if kind == "tensor_map" else 1)] for taken in takes]
+        self.pointers = [(ctypes.c_void_p * len(taken))(*taken) for taken in places]
         self.queued = [
             (partial(queue, function, *(*one.grid, 1, 1)[:3], one.block, 1, 1, one.shared_bytes), ctypes.addressof(at))
             for one, function, at in zip(launches, functions, self.pointers, strict=True)]
@@ -815,6 +869,8 @@ class PackedLaunches:
                 cells[cell] = values[name] + further
             for number, name in self.numbers:
                 number.value = values[name]
+            for cell, numbers, name, further in self.maps:
+                cells[cell:cell + MAP_WORDS] = list(encoded(numbers, values[name] + further))
             for queue, arguments in self.queued:
                 status, = queue(stream, arguments, 0)
                 if status and status.name in ("CUDA_ERROR_INVALID_CONTEXT", "CUDA_ERROR_NOT_INITIALIZED"):
@@ -822,6 +878,27 @@ class PackedLaunches:
                     status, = queue(stream, arguments, 0)
                 if status:
                     raise DeviceError(f"the CUDA driver says {status.name}")
+
+
+#: integers of 64 bits in a tensor map
+MAP_WORDS = 16
+
+
+@lru_cache(maxsize=4096)
+def encoded(numbers: TensorMap, address: int) -> tuple[int, ...]:
+    """A tensor map of a matrix that lies at this address, in the driver's encoding."""
+    from cuda.bindings import driver
+
+    kind = getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{numbers.dtype.upper()}")
+    made = _done(driver.cuTensorMapEncodeTiled(
+        kind, len(numbers.lengths), address, [driver.cuuint64_t(length) for length in numbers.lengths],
+        [driver.cuuint64_t(step) for step in numbers.steps], [driver.cuuint32_t(length) for length in numbers.box],
+        [driver.cuuint32_t(1)] * len(numbers.lengths), driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
+    words = [int(word) for word in made.opaque]
+    return tuple(word - 2**64 if word >= 2**63 else word for word in words)
 
 
 _NUMBERS = {"float32": ctypes.c_float, "float64": ctypes.c_double}

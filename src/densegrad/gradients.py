@@ -11,6 +11,7 @@ from .errors import PlanError
 from .families import batch_sum, tiling, upstream
 from .families.batch_sum import BatchSumPlan, plan_batch_sum
 from .families.common import check_plan
+from .families.matmul_hopper import HopperPlan, has_maps
 from .families.product import (
     PRODUCT_PLANS,
     ProductPlan,
@@ -158,7 +159,7 @@ def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "i
         default, where their products are exact. float32 does not: "tf32" rounds it to 11 significant bits there,
         "tf32x3" multiplies two such terms of it, to float32's accuracy. That holds for operands that are 0 or at least
         2^-126 in magnitude ("tf32x3": 2^-114); smaller ones are off by up to 2^-136, below which they count as 0.
-    plan : MatmulPlan, TensorCorePlan or ThinPlan, optional
+    plan : MatmulPlan, TensorCorePlan, HopperPlan or ThinPlan, optional
         How to compute it, instead of what `plans.plan_product` says.
 
     Returns
@@ -194,7 +195,7 @@ def _describe_weight(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     batch_axis, weight_layout, precision, accumulate, plan = options
     inputs = accept(x=given("x", arrays[0]), dz=arrays[1], batch_axis=batch_axis, weight_layout=weight_layout)
     target = _weight_target("out", outs[0], inputs, weight_layout, accumulate)
-    plan = _weight_plan(plan, inputs, precision)
+    plan = _weight_plan(plan, inputs, inputs.dz.matrix, precision)
     return recipe_of(inputs, (inputs.x, inputs.dz), (target,),
                      _weight_launches(plan, inputs, inputs.dz.matrix, (target, None), weight_layout))
 
@@ -238,7 +239,9 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
     -----
     db has the same bits on every run, and from FMA units on every device, but not those of `bias_grad`, since its order
     of additions follows the plan of dw. By a MatmulPlan thread row r of R adds the samples r, r + R, ... of each part,
-    the R sums are added in ascending order, then the parts; by a ThinPlan db is added as each row of dw is. Where there
+    the R sums are added in ascending order, then the parts; by a ThinPlan db is added as each row of dw is; by a
+    HopperPlan the tiles that read the same columns of dz share its samples in steps of 64, and a transposed dz is summed
+    by itself. Where there
     are at most 8 outputs and over 8 inputs, a ThinPlan leaves db to a sum of its own, with the bits of `bias_grad`.
 
     Examples
@@ -259,7 +262,7 @@ def _describe_weight_bias(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     weight = _weight_target("out.dw", outs[0], inputs, weight_layout, "dw" in added)
     bias = accept_bias_out("out.db", outs[1], inputs, keepdims, "db" in added)
     check_apart([weight, bias])
-    plan = _weight_plan(plan, inputs, precision)
+    plan = _weight_plan(plan, inputs, inputs.dz.matrix, precision)
     return recipe_of(inputs, (inputs.x, inputs.dz), (weight, bias),
                      _weight_launches(plan, inputs, inputs.dz.matrix, (weight, bias), weight_layout))
 
@@ -313,7 +316,7 @@ def _describe_input(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     batch_axis, weight_layout, precision, accumulate, plan = options
     inputs = accept(w=given("w", arrays[1]), dz=arrays[0], batch_axis=batch_axis, weight_layout=weight_layout)
     target = _input_target("out", outs[0], inputs, accumulate)
-    plan = _input_plan(plan, inputs, precision)
+    plan = _input_plan(plan, inputs, inputs.dz.matrix, precision)
     return recipe_of(inputs, (inputs.dz, inputs.w), (target,), _input_launches(plan, inputs, inputs.dz.matrix, target))
 
 
@@ -423,12 +426,13 @@ def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
         form = upstream_plan(plans.db, inputs, above.name, "plan.db")
         launches = upstream.launches(form, above.matrices(inputs), gradient, result, (ONE, ALPHA),
                                      max(behind, result.matrix.end))
-    weight_plan = _weight_plan(plans.dw, inputs, precision, "plan.dw") if dw is not None else None
+    weight_plan = _weight_plan(plans.dw, inputs, gradient, precision, "plan.dw") if dw is not None else None
     if (alone is not None and weight_plan is not None and bias_plan is None and not compensated
             and bias_rides_along(weight_plan)):
         with_weight, alone = alone, None
     if dx is not None:
-        launches += _input_launches(_input_plan(plans.dx, inputs, precision, "plan.dx"), inputs, gradient, dx, behind)
+        input_plan = _input_plan(plans.dx, inputs, gradient, precision, "plan.dx")
+        launches += _input_launches(input_plan, inputs, gradient, dx, behind)
     if dw is not None and weight_plan is not None:
         launches += _weight_launches(weight_plan, inputs, gradient, (dw, with_weight), weight_layout, behind)
     if alone is not None:
@@ -478,8 +482,9 @@ def _weight_target(name: str, out: Any, inputs: Inputs, weight_layout: str, accu
     return accept_out(name, out, inputs, shape if weight_layout == "in_out" else shape[::-1], accumulate)
 
 
-def _weight_plan(plan: ProductPlan | None, inputs: Inputs, precision: str | None, name: str = "plan") -> ProductPlan:
-    return _product_plan(plan, _weight_product(inputs, inputs.dz.matrix), inputs, precision, name)
+def _weight_plan(plan: ProductPlan | None, inputs: Inputs, dz: Matrix, precision: str | None,
+                 name: str = "plan") -> ProductPlan:
+    return _product_plan(plan, _weight_product(inputs, dz), inputs, precision, name)
 
 
 def _weight_product(inputs: Inputs, dz: Matrix) -> Product:
@@ -494,8 +499,12 @@ def _product_plan(plan: ProductPlan | None, product: Product, inputs: Inputs, pr
     sizes: dict[str, Any] = {"rows": left.rows, "cols": right.cols, "depth": right.rows, "dtype": inputs.dtype}
     plan = check_plan(plan, PRODUCT_PLANS, sizes, name)
     if plan is None:
-        plan = plan_product(**sizes, precision=precision, capability=capability, order=product.order)
-        return tuned.instead_of(plan, inputs.device, inputs.place, product.order)
+        aligned = has_maps(product)
+        plan = plan_product(**sizes, precision=precision, capability=capability, order=product.order, aligned=aligned)
+        tuned_plan = tuned.instead_of(plan, inputs.device, inputs.place, product.order)
+        return plan if isinstance(tuned_plan, HopperPlan) and not aligned else tuned_plan
+    if inputs.device.kind == "simulator":  # which has the instructions of every GPU
+        capability = getattr(plan, "capability", capability)
     check_precision(plan, precision, capability)
     return plan
 
@@ -504,8 +513,9 @@ def _weight_launches(plan: ProductPlan, inputs: Inputs, dz: Matrix, targets: tup
                      weight_layout: str, behind: int = 0) -> tuple[Launch, ...]:
     """dW and, where it rides along, db; their parts are kept in the workspace from the byte behind on."""
     weight, bias = targets
-    if bias is not None and not (inputs.in_features and inputs.samples and plan.sums_ride):
-        # No tiles that db could ride along with, or dz is the thin operand.
+    if bias is not None and not (inputs.in_features and inputs.samples
+                                 and plan.sums_ride(_weight_product(inputs, dz))):
+        # No tiles that db could ride along with, or the kernel adds none of dz's up.
         return (*_weight_launches(plan, inputs, dz, (weight, None), weight_layout, behind),
                 *batch_sum.launches(_bias_plan(None, inputs), dz, bias.result, ALPHA, behind))
     dw = weight.matrix if weight_layout == "in_out" else weight.matrix.T
@@ -517,8 +527,9 @@ def _input_target(name: str, out: Any, inputs: Inputs, accumulate: bool) -> Targ
     return accept_out(name, out, inputs, (*inputs.batch_shape, inputs.in_features), accumulate)
 
 
-def _input_plan(plan: ProductPlan | None, inputs: Inputs, precision: str | None, name: str = "plan") -> ProductPlan:
-    return _product_plan(plan, _input_product(inputs, inputs.dz.matrix), inputs, precision, name)
+def _input_plan(plan: ProductPlan | None, inputs: Inputs, dz: Matrix, precision: str | None,
+                name: str = "plan") -> ProductPlan:
+    return _product_plan(plan, _input_product(inputs, dz), inputs, precision, name)
 
 
 def _input_product(inputs: Inputs, dz: Matrix) -> Product:

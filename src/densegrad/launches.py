@@ -40,6 +40,20 @@ class Room(NamedTuple):
         return self.offset + max(-(-self.items * SIZES[self.dtype] // ALIGNMENT), 1) * ALIGNMENT
 
 
+class TensorMap(NamedTuple):
+    """A matrix, or several of one form behind each other, by which bulk copies find boxes of it in lines of 128 bytes.
+
+    Its numbers follow from the address and are found when a call fills it in. Addresses and steps are multiples of 16
+    bytes.
+    """
+
+    address: Slot | Room | int
+    dtype: str
+    lengths: tuple[int, ...]  # elements along each axis, the contiguous one first
+    steps: tuple[int, ...]  # bytes from one index to the next, of all axes but the first
+    box: tuple[int, ...]
+
+
 #: what results are multiplied by: a number of the host's times, unless its address is 0, one on the device
 ALPHA = Scale(Slot("alpha"), Slot("alpha_address"))
 ONE = Scale(1.0, 0)
@@ -132,6 +146,8 @@ class Launch:
         Dynamic shared memory of a block.
     capability : tuple of int
         The first compute capability that has the kernel's instructions.
+    alone : bool
+        Whether no other compute capability has them.
     """
 
     module: str
@@ -143,6 +159,11 @@ class Launch:
     plan: Any
     shared_bytes: int = 0
     capability: tuple[int, int] = (7, 5)
+    alone: bool = False
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether GPUs of this compute capability have the kernel's instructions."""
+        return capability == self.capability if self.alone else capability >= self.capability
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -156,9 +177,9 @@ class Launch:
 
     @property
     def types(self) -> tuple[str, ...]:
-        """The types of the arguments: int64, or what the constants say of numbers."""
-        return tuple(getattr(self.constants, "number", "") if kind == "Number" else "int64"
-                     for _, _, kind in flattened(self.arguments))
+        """The types of the arguments: int64, tensor_map, or what the constants say of numbers."""
+        types = {"Number": getattr(self.constants, "number", ""), "TensorMap": "tensor_map"}
+        return tuple(types.get(kind, "int64") for _, _, kind in flattened(self.arguments))
 
     def __str__(self) -> str:
         made_of = ", ".join(f"{name}={value}" for name, value in self.constants._asdict().items())
@@ -171,6 +192,8 @@ class Launch:
 def _shown(value: Any) -> str:
     if isinstance(value, Slot):
         return f"<{value.name}>"
+    if isinstance(value, TensorMap):
+        return f"map of {_shown(value.address)}"
     return f"<workspace + {value.offset}>" if isinstance(value, Room) else str(value)
 
 
@@ -182,7 +205,7 @@ def flattened(record: Any, prefix: str = "") -> Iterator[tuple[Any, str, str]]:
     annotations = type(record).__annotations__
     for position, (field, value) in enumerate(record._asdict().items()):
         name = f"{prefix}_{field}" if prefix and position else prefix or field
-        if isinstance(value, tuple) and not isinstance(value, (Slot, Room)):
+        if isinstance(value, tuple) and not isinstance(value, (Slot, Room, TensorMap)):
             yield from flattened(value, name)
         else:
             yield value, name, annotations[field].__forward_arg__

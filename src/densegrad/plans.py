@@ -8,6 +8,7 @@ from .families.batch_sum import LAYOUTS, BatchSumPlan, batch_sum_candidates, pla
 from .families.common import GRID_Y, check_plan
 from .families.cost import ProductCost
 from .families.cross_entropy import CrossEntropyPlan, plan_cross_entropy
+from .families.matmul_hopper import HOPPER, HOPPER_STAGES, HopperPlan
 from .families.matmul_simt import MATMUL_TILES, SHARED_BYTES, MatmulPlan, transposed_tile
 from .families.matmul_tensor_core import (
     DYNAMIC_SHARED_BYTES,
@@ -22,7 +23,9 @@ from .families.matmul_thin import THIN, ThinPlan
 from .families.product import (
     bias_rides_along,
     check_precision,
+    hopper_candidates,
     matmul_candidates,
+    plan_hopper,
     plan_matmul,
     plan_product,
     plan_tensor_core,
@@ -40,6 +43,8 @@ __all__ = [
     "DYNAMIC_SHARED_BYTES",
     "FLOAT16_CAPABILITY",
     "GRID_Y",
+    "HOPPER",
+    "HOPPER_STAGES",
     "ITEM_BYTES",
     "LAYOUTS",
     "MATMUL_TILES",
@@ -50,6 +55,7 @@ __all__ = [
     "THIN",
     "BatchSumPlan",
     "CrossEntropyPlan",
+    "HopperPlan",
     "MatmulPlan",
     "ProductCost",
     "TensorCorePlan",
@@ -61,10 +67,12 @@ __all__ = [
     "bias_rides_along",
     "check_plan",
     "check_precision",
+    "hopper_candidates",
     "log_sum_exp_block",
     "matmul_candidates",
     "plan_batch_sum",
     "plan_cross_entropy",
+    "plan_hopper",
     "plan_matmul",
     "plan_of_tile",
     "plan_product",

@@ -1,7 +1,8 @@
 """What each kernel is made of and what it takes: a record of its constants and one of its arguments.
 
 They load without Numba: whoever makes a launch fills them in, the kernel's file reads them. An argument is an Address
-(where an operand's first element lies), an Integer of 64 bits or a Number, whose type the constants name as `number`.
+(where an operand's first element lies), an Integer of 64 bits, a Number, whose type the constants name as `number`, or
+a TensorMap, by which copies find the boxes of a matrix.
 What travels together is a record of its own; the kernel's parameters are its parts, in order: `z`, `z_down`,
 `z_across`.
 """
@@ -14,6 +15,7 @@ from .facts import wide_of
 Address = Any
 Integer = Any
 Number = Any
+TensorMap = Any
 
 
 class MatrixAt(NamedTuple):
@@ -327,6 +329,42 @@ class MatmulArguments(NamedTuple):
     alpha: Scale
     depth_sums: ColumnAt  # of the operand that is added up along the depth
     depth_sums_part_stride: Integer
+
+
+class MatmulHopper(NamedTuple):
+    """A product on Hopper's tensor cores, in tiles of 128 rows."""
+
+    dtype: str  # of the operands
+    tile_cols: int
+    stages: int
+    left_across: bool  # whether it is contiguous across the depth
+    right_across: bool
+    target: str  # dtype of the result
+    accumulate: bool  # whether the result, float32, is added to
+    sums_of: str  # "left" or "right": that operand, contiguous across the depth, is added up along it, too; or ""
+
+    @property
+    def number(self) -> str:
+        """The type of numbers among the arguments."""
+        return "float32"
+
+
+class MatmulHopperArguments(NamedTuple):
+    """result[part, r, c] = alpha * sum over the part's k of left[r, k] right[k, c]."""
+
+    left: TensorMap
+    right: TensorMap
+    result: TensorMap
+    maps: Address  # of the workspace, where each block writes these three
+    pieces_of_work: Integer  # tiles times parts
+    tiles_down: Integer
+    tiles_across: Integer
+    steps: Integer  # of 64 depths
+    steps_per_part: Integer
+    alpha: Scale
+    depth_sums: Address  # rows of sums in the workspace: of each part those of all sharers
+    depth_sums_pitch: Integer  # elements from one row to the next
+    sharers: Integer  # tiles that share the steps of a part among them
 
 
 # -- cross_entropy

@@ -24,6 +24,7 @@ from . import __version__
 from .errors import PlanError
 from .families.batch_sum import BatchSumPlan
 from .families.cost import ORDERS
+from .families.matmul_hopper import HopperPlan
 from .families.matmul_simt import MatmulPlan
 from .families.matmul_tensor_core import TensorCorePlan
 from .families.matmul_thin import ThinPlan
@@ -33,7 +34,8 @@ log = logging.getLogger("densegrad")
 #: of the file: it changes when a reader of the old one would go wrong
 FORMAT = 1
 #: the classes of plans that a file may hold, by their names
-PLANS: dict[str, Any] = {kind.__name__: kind for kind in (BatchSumPlan, MatmulPlan, TensorCorePlan, ThinPlan)}
+PLANS: dict[str, Any] = {kind.__name__: kind for kind in (
+    BatchSumPlan, MatmulPlan, TensorCorePlan, HopperPlan, ThinPlan)}
 #: what an entry's plan is for
 PRODUCT, BATCH_SUM = "product", "batch sum"
 #: how many calls of use_plans can be taken back by with blocks that have not begun yet

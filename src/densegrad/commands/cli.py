@@ -512,9 +512,10 @@ def _show_variants(variants: dict[str, Launch], kernel: str | None) -> None:
 def _compiled(launch: Launch, capability: tuple[int, int]) -> str:
     from ..compiler import ptx_of
 
-    if capability < launch.capability:
-        raise ValueError("this kernel needs compute capability {}.{} or newer; got {}.{}".format(
-            *launch.capability, *capability))
+    if not launch.runs_on(capability):
+        newer = "" if launch.alone else " or newer"
+        raise ValueError("this kernel needs compute capability {}.{}{}; got {}.{}".format(
+            *launch.capability, newer, *capability))
     with waiting("Compiling"):
         return ptx_of(launch, capability)
 

@@ -13,4 +13,5 @@ FAMILIES = [
     "densegrad.families.matmul_simt",
     "densegrad.families.matmul_thin",
     "densegrad.families.matmul_tensor_core",
+    "densegrad.families.matmul_hopper",
 ]

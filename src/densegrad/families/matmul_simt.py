@@ -145,7 +145,8 @@ class MatmulPlan(Tiling):
         threads = f"{self.thread_rows} x {self.thread_cols} results a thread, {self.threads} threads a block"
         return self._explain("FMA units", threads, f"{self.chain + 1} u")
 
-    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments) -> Launch:
+    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments, *,
+               free_at: int) -> Launch:
         """The launch of the kernel, with these arguments. Results are stored from registers in the type of the sums."""
         vector = 16 // ITEM_BYTES[self.accumulator]
         (left, _), (right, _) = product.sides(vector)

@@ -190,7 +190,8 @@ class TensorCorePlan(Tiling):
                              f"{self.warp_rows} x {self.warp_cols} results a warp, {self.threads} threads a block, "
                              f"{self.stages} stages", error, where)
 
-    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments) -> Launch:
+    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments, *,
+               free_at: int) -> Launch:
         """The launch of the kernel, with these arguments."""
         (left, _), (right, _) = product.sides(16 // ITEM_BYTES[self.dtype])
         constants = constants_of(MatmulTensorCore, self, {

@@ -81,8 +81,7 @@ class ThinPlan(Tiling):
         """Whether the transposed product is computed: where the right operand is the thin one."""
         return self.rows > THIN
 
-    @property
-    def sums_ride(self) -> bool:
+    def sums_ride(self, product: Product) -> bool:
         """Whether the right operand can be added up along the depth on the way: not if it is the thin one."""
         return self.rows <= THIN
 
@@ -170,7 +169,8 @@ class ThinPlan(Tiling):
         return ProductCost(loop, LAUNCH + BLOCK * ceil_div(share, resident), memory, parts,
                            least=matrices_bytes(self) / BYTES_A_MICROSECOND, measured=False, rows=0)
 
-    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments) -> Launch:
+    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments, *,
+               free_at: int) -> Launch:
         """The launch of the kernel, with these arguments; the left operand is the thin one."""
         (left, _), (right, _) = product.sides(16 // ITEM_BYTES[self.dtype])
         most = self.thread_rows

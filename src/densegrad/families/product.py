@@ -10,6 +10,7 @@ from ..errors import PlanError
 from ..facts import ITEM_BYTES
 from .common import GRID_Y, ceil_div, check_choice, check_sizes
 from .cost import BYTES_A_MICROSECOND, LAUNCH, MULTIPROCESSORS, ORDERS
+from .matmul_hopper import HALF_TYPES, HOPPER, HOPPER_STAGES, MOST_DEPTH, MOST_LENGTH, HopperPlan
 from .matmul_simt import MATMUL_TILES, UNTRIED_TILES, MatmulPlan, transposed_tile
 from .matmul_tensor_core import (
     FLOAT16_CAPABILITY,
@@ -21,10 +22,10 @@ from .matmul_tensor_core import (
 )
 from .matmul_thin import THIN, ThinPlan, threads_of
 
-ProductPlan = MatmulPlan | TensorCorePlan | ThinPlan
+ProductPlan = MatmulPlan | TensorCorePlan | ThinPlan | HopperPlan
 #: the kinds of plans of products
-PRODUCT_PLANS = (MatmulPlan, TensorCorePlan, ThinPlan)
-Chosen = TypeVar("Chosen", MatmulPlan, TensorCorePlan, ThinPlan)
+PRODUCT_PLANS = (MatmulPlan, TensorCorePlan, ThinPlan, HopperPlan)
+Chosen = TypeVar("Chosen", MatmulPlan, TensorCorePlan, ThinPlan, HopperPlan)
 
 #: a part is at least this many tile depths long
 MIN_TILES_OF_A_PART = 4
@@ -62,6 +63,15 @@ def plan_thin(rows: int, cols: int, depth: int, dtype: str, order: str = "across
     return _cheapest(thin_candidates(rows, cols, depth, dtype, order), order)
 
 
+@lru_cache(maxsize=4096, typed=True)
+def plan_hopper(rows: int, cols: int, depth: int, dtype: str, *, order: str = "across") -> HopperPlan:
+    """The plan with Hopper's own tensor-core instructions, for aligned operands, chosen as by plan_matmul.
+
+    This kernel was not measured: the model is a nominal one.
+    """
+    return _cheapest(hopper_candidates(rows, cols, depth, dtype), order)
+
+
 def _cheapest(candidates: list[Chosen], order: str) -> Chosen:
     check_choice("order", order, ORDERS)
     costs = {}
@@ -74,10 +84,12 @@ def _cheapest(candidates: list[Chosen], order: str) -> Chosen:
 
 
 def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
-                 capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, *, order: str = "across") -> ProductPlan:
+                 capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, *, order: str = "across",
+                 aligned: bool = True) -> ProductPlan:
     """The plan for these sizes and dtype at a precision on a GPU of this compute capability.
 
-    Depends on nothing else of the GPU than whether it has the instructions: all from 8.0 on, float16's from 7.5 on.
+    Depends on nothing else of the GPU than whether it has the instructions: all from 8.0 on, float16's from 7.5 on;
+    9.0 has more of them for half types.
 
     Parameters
     ----------
@@ -89,6 +101,8 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     order : "across" or "along"
         How the operands lie in memory: contiguous across the depth, as for dL/dW of x and dz in C order, or both along
         it, as for dL/dX. Where one lies each way, "across".
+    aligned : bool
+        Whether both operands, and each of their rows, begin at multiples of 16 bytes, as Hopper's copies ask for.
 
     Raises
     ------
@@ -105,6 +119,10 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
                                 order=order)
     else:
         plan = plan_matmul(rows, cols, depth, dtype, order)
+    if _may_be_hopper((rows, cols, depth), dtype, precision, capability) and aligned:
+        hopper, rival = plan_hopper(rows, cols, depth, dtype, order=order), plan.cost(order)
+        if rival is None or hopper.cost(order).total * EXTRAPOLATED < rival.total:
+            plan = hopper
     if _may_be_thin(rows, cols, dtype, precision, on_tensor_cores):
         thin = plan_thin(rows, cols, depth, dtype, order)
         rival = plan.cost(order)
@@ -114,8 +132,8 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
 
 
 def product_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
-                       capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, *,
-                       order: str = "across") -> list[ProductPlan]:
+                       capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, *, order: str = "across",
+                       aligned: bool = True) -> list[ProductPlan]:
     """Every plan that plan_product chooses from, of all kinds."""
     _check_capability(capability)
     plans: list[ProductPlan] = []
@@ -125,9 +143,19 @@ def product_candidates(rows: int, cols: int, depth: int, dtype: str, precision: 
                                         _instructions(capability))
     else:
         plans += matmul_candidates(rows, cols, depth, dtype)
+    if _may_be_hopper((rows, cols, depth), dtype, precision, capability) and aligned:
+        plans += hopper_candidates(rows, cols, depth, dtype)
     if _may_be_thin(rows, cols, dtype, precision, on_tensor_cores):
         plans += thin_candidates(rows, cols, depth, dtype, order)
     return plans
+
+
+def _may_be_hopper(sizes: tuple[int, int, int], dtype: str, precision: str | None,
+                   capability: tuple[int, int]) -> bool:
+    """Whether a plan with Hopper's own instructions is among the choices."""
+    rows, cols, depth = sizes
+    return (capability == HOPPER and dtype in HALF_TYPES and precision is None and min(sizes) > 0
+            and max(rows, cols) <= MOST_LENGTH and depth <= MOST_DEPTH)
 
 
 def _may_be_thin(rows: int, cols: int, dtype: str, precision: str | None, on_tensor_cores: bool) -> bool:
@@ -186,10 +214,13 @@ def check_precision(plan: ProductPlan, precision: str | None, capability: tuple[
         As plan_product; PlanError too if the plan multiplies in another way, or with instructions that the GPU has not.
     """
     _on_tensor_cores(plan.dtype, precision, capability)
-    own = plan.precision if isinstance(plan, TensorCorePlan) else "ieee"
+    own = plan.precision if isinstance(plan, (TensorCorePlan, HopperPlan)) else "ieee"
     if precision not in (None, own):
         how = "exactly on tensor cores" if own is None else f"with precision {own!r}"
         raise PlanError(f"plan multiplies {how}, but precision={precision!r} was asked for (leave one of them out)")
+    if isinstance(plan, HopperPlan) and capability != HOPPER:
+        raise PlanError("plan needs a GPU of compute capability {}.{}; this one has {}.{} (pass a TensorCorePlan, or "
+                        "none)".format(*HOPPER, *capability))
     if isinstance(plan, TensorCorePlan) and capability < plan.capability:
         raise PlanError("plan needs tensor cores of compute capability {}.{}; this GPU has {}.{} (pass a MatmulPlan, "
                         "or none)".format(*plan.capability, *capability))
@@ -226,6 +257,13 @@ def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precisi
     return plans
 
 
+def hopper_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[HopperPlan]:
+    """Every plan that plan_hopper chooses from."""
+    parts = ceil_div(max(depth, 1), 2**30)
+    return [plan for tile_cols in HOPPER_STAGES
+            for plan in _cut_into_parts(HopperPlan(rows, cols, depth, dtype, tile_cols, parts))]
+
+
 def thin_candidates(rows: int, cols: int, depth: int, dtype: str, order: str) -> list[ThinPlan]:
     """Every plan that plan_thin chooses from."""
     check_sizes(rows=rows, cols=cols, depth=depth)
@@ -257,14 +295,15 @@ def bias_rides_along(plan: ProductPlan) -> bool:
     """Whether adding dZ up within dL/dW's blocks is cheaper than reading it once more, by the model.
 
     The blocks of the first tile row spend about 2 % more instructions on it on FMA units, 10 % on tensor cores, and
-    end up to that much later.
+    end up to that much later. By Hopper's kernel each tile row of n adds every nth step, which takes twice as long
+    then, and a second launch adds the rows of sums.
     """
-    if not plan.sums_ride:
+    if isinstance(plan, ThinPlan) and plan.rows > THIN:
         return False
     cost = plan.cost("across")
     if cost is None:
         return True
-    share = 0.1 if isinstance(plan, TensorCorePlan) else 0.02
-    extra = share * cost.loop / ceil_div(max(plan.rows, 1), plan.tile_rows)
+    share = {TensorCorePlan: 0.1, HopperPlan: 1.0}.get(type(plan), 0.02)
+    extra = share * cost.loop / ceil_div(max(plan.rows, 1), plan.tile_rows) + LAUNCH * isinstance(plan, HopperPlan)
     again = plan.depth * plan.cols * ITEM_BYTES[plan.dtype] / BYTES_A_MICROSECOND
     return extra < again + LAUNCH

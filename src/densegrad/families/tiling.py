@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from ..errors import PlanError
 from ..facts import ITEM_BYTES, accumulator_of
 from ..launches import ALPHA, ONE, Launch, Matrix, Result, Slot, scratch
-from ..signatures import NO_COLUMN, ColumnAt, MatmulArguments, Side
+from ..signatures import NO_COLUMN, ColumnAt, MatmulArguments, Scale, Side
 from . import add_parts
 from .common import GRID_Y, ceil_div
 from .cost import MULTIPROCESSORS, ORDERS, ProductCost, cost_of
@@ -100,18 +100,26 @@ class Tiling:
         """Whether the transposed product is computed instead: where columns of the result are contiguous."""
         return result.row_stride == 1 and (result.col_stride != 1 or result.cols == 1)
 
-    @property
-    def sums_ride(self) -> bool:
+    def sums_ride(self, product: Product) -> bool:
         """Whether the right operand can be added up along the depth on the way."""
         return True
+
+    def kept_sums(self, product: Product) -> int:
+        """Rows of sums that the kernel keeps in the workspace, for add_parts to add; 0 if it writes the sums itself."""
+        return self.parts if self.parts > 1 else 0
 
     def cost(self, order: str) -> ProductCost | None:
         """What the plan takes for operands of this order; None if no plan with its tile was measured."""
         return cost_of(self, order)
 
+    def stores(self, result: Result) -> bool:
+        """Whether the kernel can write this result, or add to it, if the depth is not cut: else add_parts does."""
+        return True
+
     @abstractmethod
-    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments) -> Launch:
-        """The launch of the kernel, with these arguments."""
+    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments, *,
+               free_at: int) -> Launch:
+        """The launch of the kernel, with these arguments; from the byte free_at on the workspace is not in use."""
 
     def _check_parts(self) -> None:
         if not 1 <= self.parts <= GRID_Y:
@@ -182,7 +190,7 @@ class Product:
 
     def sides(self, vector: int) -> tuple[tuple[Side, int], tuple[Side, int]]:
         """How either operand lies, in accesses of at most vector elements, and the stride that a kernel takes."""
-        return _side(self.left, vector), _side(self.right.T, vector)
+        return side_of(self.left, vector), side_of(self.right.T, vector)
 
     def offset_bits(self, plan: Tiling) -> int:
         """Whether 32 bits can count the bytes within every tile."""
@@ -195,7 +203,7 @@ class Product:
         return 32 if small and left[1] >= 0 and right[1] >= 0 else 64
 
 
-def _side(operand: Matrix, vector: int) -> tuple[Side, int]:
+def side_of(operand: Matrix, vector: int) -> tuple[Side, int]:
     """An operand (outer, depth) is contiguous along the depth if it can be; a vector along the depth counts as that.
 
     A stride over a single row or column is taken as 0.
@@ -218,32 +226,38 @@ def launches(plan: Tiling, product: Product, result: Result, sums: Result | None
         product = Product(product.left, product.right, "right")
     if plan.turned(result.matrix):
         plan, product, result = plan.T, product.T, Result(result.matrix.T, result.accumulate)
-    if plan.parts == 1:
-        return (_launch(plan, product, result, sums),)
-    parts = add_parts.AddPartsPlan(plan.parts, plan.rows, plan.cols, plan.pitch, plan.accumulator)
-    workspace = scratch(workspace_at, plan.parts * plan.rows, plan.pitch, plan.accumulator)
-    target = Matrix(workspace.address, workspace.dtype, plan.rows, plan.pitch, plan.pitch, 1)
-    if sums is None:
-        return _launch(plan, product, Result(target), None), *add_parts.launches(parts, target, result)
-    count = sums.matrix.cols
-    of_sums = add_parts.AddPartsPlan(plan.parts, 1, count, ceil_div(count, 4) * 4, plan.accumulator)
-    partial = scratch(workspace.end, plan.parts, of_sums.pitch, plan.accumulator)
-    return (_launch(plan, product, Result(target), Result(partial)), *add_parts.launches(parts, target, result),
-            *add_parts.launches(of_sums, partial, sums))
+    target, alpha, free_at = result, ALPHA, workspace_at
+    later: tuple[Launch, ...] = ()
+    if plan.parts > 1 or not plan.stores(result):
+        parts = add_parts.AddPartsPlan(plan.parts, plan.rows, plan.cols, plan.pitch, plan.accumulator)
+        workspace = scratch(free_at, plan.parts * plan.rows, plan.pitch, plan.accumulator)
+        target, alpha, free_at = Result(replace(workspace, rows=plan.rows)), ONE, workspace.end
+        later += add_parts.launches(parts, target.matrix, result)
+    summed = sums
+    kept = plan.kept_sums(product) if sums is not None else 0
+    if sums is not None and kept:
+        count = sums.matrix.cols
+        of_sums = add_parts.AddPartsPlan(kept, 1, count, ceil_div(count, 8) * 8, plan.accumulator)
+        partial = scratch(free_at, kept, of_sums.pitch, plan.accumulator)
+        summed, free_at = Result(partial), partial.end
+        later += add_parts.launches(of_sums, partial, sums)
+    return _launch(plan, product, (target, summed), alpha, free_at), *later
 
 
-def _launch(plan: Tiling, product: Product, result: Result, sums: Result | None) -> Launch:
-    """The kernel's launch; with several parts result and sums are those of the first one, in the workspace."""
-    target, partial = result.matrix, plan.parts > 1
+def _launch(plan: Tiling, product: Product, results: tuple[Result, Result | None], alpha: Scale,
+            free_at: int) -> Launch:
+    """The kernel's launch; result and sums are those of the first part where they are kept in the workspace."""
+    result, sums = results
+    target = result.matrix
     left, right = product.sides(1)
     summed, sums_part_stride = NO_COLUMN, 0
     if sums is not None:
         summed = ColumnAt(sums.matrix.address, sums.matrix.col_stride)
-        sums_part_stride = sums.matrix.row_stride if partial else 0
+        sums_part_stride = sums.matrix.row_stride if plan.parts > 1 else 0
     return plan.launch(product, result, sums, MatmulArguments(
         product.left.address, left[1], product.right.address, right[1], target.at, target.rows * target.row_stride,
-        plan.rows, plan.cols, plan.depth, plan.depth_per_part, plan.group_bits, ONE if partial else ALPHA, summed,
-        sums_part_stride))
+        plan.rows, plan.cols, plan.depth, plan.depth_per_part, plan.group_bits, alpha, summed, sums_part_stride),
+        free_at=free_at)
 
 
 def square(plan: Tiling, along_depth: tuple[bool, bool], how: dict[str, Any]) -> tuple[str, tuple[Launch, ...]]:

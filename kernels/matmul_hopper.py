@@ -1,0 +1,290 @@
+"""Matrix product on Hopper's tensor cores: dL/dW = Xᵀ dZ and dL/dX = dZ Wᵀ in float16 and bfloat16.
+
+    result[r, c] = alpha * sum over k of left[r, k] right[k, c]      left (rows, depth), right (depth, cols)
+
+For dL/dW the depth is the batch: rows = in_features, cols = out_features, depth = samples. For dL/dX it is the outputs.
+
+How the work is cut
+    A piece of work is a tile of 128 x tile_cols results for one part of the depth. `workers` blocks stay on their
+    multiprocessors and take pieces in turn: worker w those of numbers w, w + workers, ... Pieces are numbered part
+    after part, so that blocks which work at the same time stand at about the same depth and share operands in L2; the
+    tiles of a part go down a group of eight tile rows, then across. Parts are added by add_parts.
+Three warpgroups
+    One thread of the first brings tiles, 64 deep: it waits until a stage of shared memory is empty and starts its
+    copies. The two others wait until the stage is full and multiply it, 64 rows of the tile each. No thread computes an
+    address of an element: a copy brings a whole box, named by its first coordinates in a tensor map, and what lies
+    beyond the matrix arrives as zeros. The first warpgroup gives registers up to the others, which hold tile_cols / 2
+    sums a thread.
+
+        first            second, third
+        wait empty <---- arrive, when the products that read the stage are done
+        expect bytes
+        copy boxes ----> wait full (all bytes have arrived)
+                         wgmma: 64 rows x tile_cols x 64
+
+Barriers
+    A stage has two in shared memory: full (one arrival, which says how many bytes are to come, and those bytes) and
+    empty (eight arrivals, one a warp of those that multiply). Both count phases, of which a thread remembers the
+    parity; the first wait for an empty stage is for the phase before the first, which counts as ended.
+Tiles in shared memory
+    Lines of 128 bytes, 64 numbers: along the depth a line is a row (or column) and has 64 depths, across it a line is a
+    depth and has 64 rows (or columns), and 64 lines are a box of 8 KiB. Chunk c of 16 bytes of line l lies at place
+    c xor (l mod 8) of its line, where tensor cores look for it ("128-byte swizzle").
+
+        along the depth                              across the depth
+        line r: [k 0..7][k 8..15] ... [k 56..63]      line k: [r 0..7][r 8..15] ... [r 56..63]
+
+    A matrix descriptor says where a tile begins, how eight lines follow eight lines (1 KiB on) and, across the depth,
+    how boxes follow one another (8 KiB on). 16 depths further are 32 bytes along the depth, 16 lines across it.
+Results
+    Sums times alpha are rounded to the type of the result, staged in shared memory as boxes of the same form, and
+    stored by bulk copies, which leave out what lies beyond the result; or, into float32, added by bulk reductions. The
+    next piece's tiles arrive meanwhile.
+Order of additions
+    A part's sums begin at 0 and take 16 depths at a time, in ascending order, each step as the hardware adds: products
+    and sum are aligned to the largest and cut toward zero. Neither workers nor the order of pieces change a bit.
+dL/db
+    May ride along where dZ is contiguous across the depth: three warps of the first warpgroup add its lines up, which
+    lie in shared memory anyway. A stage takes them twice as long as its products take, so the tiles that read the same
+    columns of dZ share its steps: sharer s of n takes the steps s, s + n, ... of each part. A thread adds a chunk of
+    eight columns in the lines 8 g .. 8 g + 7 of its share's g = share, share + shares, ..., in ascending order, into a
+    row of the workspace: row (part * n + s) * shares + share. add_parts adds the rows in ascending order.
+Tensor maps
+    Arrive as arguments, 16 integers each. The first thread of each block writes them to its own place of the workspace,
+    since copies read them from global memory.
+Threads
+    384: three warpgroups.
+Grid
+    (workers,): as many as there are pieces, 132 at most.
+Shared memory
+    stages * 128 * (128 + tile_cols) bytes, 2 * 64 * tile_cols results staged (float32: at most 128 columns at a time),
+    16 bytes of barriers a stage, and 1 KiB to begin at a multiple of it.
+Bytes and flops
+    Reads each operand once per tile of the other axis: rows * depth * (cols / tile_cols) + depth * cols * (rows / 128)
+    elements; writes rows * cols * parts. 2 * rows * cols * depth flops.
+Ranges
+    Pieces, coordinates and steps are 32-bit integers; a plan holds rows, cols, depth and the number of pieces to that.
+
+Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions", "Tensors", "mbarrier"; CUDA
+C++ Programming Guide, "Using TMA to transfer multi-dimensional arrays".
+"""
+
+from numba import cuda, int32, int64
+
+from . import primitives
+from .primitives.factories import cache
+from .primitives.layout import GROUP_THREADS, LANES, LINE_BYTES, PIECE_BYTES
+
+#: rows of a tile, depths of a stage, and tile rows that are walked together
+TILE_ROWS, TILE_DEPTH, GROUP = 128, 64, 8
+#: threads of the first warpgroup that add an operand up, and a count of steps that none takes
+ADDERS, NEVER = 96, 2**31 - 1
+#: of the maps that a block writes
+LEFT, RIGHT, RESULT, MAPS = 0, 1, 2, 3
+
+
+@cache
+def make_matmul_hopper(constants):
+    """The kernel for these tiles, orientations and results."""
+    dtype, tile_cols, stages, left_across, right_across, target, accumulate, sums_of = constants
+    left_bytes = TILE_ROWS * LINE_BYTES
+    stage_bytes = left_bytes + tile_cols * LINE_BYTES
+    piece_cols = LINE_BYTES // (4 if target == "float32" else 2)
+    pieces = tile_cols // piece_cols
+    at_once = min(pieces, 4)
+    staged_at, staged_bytes = stages * stage_bytes, at_once * PIECE_BYTES
+    full_at = staged_at + 2 * staged_bytes
+    empty_at = full_at + 8 * stages
+
+    has_sums, of_left = bool(sums_of), sums_of == "left"
+    summed_size, summed_at = (TILE_ROWS, 0) if of_left else (tile_cols, left_bytes)
+    chunks = summed_size // 8
+    shares = ADDERS // chunks
+
+    shared_tiles = primitives.shared_tiles(empty_at + 8 * stages)
+    quotient = primitives.quotient()
+    start_full, start_empty = primitives.start_barrier(1), primitives.start_barrier(
+        2 * GROUP_THREADS // LANES + (ADDERS // LANES if has_sums else 0))
+    barriers_started, passed, arrive = primitives.barriers_started(), primitives.passed(), primitives.arrive()
+    expect_stage = primitives.expect_bytes(stage_bytes)
+    write_map, maps_written, map_at = primitives.write_map(), primitives.maps_written(), primitives.map_at()
+    copy_box = primitives.copy_box()
+    fewer, more = (56, 224) if has_sums else (24, 240)
+    fewer_registers, more_registers = primitives.fewer_registers(fewer), primitives.more_registers(more)
+    no_totals, add_lines = primitives.zeros("float32", 8), primitives.add_lines(dtype)
+    first_four, last_four = primitives.head("float32", 8, 4), primitives.rotate("float32", 8, 4)
+    store_four = primitives.store_vector("float32", 4, "float32")
+    zeros = primitives.zeros("float32", tile_cols // 2)
+    multiply = primitives.multiply_tiles(dtype, tile_cols, left_across, right_across)
+    before_done, done = primitives.products_before_done(), primitives.products_done(tile_cols // 2)
+    alpha_at, scaled = primitives.scale_at("float32", "float32"), primitives.scale("float32", tile_cols // 2)
+    stage_first = primitives.stage_sums(target, tile_cols, 0, at_once)
+    stage_rest = primitives.stage_sums(target, tile_cols, at_once, pieces - at_once)
+    show_to_copies, store_box = primitives.show_to_copies(), primitives.store_box(accumulate)
+    commit_stores, stores_read, stores_done = (
+        primitives.commit_stores(), primitives.stores_read(), primitives.stores_done())
+    meet, meet_warp = primitives.meet(GROUP_THREADS), primitives.meet_warp()
+
+    @cuda.jit(device=True, inline="always")
+    def piece_of_work(number, tiles_down, tiles_across, steps, steps_per_part):
+        """(row, col, part, first step, end) of the piece of this number."""
+        part = quotient(number, int32(tiles_down * tiles_across))
+        tile = int32(number - part * tiles_down * tiles_across)
+        top = int32(quotient(tile, int32(GROUP * tiles_across)) * GROUP)
+        local = int32(tile - top * tiles_across)
+        high = min(int32(tiles_down - top), int32(GROUP))
+        across = quotient(local, high)
+        first = int32(part * steps_per_part)
+        return (int32((top + local - across * high) * TILE_ROWS), int32(across * tile_cols), part, first,
+                min(int32(first + steps_per_part), steps))
+
+    @cuda.jit(device=True, inline="always")
+    def wait(shared, barrier, parity):
+        while not passed(shared, barrier, parity):
+            pass
+
+    @cuda.jit(device=True, inline="always")
+    def copy_stage(shared, start, full, left_map, right_map, row, col, depth):
+        if left_across:
+            for box in range(TILE_ROWS // 64):
+                copy_box(left_map, int32(row + 64 * box), depth, shared, int32(start + box * PIECE_BYTES), full)
+        else:
+            copy_box(left_map, depth, row, shared, start, full)
+        if right_across:
+            for box in range(tile_cols // 64):
+                copy_box(right_map, int32(col + 64 * box), depth, shared,
+                         int32(start + left_bytes + box * PIECE_BYTES), full)
+        else:
+            copy_box(right_map, depth, col, shared, int32(start + left_bytes), full)
+
+    @cuda.jit(device=True, inline="always")
+    def store_staged(shared, staged, result_map, row, col, part, boxes):
+        show_to_copies()
+        meet(int32(cuda.threadIdx.x // GROUP_THREADS))
+        if cuda.threadIdx.x % GROUP_THREADS == 0:
+            for box in range(boxes):
+                store_box(result_map, int32(col + box * piece_cols), row, part, shared,
+                          int32(staged + box * PIECE_BYTES))
+            commit_stores()
+
+    @cuda.jit(device=True, inline="always")
+    def may_stage():
+        """Nothing staged before is still to be read."""
+        if cuda.threadIdx.x % GROUP_THREADS == 0:
+            stores_read()
+        meet(int32(cuda.threadIdx.x // GROUP_THREADS))
+
+    @primitives.jit(3 * GROUP_THREADS)
+    def matmul_hopper(left, right, result, maps, pieces_of_work, tiles_down, tiles_across, steps,
+                      steps_per_part, alpha, alpha_address, depth_sums, depth_sums_pitch, sharers):
+        thread = int32(cuda.threadIdx.x)
+        shared = shared_tiles()
+
+        # 1. One thread starts the barriers and writes the maps.
+        first_map = cuda.blockIdx.x * MAPS
+        if thread == 0:
+            for stage in range(stages):
+                start_full(shared, int32(full_at + 8 * stage))
+                start_empty(shared, int32(empty_at + 8 * stage))
+            barriers_started()
+            write_map(maps, first_map + LEFT, left)
+            write_map(maps, first_map + RIGHT, right)
+            write_map(maps, first_map + RESULT, result)
+            maps_written()
+        cuda.syncthreads()
+        number, stage = int32(cuda.blockIdx.x), int32(0)
+
+        if thread < GROUP_THREADS:
+            fewer_registers()
+            if thread == 0:
+                # 2. The thread that copies goes ahead of those that multiply by as many stages as there are.
+                left_map, right_map = map_at(maps, first_map + LEFT), map_at(maps, first_map + RIGHT)
+                parity = int32(1)
+                while number < pieces_of_work:
+                    row, col, part, first, end = piece_of_work(number, tiles_down, tiles_across, int32(steps),
+                                                               steps_per_part)
+                    for step in range(first, end):
+                        wait(shared, int32(empty_at + 8 * stage), parity)
+                        full = int32(full_at + 8 * stage)
+                        expect_stage(shared, full)
+                        copy_stage(shared, int32(stage * stage_bytes), full, left_map, right_map, row, col,
+                                   int32(step * TILE_DEPTH))
+                        stage = int32(stage + 1)
+                        if stage == stages:
+                            stage, parity = int32(0), int32(parity ^ 1)
+                    number = int32(number + cuda.gridDim.x)
+            elif has_sums and thread >= LANES:
+                # 3. The other warps add the summed operand up in every sharers-th step: a thread a chunk of eight
+                #    columns in some of the lines, into a row of its own.
+                chunk, share = int32((thread - LANES) % chunks), int32((thread - LANES) // chunks)
+                box_at = int32(summed_at + chunk // 8 * PIECE_BYTES)
+                parity = int32(0)
+                while number < pieces_of_work:
+                    row, col, part, first, end = piece_of_work(number, tiles_down, tiles_across, int32(steps),
+                                                               steps_per_part)
+                    sharer = quotient(col, int32(tile_cols)) if of_left else quotient(row, int32(TILE_ROWS))
+                    until = sharer if sharer < sharers else NEVER
+                    totals = no_totals()
+                    for _ in range(first, end):
+                        wait(shared, int32(full_at + 8 * stage), parity)
+                        if until == 0:
+                            start = int32(stage * stage_bytes + box_at)
+                            for group in range(share, 8, shares):
+                                totals = add_lines(shared, int32(start + group * 8 * LINE_BYTES), int32(chunk % 8),
+                                                   totals)
+                            until = int32(sharers)
+                        until = int32(until - 1)
+                        meet_warp()
+                        if thread % LANES == 0:
+                            arrive(shared, int32(empty_at + 8 * stage))
+                        stage = int32(stage + 1)
+                        if stage == stages:
+                            stage, parity = int32(0), int32(parity ^ 1)
+                    begin = int32((row if of_left else col) + 8 * chunk)
+                    if sharer < sharers and begin < depth_sums_pitch:
+                        index = int64((part * sharers + sharer) * shares + share) * depth_sums_pitch + begin
+                        store_four(depth_sums, index, first_four(totals))
+                        store_four(depth_sums, index + 4, first_four(last_four(totals)))
+                    number = int32(number + cuda.gridDim.x)
+        else:
+            more_registers()
+            group = int32(thread // GROUP_THREADS - 1)
+            result_map = map_at(maps, first_map + RESULT)
+            chief = thread % LANES == 0
+            rows_at, staged = int32(group * PIECE_BYTES), int32(staged_at + group * staged_bytes)
+            before, parity = int32(0), int32(0)
+            while number < pieces_of_work:
+                # 4. Products of a stage begin while those of the stage before end, which is empty then.
+                row, col, part, first, end = piece_of_work(number, tiles_down, tiles_across, int32(steps),
+                                                           steps_per_part)
+                sums = zeros()
+                for step in range(first, end):
+                    wait(shared, int32(full_at + 8 * stage), parity)
+                    start = int32(stage * stage_bytes)
+                    sums = multiply(shared, int32(start + rows_at), int32(start + left_bytes), sums)
+                    before_done()
+                    if step > first and chief:
+                        arrive(shared, int32(empty_at + 8 * before))
+                    before = stage
+                    stage = int32(stage + 1)
+                    if stage == stages:
+                        stage, parity = int32(0), int32(parity ^ 1)
+                sums = done(sums)
+                if end > first and chief:
+                    arrive(shared, int32(empty_at + 8 * before))
+
+                # 5. Results leave through shared memory, at most four boxes at a time.
+                sums = scaled(sums, alpha_at(alpha, alpha_address))
+                row = int32(row + 64 * group)
+                may_stage()
+                stage_first(shared, staged, int32(thread % GROUP_THREADS), sums)
+                store_staged(shared, staged, result_map, row, col, part, at_once)
+                if pieces > at_once:
+                    may_stage()
+                    stage_rest(shared, staged, int32(thread % GROUP_THREADS), sums)
+                    store_staged(shared, staged, result_map, row, int32(col + at_once * piece_cols), part,
+                                 pieces - at_once)
+                number = int32(number + cuda.gridDim.x)
+            stores_done()
+
+    return matmul_hopper

@@ -1,0 +1,265 @@
+"""Matrix products on Hopper's tensor cores: plans, and the launch of the kernel."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import PlanError
+from ..facts import ITEM_BYTES, SIZES
+from ..launches import Launch, Matrix, Result, Room, TensorMap
+from ..signatures import MatmulArguments, MatmulHopper, MatmulHopperArguments
+from .common import ceil_div, check_choice, check_integers, check_sizes, constants_of, named
+from .cost import BYTES_A_MICROSECOND, LAUNCH, MULTIPROCESSORS, ProductCost, matrices_bytes
+from .tiling import ORIENTATIONS, Product, Tiling, side_of, square
+
+#: the only compute capability with these instructions
+HOPPER = (9, 0)
+HALF_TYPES = ("float16", "bfloat16")
+#: columns of a tile, and the stages that shared memory has room for beside staged results
+HOPPER_STAGES = {256: 3, 192: 4, 128: 5}
+#: microseconds of a stage where all multiprocessors work, and what share of them it takes where half or fewer do
+STEP_MICROSECONDS, ALONE = {256: 0.82, 192: 0.63, 128: 0.43}, 0.78
+#: how many tiles share the steps of sums along the depth at the most, and the threads of each that add
+MOST_SHARERS, ADDERS = 32, 96
+#: three warpgroups; rows of a tile; bytes of a line of a box, of a box, and of a tensor map
+THREADS, TILE_ROWS, LINE_BYTES, BOX_BYTES, MAP_BYTES = 384, 128, 128, 8192, 128
+#: the largest depth, and the largest number of rows or columns: coordinates have 32 bits
+MOST_DEPTH, MOST_LENGTH = 2**31, 2**31 - 256
+#: what addresses and steps of a tensor map are multiples of, and what its steps stay below, in bytes
+MAP_ALIGNMENT, MOST_STEP = 16, 2**40
+
+
+@dataclass(frozen=True)
+class HopperPlan(Tiling):
+    """How result (rows, cols) = left (rows, depth) @ right (depth, cols) is computed on Hopper's tensor cores.
+
+    Both operands must begin at multiples of 16 bytes, and so must each of their rows.
+
+    Parameters
+    ----------
+    rows, cols, depth : int
+        Sizes, as of a MatmulPlan; none is 0.
+    dtype : str
+        Of the operands: float16 or bfloat16.
+    tile_cols : int
+        Columns of a tile of 128 rows: 256, 192 or 128.
+    parts : int
+        How many pieces the depth is cut into, which are added in ascending order afterwards.
+
+    Raises
+    ------
+    PlanError
+        If no kernel can carry it out.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    dtype: str
+    tile_cols: int
+    parts: int = 1
+
+    capability = HOPPER
+    precision = None
+    tile_rows = TILE_ROWS
+
+    def __post_init__(self) -> None:
+        check_integers(self)
+        check_choice("dtype", self.dtype, HALF_TYPES)
+        check_sizes(rows=self.rows, cols=self.cols, depth=self.depth)
+        if self.tile_cols not in HOPPER_STAGES:
+            raise PlanError(f"tile_cols must be one of {', '.join(map(str, HOPPER_STAGES))}; got {self.tile_cols}")
+        if not self.rows or not self.cols or not self.depth:
+            raise PlanError(f"rows, cols and depth must be at least 1; got {self.rows}, {self.cols} and {self.depth} "
+                            "(nothing is to be multiplied: pass no plan)")
+        if max(self.rows, self.cols) > MOST_LENGTH or self.depth > MOST_DEPTH:
+            raise PlanError(f"rows and cols must be at most {MOST_LENGTH}, depth at most {MOST_DEPTH}; got "
+                            f"{self.rows}, {self.cols} and {self.depth}")
+        self._check_parts()
+        if self.pieces >= 2**31 - MULTIPROCESSORS:
+            raise PlanError(f"tiles times parts must be below 2^31 - {MULTIPROCESSORS}; got {self.pieces}")
+
+    @property
+    def tile_depth(self) -> int:  # type: ignore[override]
+        """Depths of a stage: a line."""
+        return LINE_BYTES // ITEM_BYTES[self.dtype]
+
+    @property
+    def stages(self) -> int:
+        """Slots for tiles in shared memory."""
+        return HOPPER_STAGES[self.tile_cols]
+
+    @property
+    def pieces(self) -> int:
+        """Tiles of all parts."""
+        return self.tiles * self.parts
+
+    @property
+    def workers(self) -> int:
+        """Blocks, which take pieces in turn."""
+        return min(self.pieces, MULTIPROCESSORS)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return THREADS
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks."""
+        return self.workers, 1, 1
+
+    @property
+    def kind(self) -> str:
+        """What the operands are multiplied as."""
+        return self.dtype
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """The results of a warpgroup."""
+        return 64, self.tile_cols
+
+    @property
+    def T(self) -> HopperPlan:
+        """The plan of the transposed result, right.T @ left.T."""
+        return replace(self, rows=self.cols, cols=self.rows)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: the stages, four boxes of results for each of two warpgroups, two barriers a stage,
+        and what is lost where memory begins between two multiples of 1 KiB.
+        """
+        return self.stages * (LINE_BYTES * (TILE_ROWS + self.tile_cols) + 16) + 8 * BOX_BYTES + 1024
+
+    @property
+    def product_error(self) -> float:
+        """What each product may be off by, of its magnitude: products of half types are exact."""
+        return 0.0
+
+    def sums_ride(self, product: Product) -> bool:
+        """Whether the right operand can be added up along the depth on the way: only if it is contiguous across it."""
+        return not side_of(product.right.T, 1)[0].along_depth
+
+    def sharers(self, product: Product) -> int:
+        """How many of the tiles that read the same part of the summed operand share its steps."""
+        others = ceil_div(self.cols, self.tile_cols) if product.sums_of == "left" else ceil_div(self.rows, TILE_ROWS)
+        return min(others, MOST_SHARERS)
+
+    def kept_sums(self, product: Product) -> int:
+        """Rows of sums that the kernel keeps in the workspace: one for every share of lines of each part's sharers."""
+        summed = TILE_ROWS if product.sums_of == "left" else self.tile_cols
+        return self.parts * self.sharers(product) * (ADDERS // (summed // 8))
+
+    def stores(self, result: Result) -> bool:
+        """Whether boxes can be stored: in the operands' type, or in float32, which can be added to; aligned."""
+        target = result.matrix
+        known = target.dtype == "float32" or (target.dtype == self.dtype and not result.accumulate)
+        return known and _has_map(target.T)
+
+    def cost(self, order: str) -> ProductCost:
+        """What the plan takes by a nominal model: waves of pieces, whose steps take less where fewer work at a time.
+
+        Its numbers are those of a prototype of the kernel on an H100, the same for operands of either order.
+        """
+        steps = self.depth_per_part // self.tile_depth
+        waves, rest = divmod(self.pieces, MULTIPROCESSORS)
+        share = rest / MULTIPROCESSORS
+        alone = ALONE + (1 - ALONE) * max(2 * share - 1, 0)
+        each = STEP_MICROSECONDS[self.tile_cols]
+        loop = each * steps * (waves + (alone if rest else 0))
+        parts = 0.0
+        if self.parts > 1:
+            parts = LAUNCH + 2 * self.workspace_bytes / BYTES_A_MICROSECOND
+        return ProductCost(loop, LAUNCH + ceil_div(self.pieces, MULTIPROCESSORS), 0.0, parts,
+                           least=matrices_bytes(self) / BYTES_A_MICROSECOND, measured=False, rows=0)
+
+    def explain(self) -> str:
+        """The plan in words, with its reasons and what the model says."""
+        return self._explain("tensor cores of compute capability 9.0",
+                             f"{self.workers} blocks of {THREADS} threads take pieces in turn, {self.stages} stages; "
+                             "operands aligned to 16 bytes", f"{self.chain + 1} u")
+
+    def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments, *,
+               free_at: int) -> Launch:
+        """The launch of the kernel, with these arguments; from the byte free_at on the workspace is not in use.
+
+        Raises
+        ------
+        PlanError
+            If an operand has no tensor map.
+        """
+        for name, operand in (("left", product.left), ("right", product.right.T)):
+            if not _has_map(operand):
+                raise PlanError(f"plan is for operands whose rows begin at multiples of {MAP_ALIGNMENT} bytes, and the "
+                                f"{name} one does not (pass another plan or none, or arrays that are aligned so)")
+        left, left_across = _map_of(product.left, TILE_ROWS)
+        right, right_across = _map_of(product.right.T, self.tile_cols)
+        constants = constants_of(MatmulHopper, self, {
+            "left_across": left_across, "right_across": right_across, "target": target.matrix.dtype,
+            "accumulate": target.accumulate, "sums_of": product.sums_of if sums else ""})
+        summed = (sums.matrix.address, sums.matrix.row_stride, self.sharers(product)) if sums else (0, 0, 1)
+        down, across = ceil_div(self.rows, TILE_ROWS), ceil_div(self.cols, self.tile_cols)
+        return Launch("densegrad.kernels.matmul_hopper", "matmul_hopper", constants, MatmulHopperArguments(
+            left, right, _map_of_result(target.matrix, self.rows, self.parts),
+            Room(free_at, 3 * MAP_BYTES // 8 * self.workers, "int64"), self.pieces, down, across,
+            ceil_div(self.depth, self.tile_depth), self.depth_per_part // self.tile_depth, arguments.alpha,
+            *summed),
+            self.grid, THREADS, plan=self, shared_bytes=self.shared_bytes, capability=HOPPER,
+            alone=True)
+
+
+def has_maps(product: Product) -> bool:
+    """Whether both operands have tensor maps."""
+    return _has_map(product.left) and _has_map(product.right.T)
+
+
+def _has_map(operand: Matrix) -> bool:
+    """Whether boxes of an operand (outer, depth), or of a result (columns, rows), can be copied."""
+    side, stride = side_of(operand, 1)
+    contiguous = operand.col_stride == 1 or not side.along_depth or operand.cols == 1
+    step = stride * SIZES[operand.dtype]
+    return bool(operand.rows and operand.cols and contiguous and operand.alignment >= MAP_ALIGNMENT
+                and step % MAP_ALIGNMENT == 0 and 0 <= step < MOST_STEP
+                and (step or not side.along_depth or operand.rows == 1) and (step or side.along_depth
+                                                                            or operand.cols == 1))
+
+
+def _map_of(operand: Matrix, outer: int) -> tuple[TensorMap, bool]:
+    """The map of an operand (outer, depth), in boxes of `outer` rows where lines are rows; whether lines are depths."""
+    side, stride = side_of(operand, 1)
+    size = SIZES[operand.dtype]
+    line = LINE_BYTES // size
+    if side.along_depth:
+        return _map(operand, (operand.cols, operand.rows), (stride * size,), (line, outer)), False
+    return _map(operand, (operand.rows, operand.cols), (stride * size,), (line, line)), True
+
+
+def _map_of_result(result: Matrix, rows: int, parts: int) -> TensorMap:
+    """The map of a result, or of its parts."""
+    size = SIZES[result.dtype]
+    steps = result.row_stride * size if rows > 1 else 0, rows * result.row_stride * size if parts > 1 else 0
+    return _map(result, (result.cols, rows, parts), steps, (LINE_BYTES // size, 64, 1))
+
+
+def _map(matrix: Matrix, lengths: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...]) -> TensorMap:
+    """A map; a step of 0, along an axis of length 1, is taken as one that maps may have."""
+    return TensorMap(matrix.address, matrix.dtype, lengths, tuple(step or MAP_ALIGNMENT for step in steps), box)
+
+
+def variants() -> Iterator[tuple[str, Launch]]:
+    """The kernels for both dtypes, all tiles, orientations and results, by name."""
+    for dtype in HALF_TYPES:
+        for tile_cols in HOPPER_STAGES:
+            for along_depth in ORIENTATIONS:
+                yield from _variant(dtype, tile_cols, along_depth)
+            yield from _variant(dtype, tile_cols, how={"result": "float32"})
+            yield from _variant(dtype, tile_cols, how={"result": "float32", "accumulate": True})
+            yield from _variant(dtype, tile_cols, how={"sums": True})
+        yield from _variant(dtype, 256, how={"result": "float32", "accumulate": True, "sums": True})
+
+
+def _variant(dtype: str, tile_cols: int, along_depth: tuple[bool, bool] = (False, False),
+             how: dict[str, Any] | None = None) -> Iterator[tuple[str, Launch]]:
+    title, found = square(HopperPlan(1024, 1024, 1024, dtype, tile_cols), along_depth, how or {})
+    return named(f"{dtype}-128x{tile_cols}-{title}", found)

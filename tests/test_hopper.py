@@ -1,0 +1,286 @@
+"""dL/dW, dL/dX and db by Hopper's kernel against float64: tiles, orders, results, options, what a plan promises."""
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import densegrad
+from densegrad import reference
+from densegrad.calls import recorded
+from densegrad.errors import PlanError
+from densegrad.families import matmul_hopper, tiling
+from densegrad.families.product import check_precision
+from densegrad.families.tiling import Product
+from densegrad.launches import Matrix, Result, Slot
+from densegrad.plans import HOPPER, HOPPER_STAGES, HopperPlan, TensorCorePlan, bias_rides_along, plan_product
+from densegrad.testing import Placed, bits, check_within, expected, host, integers, normal, poisoned
+
+#: where an axis of dz counts samples, and the layout of w or dw: every way in which both operands can lie
+ORIENTATIONS = tuple(itertools.product((0, 1), ("in_out", "out_in")))
+DTYPES = ("bfloat16", "float16")
+#: the simulator takes seconds for each tile: there the smallest one stands for the others
+TILES = [pytest.param(tile_cols, marks=[] if tile_cols == 128 else pytest.mark.only("gpu"))
+         for tile_cols in HOPPER_STAGES]
+pytestmark = pytest.mark.hopper
+
+
+@pytest.fixture(autouse=True)
+def _two_blocks(request, monkeypatch):
+    """Kernels are launched with two blocks, so that these take several pieces of work in turn."""
+    if "xp" in request.fixturenames:
+        monkeypatch.setattr(matmul_hopper, "MULTIPROCESSORS", 2)
+
+
+class Layer:
+    """One layer's arrays as one function takes them, with a plan of Hopper's."""
+
+    def __init__(self, function, sizes, dtype="bfloat16", make=integers, orientation=(0, "in_out"), **plan):
+        samples, in_features, out_features = sizes
+        self.function, self.dtype = function, dtype
+        self.x = make((samples, in_features), dtype, 1)
+        self.w = make((in_features, out_features), dtype, 2)
+        self.dz = make((samples, out_features), dtype, 3)
+        self.options = dict(zip(("batch_axis", "weight_layout"), orientation, strict=True))
+        shape = (samples, in_features, out_features) if function == "input_grad" else (
+            in_features, out_features, samples)
+        self.plan = HopperPlan(*shape, dtype, **{"tile_cols": 128, **plan})
+
+    @property
+    def arrays(self):
+        dz = np.ascontiguousarray(self.dz.T) if self.options["batch_axis"] else self.dz
+        w = np.ascontiguousarray(self.w.T) if self.options["weight_layout"] == "out_in" else self.w
+        return (dz, w) if self.function == "input_grad" else (self.x, dz)
+
+    def run(self, xp, **more):
+        with recorded() as launches:
+            found = getattr(densegrad, self.function)(*map(xp.asarray, self.arrays), plan=self.plan, **self.options,
+                                                      **more)
+        assert launches[0].kernel == "matmul_hopper"
+        return found, [launch.kernel for launch in launches]
+
+    def exact(self, function=None):
+        return getattr(reference, function or self.function)(*self.arrays, **self.options)
+
+
+@pytest.mark.parametrize("tile_cols", TILES)
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_small_integers_are_exact_in_every_orientation(xp, tile_cols, orientation):
+    for function in ("weight_grad", "input_grad"):
+        dtype = DTYPES[(orientation[0] + (function == "input_grad")) % 2]
+        layer = Layer(function, (72, 136, tile_cols + 8), dtype, orientation=orientation, tile_cols=tile_cols)
+        found, _ = layer.run(xp)
+        assert (host(found) == layer.exact().astype(found.dtype)).all()
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (1, 8, 8), (200, 8, 136), (65, 128, 16)])
+def test_any_size_that_maps_take(xp, sizes):
+    layer = Layer("weight_grad", sizes)
+    found, _ = layer.run(xp)
+    assert (host(found) == layer.exact().astype(found.dtype)).all()
+
+
+@pytest.mark.parametrize("parts", [2, pytest.param(3, marks=pytest.mark.only("gpu"))])
+def test_parts_are_added_in_ascending_order(xp, parts):
+    layer = Layer("weight_grad", (200, 64, 40), make=normal, parts=parts)
+    found, kernels = layer.run(xp, out=xp.zeros((64, 40), "float32"))
+    assert kernels == ["matmul_hopper", "add_parts"]
+    total = np.zeros((64, 40), np.float32)
+    step = layer.plan.depth_per_part
+    for begin in range(0, 200, step):
+        one = Layer("weight_grad", (len(layer.x[begin:begin + step]), 64, 40))
+        one.x, one.dz = layer.x[begin:begin + step], layer.dz[begin:begin + step]
+        part, _ = one.run(xp, out=xp.zeros((64, 40), "float32"))
+        total += host(part)
+    assert (bits(found) == bits(total)).all()
+
+
+def test_an_empty_part_is_zero(xp):
+    layer = Layer("weight_grad", (64, 64, 64), parts=3)
+    found, _ = layer.run(xp)
+    assert (host(found) == layer.exact().astype(found.dtype)).all()
+
+
+@pytest.mark.parametrize(("out_dtype", "accumulate", "stored"), [
+    (None, False, True), (None, True, False), ("float32", False, True), ("float32", True, True),
+    ("float64", False, False), ("float64", True, False)])
+@pytest.mark.parametrize("tile_cols", TILES[1:])
+def test_results_of_every_dtype_overwritten_and_added(xp, out_dtype, accumulate, stored, tile_cols):
+    """What the kernel cannot store goes through the workspace, in a launch more."""
+    layer = Layer("weight_grad", (40, 72, tile_cols - 40), tile_cols=tile_cols)
+    before = integers((72, tile_cols - 40), out_dtype or layer.dtype, 4)
+    out = Placed(before, "C", xp)
+    _, kernels = layer.run(xp, out=out.array, accumulate=accumulate, alpha=0.5)
+    assert kernels == ["matmul_hopper"] + ["add_parts"] * (not stored)
+    wanted = 0.5 * layer.exact() + (before.astype(np.float64) if accumulate else 0)
+    assert (out.read() == wanted.astype(before.dtype)).all()
+
+
+@pytest.mark.parametrize("layout", ["padded", "F", "offset"])
+def test_results_that_lie_otherwise(xp, layout):
+    """Nothing beside a result is written; one whose rows are not aligned goes through the workspace."""
+    layer = Layer("weight_grad", (40, 72, 72))
+    out = poisoned((72, 72), layer.dtype, layout, xp)
+    layer.run(xp, out=out.array)
+    assert (out.read() == layer.exact().astype(layer.x.dtype)).all()
+
+
+def test_alpha_on_the_device(xp):
+    layer = Layer("weight_grad", (72, 64, 64))
+    found, _ = layer.run(xp, alpha=xp.asarray(np.float32(0.25)))
+    assert (host(found) == (0.25 * layer.exact()).astype(found.dtype)).all()
+
+
+@pytest.mark.parametrize("tile_cols", TILES)
+@pytest.mark.parametrize("weight_layout", ["in_out", "out_in"])
+def test_db_rides_along_on_either_side(xp, tile_cols, weight_layout):
+    """dZ is the right operand, or the left one where dW is written transposed."""
+    layer = Layer("weight_bias_grad", (200, 136, 136), DTYPES[weight_layout == "in_out"],
+                  orientation=(0, weight_layout), tile_cols=tile_cols, parts=2)
+    (dw, db), kernels = layer.run(xp, alpha=2.0)
+    assert kernels == ["matmul_hopper", "add_parts", "add_parts"]
+    assert (host(dw) == (2 * layer.exact("weight_grad")).astype(dw.dtype)).all()
+    assert (host(db) == (2 * layer.dz.astype(np.float64).sum(axis=0)).astype(db.dtype)).all()
+
+
+def test_db_of_a_transposed_dz_is_a_sum_of_its_own(xp):
+    layer = Layer("weight_bias_grad", (72, 64, 64), orientation=(1, "in_out"))
+    (_, db), kernels = layer.run(xp)
+    assert "sum_runs" in kernels
+    assert (host(db) == layer.dz.astype(np.float64).sum(axis=0).astype(db.dtype)).all()
+
+
+@pytest.mark.only("gpu")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_sharers_of_db_take_every_step_once(xp, parts):
+    """With more tiles than steps, and with fewer: of normal numbers each sum keeps the bound of its terms."""
+    for samples, in_features in ((130, 400), (700, 136)):
+        layer = Layer("weight_bias_grad", (samples, in_features, 64), make=normal, parts=parts)
+        (_, db), _ = layer.run(xp, out=densegrad.WeightBiasGrads(db=xp.zeros(64, "float32")))
+        magnitude = np.abs(layer.dz.astype(np.float64)).sum(axis=0)
+        check_within(db, layer.dz.astype(np.float64).sum(axis=0), magnitude * samples * 2.0 ** -24)
+
+
+@pytest.mark.only("gpu")
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_the_bound_holds_for_any_sizes_and_orders(xp, data):
+    eights = st.integers(1, 20).map(lambda n: 8 * n)
+    sizes = data.draw(eights), data.draw(eights), data.draw(eights)
+    layer = Layer(data.draw(st.sampled_from(["weight_grad", "input_grad"])), sizes, data.draw(st.sampled_from(DTYPES)),
+                  normal, data.draw(st.sampled_from(ORIENTATIONS)),
+                  tile_cols=data.draw(st.sampled_from(list(HOPPER_STAGES))),
+                  parts=data.draw(st.integers(1, 3)))
+    found, _ = layer.run(xp)
+    exact, bound = expected(layer.function, layer.arrays, layer.options, layer.plan.chain)
+    check_within(found, exact, bound)
+
+
+def test_values_that_are_not_finite(xp):
+    """They reach the results that they are factors of, and no other: what lies beyond an edge is zero on both sides."""
+    layer = Layer("weight_grad", (72, 136, 72))
+    layer.x[3, 5], layer.dz[7, 9] = np.inf, np.nan
+    found, _ = layer.run(xp)
+    found = host(found).astype(np.float32)
+    reached = np.zeros(found.shape, bool)
+    reached[5], reached[:, 9] = True, True
+    assert np.isfinite(found[~reached]).all()
+    assert not np.isfinite(found[reached]).any()
+
+
+def test_a_prepared_call_takes_other_arrays(xp):
+    """Maps follow the addresses."""
+    layer = Layer("weight_grad", (72, 64, 64))
+    x, dz = map(xp.asarray, layer.arrays)
+    call = densegrad.prepare(densegrad.weight_grad, x, dz, plan=layer.plan)
+    call()
+    other = integers(layer.x.shape, layer.dtype, 9)
+    found = call.rebind(x=xp.asarray(other))()
+    assert (host(found) == reference.weight_grad(other, layer.dz).astype(found.dtype)).all()
+
+
+def test_below_an_activation(xp):
+    """dZ is formed in the workspace, from where boxes are copied, too."""
+    layer = Layer("weight_grad", (72, 64, 136))
+    z = integers(layer.dz.shape, layer.dtype, 5)
+    x, w, dz = (xp.asarray(array) for array in (layer.x, layer.w, layer.dz))
+    plans = densegrad.DenseGrads(dx=Layer("input_grad", (72, 64, 136)).plan, dw=layer.plan)
+    with recorded() as launches:
+        grads = densegrad.dense_grads(x, w, dz, activation="relu", z=xp.asarray(z), plan=plans)
+    assert [launch.kernel for launch in launches].count("matmul_hopper") == 2
+    below = np.where(z.astype(np.float64) > 0, layer.dz.astype(np.float64), 0)
+    assert (host(grads.dw) == (layer.x.astype(np.float64).T @ below).astype(grads.dw.dtype)).all()
+    assert (host(grads.dx) == (below @ layer.w.astype(np.float64).T).astype(grads.dx.dtype)).all()
+
+
+# -- plans
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_plan_for_hopper_alone(dtype):
+    """Other GPUs, unaligned operands and other types keep their kernels."""
+    assert isinstance(plan_product(4096, 4096, 4096, dtype, None, HOPPER), HopperPlan)
+    for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        assert isinstance(plan_product(4096, 4096, 4096, dtype, None, capability), TensorCorePlan)
+    assert isinstance(plan_product(4096, 4096, 4096, dtype, None, HOPPER, aligned=False), TensorCorePlan)
+    assert isinstance(plan_product(4096, 4096, 4096, "float32", "tf32", HOPPER), TensorCorePlan)
+    assert not isinstance(plan_product(4096, 4096, 0, dtype, None, HOPPER), HopperPlan)
+    assert bias_rides_along(plan_product(4096, 4096, 4096, dtype, None, HOPPER))
+
+
+def test_explain_says_what_runs_and_that_nothing_was_measured():
+    text = HopperPlan(4096, 4096, 4096, "bfloat16", 256).explain()
+    assert "tensor cores of compute capability 9.0" in text
+    assert "aligned to 16 bytes" in text
+    assert "not measured" in text
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"tile_cols": 64}, "tile_cols must be one of 256, 192, 128; got 64"),
+    ({"dtype": "float32"}, "dtype must be one of float16, bfloat16; got 'float32'"),
+    ({"depth": 0}, "rows, cols and depth must be at least 1"),
+    ({"depth": 2**31 + 1}, "depth at most 2147483648"),
+    ({"rows": 2**31}, "rows and cols must be at most"),
+    ({"parts": 0}, "parts must be between 1"),
+    ({"rows": 2**30, "cols": 2**30}, r"tiles times parts must be below 2\^31"),
+])
+def test_plans_that_no_kernel_carries_out(change, message):
+    with pytest.raises(PlanError, match=message):
+        HopperPlan(**{"rows": 64, "cols": 64, "depth": 64, "dtype": "bfloat16", "tile_cols": 128, **change})
+
+
+def test_the_ends_of_its_ranges():
+    """Coordinates and counts of steps stay within 32 bits for 2^31 samples, and at most so many rows."""
+    plan = HopperPlan(64, 64, 2**31, "bfloat16", 128, parts=2)
+    arguments = launches_of(plan)[0].arguments
+    assert (arguments.steps - 1) * plan.tile_depth < 2**31
+    assert arguments.steps_per_part * plan.parts <= 2**31
+    rows = matmul_hopper.MOST_LENGTH
+    assert -(-rows // 128) * 128 + 64 < 2**31
+
+
+def launches_of(plan):
+    """The launches of a plan for operands of its sizes, across the depth."""
+    left, right = (Matrix(Slot(name), plan.dtype, plan.depth, length, length, 1)
+                   for name, length in (("x", plan.rows), ("dz", plan.cols)))
+    result = Matrix(Slot("dw"), plan.dtype, plan.rows, plan.cols, plan.cols, 1)
+    return tiling.launches(plan, Product(left.T, right), Result(result))
+
+
+@pytest.mark.parametrize("name", ["x", "dz"])
+def test_operands_without_maps_are_refused_before_anything_is_launched(xp, name):
+    layer = Layer("weight_grad", (72, 64, 64))
+    arrays = {"x": layer.x, "dz": layer.dz}
+    arrays = {one: Placed(array, "offset" if one == name else "C", xp).array for one, array in arrays.items()}
+    with recorded() as launches, pytest.raises(PlanError, match="begin at multiples of 16 bytes"):
+        densegrad.weight_grad(**arrays, plan=layer.plan)
+    assert not launches
+
+
+def test_other_gpus_refuse_the_plan():
+    plan = HopperPlan(64, 64, 64, "bfloat16", 128)
+    for capability in ((8, 0), (10, 0)):
+        with pytest.raises(PlanError, match=r"needs a GPU of compute capability 9\.0"):
+            check_precision(plan, None, capability)
+    check_precision(plan, None, HOPPER)
