@@ -189,6 +189,7 @@ def test_values_that_are_not_finite(xp):
     assert not np.isfinite(found[reached]).any()
 
 
+@pytest.mark.only("gpu")  # NumPy's arrays are aligned alike by chance alone
 def test_a_prepared_call_takes_other_arrays(xp):
     """Maps follow the addresses."""
     layer = Layer("weight_grad", (72, 64, 64))

@@ -834,13 +834,11 @@ class PackedLaunches:
         self.cells = (ctypes.c_int64 * sum(sizes))()
         self.addresses: list[tuple[int, str, int]] = []  # cell, slot, bytes further on
         self.numbers: list[tuple[Any, str]] = []  # cell, slot
-        self.maps: list[tuple[int, TensorMap, str, int]] = []  # first cell, map, slot of its address, bytes further on
+        self.maps: list[_PackedMap] = []
         for name, (value, kind) in alike.items():
             cell = number_of[name]
             if kind == "tensor_map":
-                inside = isinstance(value.address, Room)
-                self.maps.append((cell, value, "workspace" if inside else value.address.name,
-                                  value.address.offset if inside else 0))
+                self.maps.append(_PackedMap(value, cell))
             elif kind != "int64":
                 number = _NUMBERS[kind].from_buffer(self.cells, 8 * cell)
                 if isinstance(value, Slot):
@@ -869,8 +867,8 @@ class PackedLaunches:
                 cells[cell] = values[name] + further
             for number, name in self.numbers:
                 number.value = values[name]
-            for cell, numbers, name, further in self.maps:
-                cells[cell:cell + MAP_WORDS] = list(encoded(numbers, values[name] + further))
+            for packed in self.maps:
+                packed.fill(cells, values)
             for queue, arguments in self.queued:
                 status, = queue(stream, arguments, 0)
                 if status and status.name in ("CUDA_ERROR_INVALID_CONTEXT", "CUDA_ERROR_NOT_INITIALIZED"):
@@ -882,6 +880,22 @@ class PackedLaunches:
 
 #: integers of 64 bits in a tensor map
 MAP_WORDS = 16
+
+
+class _PackedMap:
+    """A tensor map in cells of its own, which change when the address does."""
+
+    def __init__(self, numbers: TensorMap, cell: int):
+        self.numbers, self.cell, self.address = numbers, cell, -1
+        place = numbers.address
+        self.slot, self.further = ("workspace", place.offset) if isinstance(place, Room) else (place.name, 0)
+
+    def fill(self, cells: Any, values: Mapping[str, Any]) -> None:
+        """Fill in the map of the address that the call has."""
+        address = values[self.slot] + self.further
+        if address != self.address:
+            cells[self.cell:self.cell + MAP_WORDS] = list(encoded(self.numbers, address))
+            self.address = address
 
 
 @lru_cache(maxsize=4096)

@@ -240,9 +240,8 @@ def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str
     db has the same bits on every run, and from FMA units on every device, but not those of `bias_grad`, since its order
     of additions follows the plan of dw. By a MatmulPlan thread row r of R adds the samples r, r + R, ... of each part,
     the R sums are added in ascending order, then the parts; by a ThinPlan db is added as each row of dw is; by a
-    HopperPlan the tiles that read the same columns of dz share its samples in steps of 64, and a transposed dz is summed
-    by itself. Where there
-    are at most 8 outputs and over 8 inputs, a ThinPlan leaves db to a sum of its own, with the bits of `bias_grad`.
+    HopperPlan the tiles that read the same columns of dz share its samples in steps of 64. It leaves db of a transposed
+    dz to a sum of its own, with the bits of `bias_grad`; so does a ThinPlan for at most 8 outputs and over 8 inputs.
 
     Examples
     --------

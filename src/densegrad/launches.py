@@ -47,7 +47,7 @@ class TensorMap(NamedTuple):
     bytes.
     """
 
-    address: Slot | Room | int
+    address: Slot | Room
     dtype: str
     lengths: tuple[int, ...]  # elements along each axis, the contiguous one first
     steps: tuple[int, ...]  # bytes from one index to the next, of all axes but the first

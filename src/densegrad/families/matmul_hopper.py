@@ -3,11 +3,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from ..errors import PlanError
 from ..facts import ITEM_BYTES, SIZES
-from ..launches import Launch, Matrix, Result, Room, TensorMap
+from ..launches import Launch, Matrix, Result, Room, Slot, TensorMap
 from ..signatures import MatmulArguments, MatmulHopper, MatmulHopperArguments
 from .common import ceil_div, check_choice, check_integers, check_sizes, constants_of, named
 from .cost import BYTES_A_MICROSECOND, LAUNCH, MULTIPROCESSORS, ProductCost, matrices_bytes
@@ -238,13 +238,14 @@ def _map_of(operand: Matrix, outer: int) -> tuple[TensorMap, bool]:
 def _map_of_result(result: Matrix, rows: int, parts: int) -> TensorMap:
     """The map of a result, or of its parts."""
     size = SIZES[result.dtype]
-    steps = result.row_stride * size if rows > 1 else 0, rows * result.row_stride * size if parts > 1 else 0
-    return _map(result, (result.cols, rows, parts), steps, (LINE_BYTES // size, 64, 1))
+    step = (result.row_stride * size if rows > 1 else 0) or MAP_ALIGNMENT
+    return _map(result, (result.cols, rows, parts), (step, rows * step), (LINE_BYTES // size, 64, 1))
 
 
 def _map(matrix: Matrix, lengths: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...]) -> TensorMap:
     """A map; a step of 0, along an axis of length 1, is taken as one that maps may have."""
-    return TensorMap(matrix.address, matrix.dtype, lengths, tuple(step or MAP_ALIGNMENT for step in steps), box)
+    address = cast("Slot | Room", matrix.address)
+    return TensorMap(address, matrix.dtype, lengths, tuple(step or MAP_ALIGNMENT for step in steps), box)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:
