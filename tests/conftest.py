@@ -4,6 +4,7 @@ Any lane may run in several processes, `pytest -n auto`: on an H200 the gpu lane
 """
 import os
 import sys
+from collections import Counter
 
 import pytest
 
@@ -14,6 +15,8 @@ LANES = ("simulator", "gpu")
 
 def pytest_addoption(parser):
     parser.addoption("--lane", choices=LANES, help="where kernels run: by default gpu if CuPy sees one, else simulator")
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of the cases of each test only every Nth, "
+                                                                        "beginning with the first")
     parser.addoption("--large", action="store_true", help="on a GPU too, run the tests that take 5 GB of its memory")
 
 
@@ -43,13 +46,19 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    kept, left_out = [], []
+    kept, left_out, cases = [], [], Counter()
+    one_in = config.getoption("--one-in")
     other = config.lane == "gpu" and device.current().capability(device.HOST) != (9, 0)
     for item in items:
         marker = item.get_closest_marker("only")
         too_large = item.get_closest_marker("large") and config.lane == "gpu" and not config.getoption("--large")
         lacking = other and item.get_closest_marker("hopper")
-        (left_out if too_large or lacking or (marker and marker.args != (config.lane,)) else kept).append(item)
+        if too_large or lacking or (marker and marker.args != (config.lane,)):
+            left_out.append(item)
+            continue
+        test = item.nodeid.partition("[")[0]
+        (left_out if cases[test] % one_in else kept).append(item)
+        cases[test] += 1
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
 

@@ -59,6 +59,16 @@ def test_a_test_that_skips_itself_fails(tmp_path):
     assert "a lane runs all of its tests" in output
 
 
+def test_every_nth_case_of_each_test_is_run(tmp_path):
+    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
+    (tmp_path / "test_cases.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('case', range(5))\ndef test_many(case): assert case % 2 == 0\n"
+        "def test_alone(): pass\n")
+    status, output = run(pytest_with("--one-in", "2", str(tmp_path)))
+    assert status == pytest.ExitCode.OK, output
+    assert "4 passed, 2 deselected" in output
+
+
 def test_this_session_announced_the_lane_it_runs_on(lane):
     from numba import config
 
