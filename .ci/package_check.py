@@ -1,8 +1,8 @@
 """Builds sdist and wheel, holds them to the tracked files, and tries both in a virtual environment of their own.
 
 The wheel is built from the sdist. It must have the tracked files of src/densegrad and kernels and nothing else, the
-sdist every tracked file. Installed, the wheel's demo runs in the simulator; in the unpacked sdist all tests are
-collected, and a core of them passes against the installed wheel. `--keep FOLDER` keeps what passed.
+sdist every tracked file. Installed, type checkers follow the wheel, and its demo runs in the simulator; in the unpacked
+sdist all tests are collected, and a core of them passes against the installed wheel. `--keep FOLDER` keeps what passed.
 """
 import argparse
 import os
@@ -71,6 +71,10 @@ def main() -> None:
         venv.create(work / "new", with_pip=True)
         programs = work / "new" / "bin"
         run(programs / "pip", "install", "-q", f"{wheel}[test]")
+        # In a folder without this repository, what is installed is what type checkers find.
+        calls, python = shutil.copy(ROOT / "tests" / "typed_calls.py", work), programs / "python"
+        run(sys.executable, "-m", "mypy", "--strict", "--config-file=", "--python-executable", python, calls, cwd=work)
+        run(sys.executable, "-m", "pyright", "--pythonpath", python, calls, cwd=work)
         run(programs / "densegrad", "demo", "--steps", "1", cwd=work, NUMBA_ENABLE_CUDASIM="1")
         pytest = (programs / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--lane", "simulator")
         run(*pytest, "--collect-only", "-qq", cwd=unpacked)

@@ -18,9 +18,10 @@ OF_LAUNCHES = {".errors", ".facts", ".launches", ".signatures"}
 #: module -> those beside it that it may import, and with a dot those beside its folder; kernels are one more of them
 ARROWS = {
     "__init__": {"calls", "device", "errors", "gradients", "launches", "layers", "losses", "plans", "prepared",
-                 "reference", "output_gradients", "tuned", "warming"},
+                 "reference", "output_gradients", "tuned", "typing", "warming"},
     "__main__": {"commands"},
     "errors": set(),
+    "typing": set(),
     "activations": set(),
     "reference": {"activations"},
     "layers": set(),
@@ -51,16 +52,17 @@ ARROWS = {
     "operands": {"device", "errors", "facts", "launches", "tensors"},
     "tuned": {"__version__", "errors", "families"},
     "calls": {"device", "errors", "facts", "launches", "operands", "tensors", "tuned"},
-    "prepared": {"calls", "errors", "launches", "operands"},
-    "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients", "tuned"},
-    "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands"},
-    "losses": {"calls", "errors", "families", "launches", "operands", "output_gradients"},
+    "prepared": {"calls", "errors", "launches", "operands", "typing"},
+    "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients", "tuned",
+                  "typing"},
+    "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands", "typing"},
+    "losses": {"calls", "errors", "families", "launches", "operands", "output_gradients", "typing"},
     "torch/__init__": {"layers", "loss"},
     "torch/common": {".device", ".errors", ".tensors"},
-    "torch/layers": {".activations", ".errors", ".gradients", "common"},
-    "torch/loss": {".errors", ".losses", "common"},
+    "torch/layers": {".activations", ".errors", ".gradients", ".typing", "common"},
+    "torch/loss": {".errors", ".losses", ".typing", "common"},
     "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches",
-                "losses", "output_gradients"},
+                "losses", "output_gradients", "typing"},
     "testing": {"activations", "device", "plans", "reference"},
 }
 #: what is not the standard library -> the modules that may import it
@@ -71,6 +73,7 @@ OUTSIDE = {
     "cuda": {"cache", "device"},
     "numba": {"compiler", "device"},
     "platformdirs": {"cache"},
+    "typing_extensions": {"gradients", "losses", "output_gradients", "typing"},
     "torch": {"torch/__init__", "torch/common", "torch/layers", "torch/loss"},
 }
 #: the command line may use the whole package, but only `python -m densegrad` uses the command line

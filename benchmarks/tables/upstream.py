@@ -40,7 +40,7 @@ class Formed:
     samples: int
     outputs: int
     dtype: str
-    above: str  # an activation, "weights" alone, or "cross_entropy"
+    above: Any  # an activation, "weights" alone, or "cross_entropy"
     batch_axis: int = 0
     must: tuple[Limit, ...] = ()
 
@@ -58,7 +58,7 @@ class Formed:
         """Execute it, and check that db is the sum of dz."""
         import cupy
 
-        activation = "identity" if self.above == "weights" else self.above
+        activation: Any = "identity" if self.above == "weights" else self.above
         plan = plan_upstream(self.samples, self.outputs, self.dtype, "features_first" if self.batch_axis else "flat",
                              activation)
         whole = plan.sum
@@ -104,7 +104,7 @@ class Formed:
 class MachineCode:
     """The bfloat16 kernel below an activation, all that is wide, as linked for 9.0."""
 
-    above: str
+    above: Any
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from . import layers as layers
     from . import plans as plans
     from . import reference as reference
+    from . import typing as typing
     from .errors import (
         DensegradError,
         DeviceError,
@@ -58,7 +59,7 @@ else:
 
 #: where the names of __all__ stand, and the modules that are reached as attributes of the package
 _WHERE = ("errors", "gradients", "losses", "output_gradients", "prepared", "tuned", "warming")
-_MODULES = ("calls", "device", "launches", "layers", "plans", "reference", *_WHERE)
+_MODULES = ("calls", "device", "launches", "layers", "plans", "reference", "typing", *_WHERE)
 
 __all__ = [
     "DTypeError",

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, Literal, SupportsFloat, overload
+
+from typing_extensions import NamedTuple
 
 from . import tuned
 from .calls import Recipe, call, recipe_of
@@ -37,21 +39,23 @@ from .operands import (
     given,
 )
 from .output_gradients import accept_activation, parameter_of, stray_slope, upstream_plan
+from .typing import ActivationName, Array, GradName, Kind, Kind_co, Out, Precision, WeightLayout
 
 
-class DenseGrads(NamedTuple):
+class DenseGrads(NamedTuple, Generic[Kind_co]):
     """The gradients of a dense layer; those that were not asked for are None. Also what `out` and `plan` take."""
 
-    dx: Any = None
-    dw: Any = None
-    db: Any = None
+    dx: Kind_co = None  # type: ignore[assignment]
+    dw: Kind_co = None  # type: ignore[assignment]
+    db: Kind_co = None  # type: ignore[assignment]
 
 
-_NO_OUTS = DenseGrads()
+_NO_OUTS: DenseGrads[None] = DenseGrads()
 
 
-def bias_grad(dz: Any, *, batch_axis: int = 0, keepdims: bool = False, compensated: bool = False, alpha: float = 1.0,
-              out: Any = None, accumulate: bool = False, plan: BatchSumPlan | None = None, stream: Any = None) -> Any:
+def bias_grad(dz: Array[Kind], *, batch_axis: int = 0, keepdims: bool = False, compensated: bool = False,
+              alpha: SupportsFloat = 1.0, out: Out | None = None, accumulate: bool = False,
+              plan: BatchSumPlan | None = None, stream: Any = None) -> Out:
     """Gradient of the loss with respect to a dense layer's bias: the sum over the batch axis.
 
         db[m] = sum over s of dz[s, m]                      db = dz.sum(axis=0)
@@ -135,9 +139,9 @@ def _describe_bias(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     return recipe_of(inputs, (inputs.dz,), (target,), batch_sum.launches(plan, inputs.dz.matrix, target.result))
 
 
-def weight_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", alpha: float = 1.0,
-                precision: str | None = None, out: Any = None, accumulate: bool = False,
-                plan: ProductPlan | None = None, stream: Any = None) -> Any:
+def weight_grad(x: Array[Kind], dz: Array[Kind], *, batch_axis: int = 0, weight_layout: WeightLayout = "in_out",
+                alpha: SupportsFloat = 1.0, precision: Precision | None = None, out: Out | None = None,
+                accumulate: bool = False, plan: ProductPlan | None = None, stream: Any = None) -> Out:
     """Gradient of the loss with respect to a dense layer's weights.
 
         dw[d, m] = sum over s of x[s, d] dz[s, m]           dw = x.T @ dz
@@ -200,17 +204,18 @@ def _describe_weight(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
                      _weight_launches(plan, inputs, inputs.dz.matrix, (target, None), weight_layout))
 
 
-class WeightBiasGrads(NamedTuple):
+class WeightBiasGrads(NamedTuple, Generic[Kind_co]):
     """The gradients of a dense layer's parameters. Also what `out` takes."""
 
-    dw: Any = None
-    db: Any = None
+    dw: Kind_co = None  # type: ignore[assignment]
+    db: Kind_co = None  # type: ignore[assignment]
 
 
-def weight_bias_grad(x: Any, dz: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", keepdims: bool = False,
-                     alpha: float = 1.0, precision: str | None = None, out: WeightBiasGrads | None = None,
-                     accumulate: bool | Iterable[str] = False, plan: ProductPlan | None = None,
-                     stream: Any = None) -> WeightBiasGrads:
+def weight_bias_grad(x: Array[Kind], dz: Array[Kind], *, batch_axis: int = 0,
+                     weight_layout: WeightLayout = "in_out", keepdims: bool = False, alpha: SupportsFloat = 1.0,
+                     precision: Precision | None = None, out: WeightBiasGrads[Out | None] | None = None,
+                     accumulate: bool | Iterable[Literal["dw", "db"]] = False, plan: ProductPlan | None = None,
+                     stream: Any = None) -> WeightBiasGrads[Kind | Out]:
     """Gradients with respect to weights and bias, together: db is added up while dw is multiplied.
 
         dw = x.T @ dz          db = dz.sum(axis=0)
@@ -266,9 +271,9 @@ def _describe_weight_bias(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
                      _weight_launches(plan, inputs, inputs.dz.matrix, (weight, bias), weight_layout))
 
 
-def input_grad(dz: Any, w: Any, *, batch_axis: int = 0, weight_layout: str = "in_out", alpha: float = 1.0,
-               precision: str | None = None, out: Any = None, accumulate: bool = False, plan: ProductPlan | None = None,
-               stream: Any = None) -> Any:
+def input_grad(dz: Array[Kind], w: Array[Kind], *, batch_axis: int = 0, weight_layout: WeightLayout = "in_out",
+               alpha: SupportsFloat = 1.0, precision: Precision | None = None, out: Out | None = None,
+               accumulate: bool = False, plan: ProductPlan | None = None, stream: Any = None) -> Out:
     """Gradient of the loss with respect to a dense layer's input.
 
         dx[s, d] = sum over m of dz[s, m] w[d, m]           dx = dz @ w.T
@@ -319,12 +324,34 @@ def _describe_input(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     return recipe_of(inputs, (inputs.dz, inputs.w), (target,), _input_launches(plan, inputs, inputs.dz.matrix, target))
 
 
-def dense_grads(x: Any, w: Any, dz: Any, *, need: Iterable[str] = DenseGrads._fields, activation: str | None = None,
-                z: Any = None, negative_slope: float | None = None, sample_weight: Any = None, batch_axis: int = 0,
-                weight_layout: str = "in_out", keepdims: bool = False, compensated: bool = False, alpha: float = 1.0,
-                precision: str | None = None, out: DenseGrads | None = None,
-                accumulate: bool | Iterable[str] = False, plan: DenseGrads | None = None,
-                stream: Any = None) -> DenseGrads:
+@overload
+def dense_grads(x: Array[Kind], w: Array[Kind], dz: Array[Kind], *, activation: ActivationName | None = None,
+                z: Array[Any] | None = None, negative_slope: float | None = None,
+                sample_weight: Array[Any] | None = None, batch_axis: int = 0,
+                weight_layout: WeightLayout = "in_out", keepdims: bool = False, compensated: bool = False,
+                alpha: SupportsFloat = 1.0, precision: Precision | None = None,
+                out: DenseGrads[Out | None] | None = None, accumulate: bool | Iterable[GradName] = False,
+                plan: DenseGrads[Any] | None = None, stream: Any = None) -> DenseGrads[Kind | Out]: ...
+
+
+@overload
+def dense_grads(x: Array[Kind] | None, w: Array[Kind] | None, dz: Array[Kind], *, need: Iterable[GradName],
+                activation: ActivationName | None = None, z: Array[Any] | None = None,
+                negative_slope: float | None = None, sample_weight: Array[Any] | None = None, batch_axis: int = 0,
+                weight_layout: WeightLayout = "in_out", keepdims: bool = False, compensated: bool = False,
+                alpha: SupportsFloat = 1.0, precision: Precision | None = None,
+                out: DenseGrads[Out | None] | None = None, accumulate: bool | Iterable[GradName] = False,
+                plan: DenseGrads[Any] | None = None, stream: Any = None) -> DenseGrads[Kind | Out | None]: ...
+
+
+def dense_grads(x: Array[Kind] | None, w: Array[Kind] | None, dz: Array[Kind], *,
+                need: Iterable[GradName] = ("dx", "dw", "db"), activation: ActivationName | None = None,
+                z: Array[Any] | None = None, negative_slope: float | None = None,
+                sample_weight: Array[Any] | None = None, batch_axis: int = 0,
+                weight_layout: WeightLayout = "in_out", keepdims: bool = False, compensated: bool = False,
+                alpha: SupportsFloat = 1.0, precision: Precision | None = None,
+                out: DenseGrads[Out | None] | None = None, accumulate: bool | Iterable[GradName] = False,
+                plan: DenseGrads[Any] | None = None, stream: Any = None) -> DenseGrads[Kind | Out | None]:
     """All gradients of a dense layer z = x @ w + b, or with an activation a = f(x @ w + b).
 
         dx = dz @ w.T          dw = x.T @ dz          db = dz.sum(axis=0)

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, Literal, SupportsFloat
+
+from typing_extensions import NamedTuple
 
 from .calls import Recipe, call, recipe_of
 from .errors import PlanError, ShapeError
@@ -28,6 +30,7 @@ from .operands import (
     check_label_values,
 )
 from .output_gradients import OutputGrads, upstream_plan
+from .typing import Array, Kind, Kind_co, Out, Reduction
 
 #: how the samples' losses become one, or stay what they are
 REDUCTIONS = ("mean", "sum", "none")
@@ -35,18 +38,20 @@ REDUCTIONS = ("mean", "sum", "none")
 IGNORED = -100
 
 
-class LossGrads(NamedTuple):
+class LossGrads(NamedTuple, Generic[Kind_co]):
     """A loss, and its gradients with respect to a layer's output and its bias. Also what `out` takes."""
 
-    loss: Any = None
-    dz: Any = None
-    db: Any = None
+    loss: Kind_co = None  # type: ignore[assignment]
+    dz: Kind_co = None  # type: ignore[assignment]
+    db: Kind_co = None  # type: ignore[assignment]
 
 
-def cross_entropy(z: Any, labels: Any, *, class_weight: Any = None, ignore_index: int = IGNORED,
-                  label_smoothing: float = 0.0, reduction: str = "mean", sample_weight: Any = None, batch_axis: int = 0,
-                  keepdims: bool = False, alpha: float = 1.0, out: LossGrads | None = None, accumulate: bool = False,
-                  plan: CrossEntropyPlan | UpstreamPlan | None = None, stream: Any = None) -> LossGrads:
+def cross_entropy(z: Array[Kind], labels: Array[Any], *, class_weight: Array[Any] | None = None,
+                  ignore_index: int = IGNORED, label_smoothing: float = 0.0, reduction: Reduction = "mean",
+                  sample_weight: Array[Any] | None = None, batch_axis: int = 0, keepdims: bool = False,
+                  alpha: SupportsFloat = 1.0, out: LossGrads[Out | None] | None = None,
+                  accumulate: bool | Literal["db"] = False, plan: CrossEntropyPlan | UpstreamPlan | None = None,
+                  stream: Any = None) -> LossGrads[Kind | Out]:
     """Softmax cross-entropy and its gradients with respect to a layer's output, the logits, and its bias.
 
         loss[s]  = sample_weight[s] sum over m of q[s, m] (log(sum over k of exp(z[s, k])) - z[s, m])
@@ -140,11 +145,12 @@ def cross_entropy(z: Any, labels: Any, *, class_weight: Any = None, ignore_index
                             (alpha, label_smoothing, ignore_index), stream))
 
 
-def cross_entropy_grad(z: Any, labels: Any, *, class_weight: Any = None, ignore_index: int = IGNORED,
-                       label_smoothing: float = 0.0, reduction: str = "sum", sample_weight: Any = None,
-                       batch_axis: int = 0, keepdims: bool = False, alpha: float = 1.0, out: OutputGrads | None = None,
-                       accumulate: bool = False, plan: CrossEntropyPlan | UpstreamPlan | None = None,
-                       stream: Any = None) -> OutputGrads:
+def cross_entropy_grad(z: Array[Kind], labels: Array[Any], *, class_weight: Array[Any] | None = None,
+                       ignore_index: int = IGNORED, label_smoothing: float = 0.0, reduction: Reduction = "sum",
+                       sample_weight: Array[Any] | None = None, batch_axis: int = 0, keepdims: bool = False,
+                       alpha: SupportsFloat = 1.0, out: OutputGrads[Out | None] | None = None,
+                       accumulate: bool | Literal["db"] = False, plan: CrossEntropyPlan | UpstreamPlan | None = None,
+                       stream: Any = None) -> OutputGrads[Kind | Out]:
     """Gradients of softmax cross-entropy with respect to a layer's output, the logits, and its bias.
 
     `cross_entropy` without the loss, and with the same bits.

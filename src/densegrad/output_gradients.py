@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, Literal, SupportsFloat
+
+from typing_extensions import NamedTuple
 
 from .activations import ACTIVATIONS, ENTRIES, NEGATIVE_SLOPE
 from .calls import Recipe, call, recipe_of
@@ -24,13 +26,14 @@ from .operands import (
     as_names,
     check_apart,
 )
+from .typing import ActivationName, Array, Kind, Kind_co, Out
 
 
-class OutputGrads(NamedTuple):
+class OutputGrads(NamedTuple, Generic[Kind_co]):
     """The gradients of a layer's output before its activation, and of its bias. Also what `out` takes."""
 
-    dz: Any = None
-    db: Any = None
+    dz: Kind_co = None  # type: ignore[assignment]
+    db: Kind_co = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,11 @@ def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: str, name: s
     return plan
 
 
-def activation_grad(da: Any, z: Any = None, activation: str | None = None, *, sample_weight: Any = None,
-                    negative_slope: float | None = None, batch_axis: int = 0, keepdims: bool = False,
-                    alpha: float = 1.0, out: OutputGrads | None = None, accumulate: bool = False,
-                    plan: UpstreamPlan | None = None, stream: Any = None) -> OutputGrads:
+def activation_grad(da: Array[Kind], z: Array[Any] | None = None, activation: ActivationName | None = None, *,
+                    sample_weight: Array[Any] | None = None, negative_slope: float | None = None,
+                    batch_axis: int = 0, keepdims: bool = False, alpha: SupportsFloat = 1.0,
+                    out: OutputGrads[Out | None] | None = None, accumulate: bool | Literal["db"] = False,
+                    plan: UpstreamPlan | None = None, stream: Any = None) -> OutputGrads[Kind | Out]:
     """Gradients of the loss below an activation a = f(z), and of the bias, in one pass over memory.
 
         dz[s, m] = alpha sample_weight[s] da[s, m] f'(z[s, m])          db[m] = sum over s of dz[s, m]

@@ -2,15 +2,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic
 
 from .calls import Bound, as_prepared
 from .errors import PrepareError
 from .launches import ALIGNMENT, Clear, Launch
 from .operands import accept_tuple
+from .typing import Returned
 
 
-class Prepared:
+class Prepared(Generic[Returned]):
     """A call that only launches: no check, no allocation, no synchronisation. Made by `prepare`.
 
     Its arrays, results and workspace are kept alive by it. Calls that overlap, on several streams or from several
@@ -22,10 +23,11 @@ class Prepared:
         What every call writes.
     """
 
-    def __init__(self, bound: Bound, result: Any):
-        self._bound, self.result = bound, result
+    def __init__(self, bound: Bound, result: Returned):
+        self._bound: Bound = bound
+        self.result: Returned = result
 
-    def __call__(self, stream: Any = None) -> Any:
+    def __call__(self, stream: Any = None) -> Returned:
         """Queue the launches, on another stream than the one that the call was prepared for if one is given.
 
         Parameters
@@ -46,7 +48,7 @@ class Prepared:
         bound.launch(bound.stream if stream is None else bound.where.pointer(stream))
         return self.result
 
-    def rebind(self, *, out: Any = None, **arrays: Any) -> Prepared:
+    def rebind(self, *, out: Any = None, **arrays: Any) -> Prepared[Returned]:
         """Take other arrays of the same layout, or other numbers, by the names that the function has for them.
 
         Parameters
@@ -70,20 +72,21 @@ class Prepared:
         OutError, ValueError, TypeError
             As the function: if arrays overlap, an out is read-only, labels are no classes or numbers out of range.
         """
-        several = isinstance(self.result, tuple)
+        result: Any = self.result
+        several = isinstance(result, tuple)
         for name in arrays:
             if "." in name:
-                raise PrepareError(f"{name} cannot be bound by that name (pass out={type(self.result).__name__}(...))")
+                raise PrepareError(f"{name} cannot be bound by that name (pass out={type(result).__name__}(...))")
         if out is None:
             outs = {}
         elif several:
-            named = accept_tuple("out", out, type(self.result))._asdict()
+            named = accept_tuple("out", out, type(result))._asdict()
             outs = {f"out.{field}": array for field, array in named.items() if array is not None}
         else:
             outs = {"out": out}
         self._bound.rebind(arrays | outs)
         if several:
-            self.result = self.result._replace(**{name.removeprefix("out."): array for name, array in outs.items()})
+            self.result = result._replace(**{name.removeprefix("out."): array for name, array in outs.items()})
         elif outs:
             self.result = out
         return self
@@ -102,7 +105,7 @@ class Prepared:
         return "\n".join(map(str, self.launches)) or "nothing to launch"
 
 
-def prepare(function: Callable[..., Any], *arguments: Any, workspace: Any = None, **options: Any) -> Prepared:
+def prepare(function: Callable[..., Any], *arguments: Any, workspace: Any = None, **options: Any) -> Prepared[Returned]:
     """Prepare a call of one of this package's functions, to be repeated or captured in a CUDA graph.
 
         step = prepare(dense_grads, x, w, dz, out=DenseGrads(dx, dw, db))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from . import cache, device, gradients, losses, output_gradients
 from .compiler import check_capability, key_of
@@ -22,6 +22,7 @@ from .errors import DeviceError
 from .facts import ITEM_BYTES, accumulator_of
 from .families.upstream import CROSS_ENTROPY
 from .launches import ALIGNMENT, Clear, Launch
+from .typing import ActivationName, DTypeName, Precision, WeightLayout
 
 #: the name of a GPU of which only the compute capability is known
 _UNNAMED = "a GPU that is foreseen"
@@ -35,10 +36,11 @@ class Warmed(NamedTuple):
     compiled: int
 
 
-def warmup(layers: Iterable[tuple[int, int, int]], dtypes: Iterable[str] = ("float32",), *,
-           activations: Iterable[str] = (), precision: str | None = None, batch_axis: int = 0,
-           weight_layout: str = "in_out", accumulate: bool = False, capability: tuple[int, int] | None = None,
-           processes: int | None = None, watch: Callable[[int, int], None] | None = None) -> Warmed:
+def warmup(layers: Iterable[tuple[int, int, int]], dtypes: Iterable[DTypeName] = ("float32",), *,
+           activations: Iterable[ActivationName | Literal["cross_entropy"]] = (), precision: Precision | None = None,
+           batch_axis: int = 0, weight_layout: WeightLayout = "in_out", accumulate: bool = False,
+           capability: tuple[int, int] | None = None, processes: int | None = None,
+           watch: Callable[[int, int], None] | None = None) -> Warmed:
     """Compile ahead what the gradients of these layers launch, so that such calls do not wait for a compiler.
 
     Foreseen are `bias_grad`, `weight_grad`, `input_grad`, `weight_bias_grad`, `dense_grads`, and with activations
@@ -116,7 +118,7 @@ def check_layer(layer: Any) -> tuple[int, int, int]:
     return samples, in_features, out_features
 
 
-def foreseen(layers: list[tuple[int, int, int]], dtypes: list[str], activations: list[str],
+def foreseen(layers: list[tuple[int, int, int]], dtypes: list[str], activations: list[Any],
              capability: tuple[int, int], *, gpu: str = _UNNAMED, precision: str | None = None, batch_axis: int = 0,
              weight_layout: str = "in_out", accumulate: bool = False) -> list[Launch]:
     """A launch of each kernel that calls of these layers would launch on a GPU of this compute capability and name."""
@@ -150,7 +152,7 @@ def _arrays(where: _Foreseen, layer: tuple[int, int, int], dtype: str, options: 
     return arrays | {"labels": where.array((samples,), "int64")}
 
 
-def _call(arrays: dict[str, Any], options: dict[str, Any], activations: list[str], out: bool, accumulate: bool) -> None:
+def _call(arrays: dict[str, Any], options: dict[str, Any], activations: list[Any], out: bool, accumulate: bool) -> None:
     """Make every call once, with new results or with `out`."""
     x, w, dz, z, labels = (arrays[name] for name in ("x", "w", "dz", "z", "labels"))
     dx, dw, db = (arrays[name] if out else None for name in ("dx", "dw", "db"))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..launches import Launch
+    from ..typing import GradName
     from .checks import Outcome
 
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"
@@ -242,14 +243,14 @@ def grads(
     console.print(made)
 
 
-def _gradients(arrays: list[np.ndarray | None], batch_axis: int, weight_layout: str,
-               compensated: bool) -> dict[str, Any]:
+def _gradients(arrays: list[Any], batch_axis: int, weight_layout: Any, compensated: bool) -> dict[str, Any]:
     """dw, db and, if there are weights, dx, of x, w and dz; errors speak of options."""
     from .. import dense_grads
 
-    names = ("dw", "db") if arrays[1] is None else ("dx", "dw", "db")
+    x, w, dz = arrays
+    names: tuple[GradName, ...] = ("dw", "db") if w is None else ("dx", "dw", "db")
     try:
-        result = dense_grads(*arrays, need=names, batch_axis=batch_axis, weight_layout=weight_layout,
+        result = dense_grads(x, w, dz, need=names, batch_axis=batch_axis, weight_layout=weight_layout,
                              compensated=compensated)
     except (errors.ShapeError, errors.DTypeError) as error:
         raise type(error)(_of_options(str(error))) from error

@@ -181,18 +181,18 @@ class Step:
 
 
 def train(digits: Digits, steps: int) -> Iterator[Step]:
-    """Gradient descent with momentum on mini-batches, from zero; dW and db come from `dense_grads`."""
-    from .. import dense_grads
+    """Gradient descent with momentum on mini-batches, from zero; dW and db come from `weight_bias_grad`."""
+    from .. import weight_bias_grad
 
     draw = np.random.default_rng(_SEED + 2)
-    w = np.zeros((digits.train_x.shape[1], CLASSES), np.float32)
-    b = np.zeros(CLASSES, np.float32)
+    w: np.ndarray = np.zeros((digits.train_x.shape[1], CLASSES), np.float32)
+    b: np.ndarray = np.zeros(CLASSES, np.float32)
     velocity_w, velocity_b = np.zeros_like(w), np.zeros_like(b)
     for number in range(1, steps + 1):
         picked = draw.choice(len(digits.train_x), BATCH, replace=False)
         x, labels = digits.train_x[picked], digits.train_y[picked]
         loss = float(sample_losses(x, w, b, labels).mean())
-        _, dw, db = dense_grads(x, w, upstream(x, w, b, labels), need=("dw", "db"))
+        dw, db = weight_bias_grad(x, upstream(x, w, b, labels))
         velocity_w = _MOMENTUM * velocity_w - _STEP_SIZE * dw
         velocity_b = _MOMENTUM * velocity_b - _STEP_SIZE * db
         w, b = w + velocity_w, b + velocity_b

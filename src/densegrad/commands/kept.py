@@ -94,9 +94,11 @@ def warmup(
         def watch(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, visible=total > 0)
 
-        found = compile_ahead(wanted, [one.value for one in dtype or (Dtype("float32"),)],
-                              activations=activation or [], precision=precision, batch_axis=batch_axis,
-                              weight_layout=weight_layout, accumulate=accumulate,
+        # What is misspelt, `warmup` says.
+        names: dict[str, Any] = {"activations": activation or [], "precision": precision,
+                                 "weight_layout": weight_layout}
+        found = compile_ahead(wanted, [one.value for one in dtype or (Dtype("float32"),)], **names,
+                              batch_axis=batch_axis, accumulate=accumulate,
                               capability=None if cc is None else capability_of(cc), processes=processes,
                               watch=watch)
     results().print(f"{found.kernels} kernels are ready, of which {found.compiled} had to be compiled.")

@@ -18,6 +18,7 @@ from torch.nn import functional
 from ..activations import ACTIVATIONS, NEGATIVE_SLOPE
 from ..errors import DensegradError, DTypeError, ShapeError
 from ..gradients import DenseGrads, dense_grads
+from ..typing import ActivationName
 from .common import DTYPES, operator, refusing, unreadable, with_its_signature
 
 #: PyTorch's functions, by the names that activations have here
@@ -192,7 +193,7 @@ class _Backward(torch.autograd.Function):
         return *below, None if bias is None else of_bias, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None,
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: ActivationName | None = None,
            negative_slope: float | None = None, into: MainGrads | None = None, fallback: bool = False) -> Tensor:
     """A linear layer with PyTorch's forward and densegrad's backward, and an activation if one is named.
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from ..errors import DensegradError, DTypeError, ShapeError
 from ..losses import IGNORED, REDUCTIONS, LossGrads
 from ..losses import cross_entropy as loss_grads
+from ..typing import Reduction
 from .common import DTYPES, operator, refusing, unreadable, with_its_signature
 
 
@@ -179,7 +180,7 @@ class _CrossEntropyBackward(torch.autograd.Function):
 
 
 def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = None, *, ignore_index: int = IGNORED,
-                  reduction: str = "mean", label_smoothing: float = 0.0, fallback: bool = False) -> Tensor:
+                  reduction: Reduction = "mean", label_smoothing: float = 0.0, fallback: bool = False) -> Tensor:
     """Softmax cross-entropy as torch.nn.functional.cross_entropy, from one reading of the logits with its gradient.
 
     PyTorch's signature without `size_average` and `reduce`, which are deprecated there.
