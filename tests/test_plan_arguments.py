@@ -34,12 +34,21 @@ WRONG = {
     "rows": ((-4, "rows must be an int, at least 0; got -4"), (None, "rows must be .*; got None")),
     "cols": ((-4, "cols must be an int, at least 0; got -4"), (4.0, "cols must be .*; got 4.0")),
     "depth": ((-4, "depth must be an int, at least 0; got -4"), (np.int64(4), "depth must be")),
-    "dtype": (("float31", "float16, bfloat16, float32.*float31"), ("int32", "float16, bfloat16, float32.*int32")),
+    "dtype": (("float31", "float16, bfloat16, float32.*float31"), ("int32", "float16, bfloat16, float32.*int32"),
+              (np.float32, r'got <class .numpy.float32.> \(did you mean "float32"\?\)'),
+              (np.dtype("float32"), r'got dtype\(.float32.\) \(did you mean "float32"\?\)'),
+              ("fp16", r'got .fp16. \(did you mean "float16"\?\)'), (["float32"], r"got \['float32'\]")),
     "layout": (("nonsense", "layout must be one of rows, flat, features_first; got 'nonsense'"),
-               ("C", "layout must be one of rows, flat, features_first; got 'C'")),
-    "above": (("rellu", "above must be one of identity, relu"),),
-    "capability": ((9.0, r"capability must be a tuple of two ints, such as \(9, 0\); got 9.0"),
-                   ("9.0", "capability must be a tuple of two ints"), ((9,), "capability must be a tuple of two")),
+               ("C", "layout must be one of rows, flat, features_first; got 'C'"),
+               (["rows"], r'got \[.rows.\] \(did you mean "rows"\?\)')),
+    "above": (("rellu", r'above must be one of identity, relu.*cross_entropy; got .rellu. \(did you mean "relu"\?\)'),
+              ("softmax", "above must be one of .*cross_entropy; got 'softmax'")),
+    "capability": ((9.0, r"capability must be a tuple of two ints, such as \(9, 0\); got 9.0 "
+                         r"\(did you mean \(9, 0\)\?\)$"),
+                   ("9.0", r"got '9.0' \(did you mean \(9, 0\)\?\)$"), (120, r"got 120 \(did you mean \(12, 0\)\?\)$"),
+                   ("sm_90a", r"got 'sm_90a' \(did you mean \(9, 0\)\?\)$"), ("hopper", "got 'hopper'$"),
+                   ([9, 0], r"capability must be a tuple of two ints, .*got \[9, 0\]"),
+                   ((9,), "capability must be a tuple of two")),
 }
 
 
@@ -49,7 +58,15 @@ def test_plans_are_made_of_what_there_is(maker):
     make(**arguments)
     for name in arguments.keys() & WRONG.keys():
         for value, message in WRONG[name]:
-            if maker == "TensorCorePlan" and name == "dtype":
-                message = f"tensor cores take float16 and bfloat16 .*; got {value}"
             with pytest.raises(PlanError, match=message):
                 make(**arguments | {name: value})
+
+
+@pytest.mark.parametrize("maker", [name for name, (_, arguments) in MAKERS.items() if "precision" in arguments])
+def test_precisions_are_those_there_are(maker):
+    make, arguments = MAKERS[maker]
+    with pytest.raises(ValueError, match=r"precision .*got .TF32. \(did you mean .tf32.\?\)$"):
+        make(**arguments | {"precision": "TF32"})
+    if maker == "TensorCorePlan":
+        with pytest.raises(PlanError, match=r"precision of float16 must be None; got .tf32.$"):
+            make(**arguments | {"dtype": "float16"})

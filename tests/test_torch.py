@@ -4,6 +4,7 @@ Left out without PyTorch, as tests/test_against_torch.py is. What a layer's back
 of NumPy arrays, which other tests hold to float64; PyTorch's own backward is held to the same bounds beside it.
 """
 import copy
+import doctest
 import functools
 import io
 import itertools
@@ -466,8 +467,12 @@ def test_what_cannot_be_differentiated_is_refused_by_name_or_left_to_pytorch(dra
         assert type(found.grad_fn).__name__ != "_RefusingJvpBackward"
     with pytest.raises(dg.DTypeError):
         linear(x.int(), weight.int(), into=MainGrads(torch.zeros(2, 4)), fallback=True)
-    with pytest.raises(ValueError, match=r"activation must be one of identity.*got 'swish'"):
+    with pytest.raises(ValueError, match=r"activation must be one of identity.*got 'swish' \(did you mean .silu"):
         linear(x, weight, activation="swish")
+    with pytest.raises(TypeError, match=r"weight must be a tensor; got Linear \(pass one of its tensors.*weight\)"):
+        linear(x, torch.nn.Linear(4, 2))
+    with pytest.raises(TypeError, match=r"x must be a tensor; got ndarray \(pass torch\.as_tensor\(x\)\)"):
+        linear(np.ones((3, 4), "float32"), weight)
     with pytest.raises(TypeError, match="negative_slope is the derivative"):
         linear(x, weight, activation="relu", negative_slope=0.1)
 
@@ -769,10 +774,12 @@ def test_a_loss_that_densegrad_has_not_is_refused_by_name_or_left_to_pytorch(dra
         left += 1
         torch.testing.assert_close(dt.cross_entropy(*tensors_given, **options, fallback=True), own)
     assert left >= 3
-    with pytest.raises(ValueError, match="reduction must be one of mean, sum, none; got 'batchmean'"):
+    with pytest.raises(ValueError, match=r"reduction must be one of mean, sum, none; got 'batchmean' \(did you m"):
         dt.cross_entropy(z, target, reduction="batchmean")
     with pytest.raises(ValueError, match="label_smoothing must be between 0 and 1"):
         dt.cross_entropy(z, target, label_smoothing=1.5)
+    with pytest.raises(TypeError, match=r"target must be a tensor; got list \(pass torch\.as_tensor\(target\)\)"):
+        dt.cross_entropy(z, target.tolist())
     if place == "cpu":
         with pytest.raises(ValueError, match=r"labels must be classes from 0 to 2.*got 3 for sample 0"):
             dt.cross_entropy(wide, target + 3)
@@ -1090,6 +1097,17 @@ def test_without_torch_the_import_says_what_installs_it():
     found = ran("import sys; sys.modules['torch'] = None; import densegrad.torch")
     assert found.stderr.splitlines()[-1] == (
         "ModuleNotFoundError: densegrad.torch needs PyTorch, 2.6 or newer (pip install 'torch>=2.6')")
+
+
+@pytest.mark.only("simulator")
+@pytest.mark.parametrize("name", ["convert", "cross_entropy", "linear"])
+def test_examples_in_docstrings_give_what_they_show(name):
+    names = {"torch": torch, **{other: getattr(dt, other) for other in dt.__all__}}
+    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(dt, name), name, module=False, globs=names)
+    said = []
+    failed, tried = doctest.DocTestRunner().run(example, out=said.append)
+    assert tried
+    assert not failed, "".join(said)
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "pytorch.md"

@@ -9,7 +9,7 @@ from typing_extensions import NamedTuple
 
 from . import tuned
 from .calls import Recipe, call, recipe_of
-from .errors import PlanError
+from .errors import PlanError, ShapeError
 from .families import batch_sum, tiling, upstream
 from .families.batch_sum import BatchSumPlan, plan_batch_sum
 from .families.common import check_plan
@@ -25,6 +25,7 @@ from .families.product import (
 from .families.tiling import Product
 from .launches import ALPHA, ONE, Launch, Matrix, Result, scratch
 from .operands import (
+    WEIGHT_LAYOUTS,
     Inputs,
     Target,
     accept,
@@ -39,6 +40,7 @@ from .operands import (
     given,
 )
 from .output_gradients import accept_activation, parameter_of, stray_slope, upstream_plan
+from .slips import answered
 from .typing import ActivationName, Array, GradName, Kind, Kind_co, Out, Precision, WeightLayout
 
 
@@ -53,6 +55,7 @@ class DenseGrads(NamedTuple, Generic[Kind_co]):
 _NO_OUTS: DenseGrads[None] = DenseGrads()
 
 
+@answered
 def bias_grad(dz: Array[Kind], *, batch_axis: int = 0, keepdims: bool = False, compensated: bool = False,
               alpha: SupportsFloat = 1.0, out: Out | None = None, accumulate: bool = False,
               plan: BatchSumPlan | None = None, stream: Any = None) -> Out:
@@ -139,6 +142,7 @@ def _describe_bias(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     return recipe_of(inputs, (inputs.dz,), (target,), batch_sum.launches(plan, inputs.dz.matrix, target.result))
 
 
+@answered
 def weight_grad(x: Array[Kind], dz: Array[Kind], *, batch_axis: int = 0, weight_layout: WeightLayout = "in_out",
                 alpha: SupportsFloat = 1.0, precision: Precision | None = None, out: Out | None = None,
                 accumulate: bool = False, plan: ProductPlan | None = None, stream: Any = None) -> Out:
@@ -211,6 +215,7 @@ class WeightBiasGrads(NamedTuple, Generic[Kind_co]):
     db: Kind_co = None  # type: ignore[assignment]
 
 
+@answered
 def weight_bias_grad(x: Array[Kind], dz: Array[Kind], *, batch_axis: int = 0,
                      weight_layout: WeightLayout = "in_out", keepdims: bool = False, alpha: SupportsFloat = 1.0,
                      precision: Precision | None = None, out: WeightBiasGrads[Out | None] | None = None,
@@ -271,6 +276,7 @@ def _describe_weight_bias(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
                      _weight_launches(plan, inputs, inputs.dz.matrix, (weight, bias), weight_layout))
 
 
+@answered
 def input_grad(dz: Array[Kind], w: Array[Kind], *, batch_axis: int = 0, weight_layout: WeightLayout = "in_out",
                alpha: SupportsFloat = 1.0, precision: Precision | None = None, out: Out | None = None,
                accumulate: bool = False, plan: ProductPlan | None = None, stream: Any = None) -> Out:
@@ -344,6 +350,7 @@ def dense_grads(x: Array[Kind] | None, w: Array[Kind] | None, dz: Array[Kind], *
                 plan: DenseGrads[Any] | None = None, stream: Any = None) -> DenseGrads[Kind | Out | None]: ...
 
 
+@answered
 def dense_grads(x: Array[Kind] | None, w: Array[Kind] | None, dz: Array[Kind], *,
                 need: Iterable[GradName] = ("dx", "dw", "db"), activation: ActivationName | None = None,
                 z: Array[Any] | None = None, negative_slope: float | None = None,
@@ -504,8 +511,16 @@ def _bias_plan(plan: BatchSumPlan | None, inputs: Inputs, compensated: bool = Fa
 
 
 def _weight_target(name: str, out: Any, inputs: Inputs, weight_layout: str, accumulate: bool) -> Target:
-    shape = (inputs.in_features, inputs.out_features)
-    return accept_out(name, out, inputs, shape if weight_layout == "in_out" else shape[::-1], accumulate)
+    shape = inputs.in_features, inputs.out_features
+    if weight_layout == "out_in":
+        shape = shape[::-1]
+    try:
+        return accept_out(name, out, inputs, shape, accumulate)
+    except ShapeError as error:
+        if getattr(out, "shape", None) != shape[::-1]:
+            raise
+        other = WEIGHT_LAYOUTS[weight_layout == "in_out"]
+        raise ShapeError(f'{error}; did you mean weight_layout="{other}", or x and dz swapped?') from None
 
 
 def _weight_plan(plan: ProductPlan | None, inputs: Inputs, dz: Matrix, precision: str | None,

@@ -7,7 +7,7 @@ from typing import Any, Generic, Literal, SupportsFloat
 from typing_extensions import NamedTuple
 
 from .calls import Recipe, call, recipe_of
-from .errors import PlanError, ShapeError
+from .errors import DTypeError, PlanError, ShapeError
 from .families.common import check_plan
 from .families.cross_entropy import CrossEntropyPlan, launches, plan_cross_entropy
 from .families.upstream import CROSS_ENTROPY, Upstream, UpstreamPlan, plan_upstream
@@ -30,6 +30,7 @@ from .operands import (
     check_label_values,
 )
 from .output_gradients import OutputGrads, upstream_plan
+from .slips import answered, meant
 from .typing import Array, Kind, Kind_co, Out, Reduction
 
 #: how the samples' losses become one, or stay what they are
@@ -46,6 +47,7 @@ class LossGrads(NamedTuple, Generic[Kind_co]):
     db: Kind_co = None  # type: ignore[assignment]
 
 
+@answered
 def cross_entropy(z: Array[Kind], labels: Array[Any], *, class_weight: Array[Any] | None = None,
                   ignore_index: int = IGNORED, label_smoothing: float = 0.0, reduction: Reduction = "mean",
                   sample_weight: Array[Any] | None = None, batch_axis: int = 0, keepdims: bool = False,
@@ -145,6 +147,7 @@ def cross_entropy(z: Array[Kind], labels: Array[Any], *, class_weight: Array[Any
                             (alpha, label_smoothing, ignore_index), stream))
 
 
+@answered
 def cross_entropy_grad(z: Array[Kind], labels: Array[Any], *, class_weight: Array[Any] | None = None,
                        ignore_index: int = IGNORED, label_smoothing: float = 0.0, reduction: Reduction = "sum",
                        sample_weight: Array[Any] | None = None, batch_axis: int = 0, keepdims: bool = False,
@@ -231,9 +234,16 @@ class _Held:
 def _describe(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     with_loss, reduction, batch_axis, keepdims, accumulate, plan = options
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
+                         f"{meant(reduction, REDUCTIONS)}")
     z, labels, sample_weight, class_weight = arrays
-    inputs = accept(dz=z, batch_axis=batch_axis, name="z")
+    try:
+        inputs = accept(dz=z, batch_axis=batch_axis, name="z")
+    except (DTypeError, ShapeError) as error:
+        shape = getattr(labels, "shape", ())
+        if len(shape) < 2 or getattr(z, "shape", None) != (shape[1:] if batch_axis else shape[:-1]):
+            raise
+        raise type(error)(f"{error} (z and labels fit if they are swapped)") from None
     if with_loss and not inputs.out_features:
         raise ShapeError(f"z must have one class at least, to have a loss; got shape {inputs.dz.memory.shape} (pass "
                          "logits with classes, or take cross_entropy_grad)")

@@ -18,6 +18,7 @@ from . import device, tensors
 from .errors import DeviceError, DTypeError, OutDeviceError, OutError, ShapeError
 from .facts import ITEM_BYTES, accumulator_of
 from .launches import ALIGNMENT, Matrix, Result, Slot
+from .slips import in_place_of, meant
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 #: the largest finite number of the types that kernels take numbers in
@@ -149,7 +150,7 @@ def accept(*, dz: Any, x: Any = None, w: Any = None, batch_axis: int = 0, weight
     batch_axis = _batch_axis(batch_axis)
     if weight_layout not in WEIGHT_LAYOUTS:
         raise ValueError(f'weight_layout must be "in_out" for w (in_features, out_features) or "out_in" for '
-                         f"(out_features, in_features); got {weight_layout!r}")
+                         f"(out_features, in_features); got {weight_layout!r}{meant(weight_layout, WEIGHT_LAYOUTS)}")
     where = device.current()
     given = {key: array for key, array in (("x", x), ("w", w), ("dz", dz)) if array is not None or key == "dz"}
     names = {"x": "x", "w": "w", "dz": name}
@@ -157,7 +158,10 @@ def accept(*, dz: Any, x: Any = None, w: Any = None, batch_axis: int = 0, weight
     dtypes = {key: _dtype(names[key], memory.dtype) for key, memory in memories.items()}
     _same(memories, dtypes)
     shapes = {key: memory.shape for key, memory in memories.items()}
-    _check_shapes(shapes, batch_axis, weight_layout, name)
+    try:
+        _check_shapes(shapes, batch_axis, weight_layout, name)
+    except ShapeError as error:
+        raise ShapeError(f"{error}{_swapped(shapes, batch_axis, weight_layout, name)}") from None
 
     arguments = {key: Argument.of(names[key], given[key], memories[key], dtypes[key]) for key in given}
     if batch_axis:
@@ -197,7 +201,7 @@ def given(name: str, array: Any) -> Any:
 def _memory(where: Any, name: str, array: Any) -> device.Memory:
     memory = None if isinstance(array, np.ma.MaskedArray) else where.memory(array)
     if memory is None:
-        cure = "convert it with numpy.asarray or cupy.asarray"
+        cure = in_place_of(name, array)
         if isinstance(array, np.ma.MaskedArray):
             cure = "numpy.ma's mask would be lost; use numpy.ma.filled"
         elif tensors.is_tensor(array):
@@ -245,6 +249,15 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], batch_axis: int, weight_la
         _check_x(shapes["x"], dz, batch_axis)
     if "w" in shapes:
         _check_w(shapes, dz[0] if batch_axis else dz[-1], weight_layout)
+
+
+def _swapped(shapes: dict[str, tuple[int, ...]], batch_axis: int, weight_layout: str, name: str) -> str:
+    """Which of the arrays fit if they are swapped, to be put behind a message; empty where none do."""
+    for one, other in itertools.combinations(shapes, 2):
+        with contextlib.suppress(ShapeError):
+            _check_shapes(shapes | {one: shapes[other], other: shapes[one]}, batch_axis, weight_layout, name)
+            return f" ({one} and {other} fit if they are swapped)"
+    return ""
 
 
 def _check_x(x: tuple[int, ...], dz: tuple[int, ...], batch_axis: int) -> None:

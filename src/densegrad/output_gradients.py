@@ -26,6 +26,7 @@ from .operands import (
     as_names,
     check_apart,
 )
+from .slips import answered, meant
 from .typing import ActivationName, Array, Kind, Kind_co, Out
 
 
@@ -83,8 +84,9 @@ def accept_activation(inputs: Inputs, activation: tuple[Any, Any], z: Any, batch
     given, stray = activation
     name = "identity" if given is None else given
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        got = repr(name) if isinstance(name, str) else (
-            f"{type(name).__name__} (pass a name; in activation_grad the order is da, z, activation)")
+        got = repr(name) if isinstance(name, str) else type(name).__name__
+        cure = " (pass a name; in activation_grad the order is da, z, activation)" * (not isinstance(name, str))
+        got += meant(name, ACTIVATIONS) or cure
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {got}")
     if z is None and name != "identity":
         raise TypeError(f"activation={name!r} needs z, what it was applied to; got None (pass z=, the layer's output)")
@@ -125,6 +127,7 @@ def upstream_plan(plan: UpstreamPlan | None, inputs: Inputs, above: str, name: s
     return plan
 
 
+@answered
 def activation_grad(da: Array[Kind], z: Array[Any] | None = None, activation: ActivationName | None = None, *,
                     sample_weight: Array[Any] | None = None, negative_slope: float | None = None,
                     batch_axis: int = 0, keepdims: bool = False, alpha: SupportsFloat = 1.0,

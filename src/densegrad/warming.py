@@ -22,6 +22,7 @@ from .errors import DeviceError
 from .facts import ITEM_BYTES, accumulator_of
 from .families.upstream import CROSS_ENTROPY
 from .launches import ALIGNMENT, Clear, Launch
+from .slips import meant
 from .typing import ActivationName, DTypeName, Precision, WeightLayout
 
 #: the name of a GPU of which only the compute capability is known
@@ -83,8 +84,8 @@ def warmup(layers: Iterable[tuple[int, int, int]], dtypes: Iterable[DTypeName] =
 
     Examples
     --------
-    >>> warmup([(128, 784, 512), (128, 512, 10)], ["float32", "bfloat16"], capability=(9, 0))  # doctest: +SKIP
-    Warmed(kernels=19, compiled=19)
+    >>> warmup([(128, 784, 512), (128, 512, 10)], ["float32", "bfloat16"], capability=(9, 0))
+    Warmed(kernels=20, compiled=20)
     """
     if not cache.usable():
         raise RuntimeError("there is no folder to keep kernels in (set DENSEGRAD_CACHE_DIR to one of your own)")
@@ -122,9 +123,9 @@ def foreseen(layers: list[tuple[int, int, int]], dtypes: list[str], activations:
              capability: tuple[int, int], *, gpu: str = _UNNAMED, precision: str | None = None, batch_axis: int = 0,
              weight_layout: str = "in_out", accumulate: bool = False) -> list[Launch]:
     """A launch of each kernel that calls of these layers would launch on a GPU of this compute capability and name."""
-    unknown = set(dtypes) - ITEM_BYTES.keys()
-    if unknown:
-        raise ValueError(f"dtypes must be {', '.join(ITEM_BYTES)}; got {min(unknown)!r}")
+    for name in dtypes:
+        if not isinstance(name, str) or name not in ITEM_BYTES:
+            raise ValueError(f"dtypes must be {', '.join(ITEM_BYTES)}; got {name!r}{meant(name, ITEM_BYTES)}")
     where = _Foreseen(capability, gpu)
     with device.standing_in(where):
         for layer in layers:

@@ -33,6 +33,7 @@ from .common import (
     named,
     nth,
     power_of_two,
+    remembered,
 )
 
 #: where the kernels' factories stand
@@ -359,7 +360,7 @@ IN_FLIGHT = 4
 SMALL = 2 ** 14
 
 
-@lru_cache(maxsize=4096, typed=True)
+@remembered
 def plan_batch_sum(samples: int, outputs: int, dtype: str, layout: str, compensated: bool = False) -> BatchSumPlan:
     """The plan for these sizes, this dtype and this layout.
 

@@ -1,16 +1,19 @@
 """What every family needs: the size of grids, whole steps, the check of a user's plan, constants by name."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from typing import Any, TypeVar
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
 
 from ..errors import PlanError
 from ..facts import SIZES, wide_of
 from ..launches import Launch, Result
 from ..signatures import Epilogue
+from ..slips import meant
 
 Record = TypeVar("Record", bound=tuple)
+Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 #: the largest grid along y and z
 GRID_Y = 65535
@@ -98,7 +101,7 @@ def check_sizes(**sizes: int) -> None:
             raise PlanError(f"{name} must be an int, at least 0; got {size!r}")
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: str | None, choices: Iterable[str]) -> None:
     """Hold a name to those that there are.
 
     Raises
@@ -106,8 +109,23 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     PlanError
         If it is none of these.
     """
-    if value not in choices:
-        raise PlanError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise PlanError(f"{name} must be one of {', '.join(choices)}; got {value!r}{meant(value, choices)}")
+
+
+def remembered(make: Maker) -> Maker:
+    """The function that makes a plan, which makes it once; arguments without a hash are left to it to refuse."""
+    kept = lru_cache(maxsize=4096, typed=True)(make)
+
+    @wraps(make)
+    def made(*arguments: Any, **options: Any) -> Any:
+        try:
+            hash((arguments, *options.values()))
+        except TypeError:
+            return make(*arguments, **options)
+        return kept(*arguments, **options)
+
+    return cast(Maker, made)
 
 
 def ceil_div(length: int, step: int) -> int:

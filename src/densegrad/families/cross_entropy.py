@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from ..errors import PlanError
 from ..facts import ITEM_BYTES, accumulator_of
@@ -26,6 +25,7 @@ from .common import (
     constants_of,
     named,
     power_of_two,
+    remembered,
 )
 from .upstream import CROSS_ENTROPY, ROW_BYTES, Upstream, UpstreamPlan, column_at, matrix_at, plan_upstream
 from .upstream import launches as two_readings
@@ -136,7 +136,7 @@ class CrossEntropyPlan(Cut):
         return "\n".join(lines)
 
 
-@lru_cache(maxsize=4096, typed=True)
+@remembered
 def plan_cross_entropy(samples: int, outputs: int, dtype: str, layout: str) -> CrossEntropyPlan | UpstreamPlan:
     """The plan for cross-entropy of logits of these sizes, in one of LAYOUTS.
 

@@ -83,10 +83,11 @@ class TensorCorePlan(Tiling):
 
     def __post_init__(self) -> None:
         check_integers(self)
-        wanted: tuple[str | None, ...] = {"float16": (None,), "bfloat16": (None,), "float32": TF32}.get(self.dtype, ())
-        if self.precision not in wanted:
-            raise PlanError(f"tensor cores take float16 and bfloat16 with precision None, float32 with one of {TF32}; "
-                            f"got {self.dtype} with {self.precision!r}")
+        check_choice("plan: dtype", self.dtype, ("float16", "bfloat16", "float32"))
+        if self.dtype == "float32":
+            check_choice("plan: precision of float32", self.precision, TF32)
+        elif self.precision is not None:
+            raise PlanError(f"plan: precision of {self.dtype} must be None; got {self.precision!r}")
         check_sizes(rows=self.rows, cols=self.cols, depth=self.depth)
         for name in ("tile_rows", "tile_cols", "warp_rows", "warp_cols"):
             value = getattr(self, name)

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from math import prod
 from typing import TypeVar
 
 from ..errors import PlanError
 from ..facts import ITEM_BYTES
-from .common import GRID_Y, ceil_div, check_choice, check_sizes
+from ..slips import meant, meant_capability
+from .common import GRID_Y, ceil_div, check_choice, check_sizes, remembered
 from .cost import BYTES_A_MICROSECOND, LAUNCH, MULTIPROCESSORS, ORDERS
 from .matmul_hopper import HALF_TYPES, HOPPER, HOPPER_STAGES, MOST_DEPTH, MOST_LENGTH, HopperPlan
 from .matmul_simt import MATMUL_TILES, UNTRIED_TILES, MatmulPlan, transposed_tile
@@ -36,7 +36,7 @@ MOST_WORKSPACE = 2**26
 EXTRAPOLATED = 1.1
 
 
-@lru_cache(maxsize=4096, typed=True)
+@remembered
 def plan_matmul(rows: int, cols: int, depth: int, dtype: str, order: str = "across") -> MatmulPlan:
     """The plan on FMA units for these sizes, this dtype and operands that both lie across the depth or along it.
 
@@ -45,7 +45,7 @@ def plan_matmul(rows: int, cols: int, depth: int, dtype: str, order: str = "acro
     return _cheapest(matmul_candidates(rows, cols, depth, dtype), order)
 
 
-@lru_cache(maxsize=4096, typed=True)
+@remembered
 def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
                      capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, *,
                      order: str = "across") -> TensorCorePlan:
@@ -54,7 +54,7 @@ def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: st
     return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, _instructions(capability)), order)
 
 
-@lru_cache(maxsize=4096, typed=True)
+@remembered
 def plan_thin(rows: int, cols: int, depth: int, dtype: str, order: str = "across") -> ThinPlan:
     """The plan for a product of which one operand is thin, rows or cols being at most 8, chosen as by plan_matmul.
 
@@ -63,7 +63,7 @@ def plan_thin(rows: int, cols: int, depth: int, dtype: str, order: str = "across
     return _cheapest(thin_candidates(rows, cols, depth, dtype, order), order)
 
 
-@lru_cache(maxsize=4096, typed=True)
+@remembered
 def plan_hopper(rows: int, cols: int, depth: int, dtype: str, *, order: str = "across") -> HopperPlan:
     """The plan with Hopper's own tensor-core instructions, for aligned operands, chosen as by plan_matmul.
 
@@ -174,7 +174,8 @@ def _instructions(capability: tuple[int, int]) -> tuple[int, int]:
 
 def _check_capability(capability: tuple[int, int]) -> None:
     if not isinstance(capability, tuple) or [*map(type, capability)] != [int, int]:
-        raise PlanError(f"capability must be a tuple of two ints, such as (9, 0); got {capability!r}")
+        raise PlanError(f"capability must be a tuple of two ints, such as (9, 0); got {capability!r}"
+                        f"{meant_capability(capability)}")
 
 
 def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, int]) -> bool:
@@ -202,7 +203,8 @@ def check_known(precision: str | None) -> None:
         If it is none of them.
     """
     if precision not in (None, "ieee", *TF32):
-        raise ValueError(f'precision must be None, "ieee", "tf32" or "tf32x3"; got {precision!r}')
+        raise ValueError(f'precision must be None, "ieee", "tf32" or "tf32x3"; got {precision!r}'
+                         f"{meant(precision, ('ieee', *TF32))}")
 
 
 def check_precision(plan: ProductPlan, precision: str | None, capability: tuple[int, int]) -> None:

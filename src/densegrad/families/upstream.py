@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import gcd
 
 from ..activations import ACTIVATIONS, ENTRIES
@@ -34,7 +33,7 @@ from .batch_sum import (
     steps_of_a_part,
     worthy_blocks,
 )
-from .common import ceil_div, check_sizes, named, nth, power_of_two
+from .common import ceil_div, check_choice, check_sizes, named, nth, power_of_two, remembered
 
 #: what lies above beside activations: softmax and cross-entropy
 CROSS_ENTROPY = "cross_entropy"
@@ -67,9 +66,7 @@ class UpstreamPlan:
     sum: BatchSumPlan
 
     def __post_init__(self) -> None:
-        if self.above not in (*ACTIVATIONS, CROSS_ENTROPY):
-            raise PlanError(f"plan: above must be one of {', '.join(ACTIVATIONS)} or {CROSS_ENTROPY}; "
-                            f"got {self.above!r}")
+        check_choice("plan: above", self.above, (*ACTIVATIONS, CROSS_ENTROPY))
         if self.sum.layout == "flat":
             raise PlanError('plan: to form dz, the layout of the sum must be "rows" or "features_first"; got "flat"')
         wanted = {"vectors": 1, "in_flight": 2, "compensated": False}
@@ -187,7 +184,7 @@ class UpstreamPlan:
         return "\n".join(lines + explain_sums(cut))
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def log_sum_exp_block(samples: int, outputs: int, features_first: bool) -> tuple[int, int]:
     """(threads that add up one sample, samples of a block) for the log-sum-exp: more threads where samples are few."""
     check_sizes(samples=samples, outputs=outputs)
@@ -197,7 +194,7 @@ def log_sum_exp_block(samples: int, outputs: int, features_first: bool) -> tuple
     return (256, 1) if few else (32, 8)
 
 
-@lru_cache(maxsize=4096, typed=True)
+@remembered
 def plan_upstream(samples: int, outputs: int, dtype: str, layout: str, above: str) -> UpstreamPlan:
     """The plan for forming dZ of these sizes, in one of LAYOUTS, below one of ACTIVATIONS or CROSS_ENTROPY.
 

@@ -50,6 +50,21 @@ def with_its_signature(function: Any) -> Any:
     return function
 
 
+def check_tensors(**given: Any) -> None:
+    """Hold arguments to tensors, or None.
+
+    Raises
+    ------
+    TypeError
+        If one is something else.
+    """
+    for name, one in given.items():
+        if one is not None and not isinstance(one, Tensor):
+            cure = ("pass one of its tensors, for example its weight" if isinstance(one, torch.nn.Module) else
+                    f"pass torch.as_tensor({name})")
+            raise TypeError(f"{name} must be a tensor; got {type(one).__name__} ({cure})")
+
+
 def unreadable(given: dict[str, Tensor]) -> DeviceError | TypeError | None:
     """Why kernels cannot use these tensors, if they cannot."""
     if torch.compiler.is_compiling():  # the operator says the rest when it is run

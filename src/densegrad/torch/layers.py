@@ -18,8 +18,9 @@ from torch.nn import functional
 from ..activations import ACTIVATIONS, NEGATIVE_SLOPE
 from ..errors import DensegradError, DTypeError, ShapeError
 from ..gradients import DenseGrads, dense_grads
+from ..slips import meant
 from ..typing import ActivationName
-from .common import DTYPES, operator, refusing, unreadable, with_its_signature
+from .common import DTYPES, check_tensors, operator, refusing, unreadable, with_its_signature
 
 #: PyTorch's functions, by the names that activations have here
 _FORWARD = {
@@ -244,8 +245,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     >>> weight.grad[0]
     tensor([2., 2., 2.])
     """
+    check_tensors(x=x, weight=weight, bias=bias)
     if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {activation!r}")
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {activation!r}"
+                         f"{meant(activation, ACTIVATIONS)}")
     if negative_slope is not None and activation != "leaky_relu":
         raise TypeError(f'negative_slope is the derivative of "leaky_relu" alone; got {negative_slope!r} with '
                         f"activation={activation!r} (leave it out)")

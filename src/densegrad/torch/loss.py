@@ -15,8 +15,9 @@ from torch.nn import functional
 from ..errors import DensegradError, DTypeError, ShapeError
 from ..losses import IGNORED, REDUCTIONS, LossGrads
 from ..losses import cross_entropy as loss_grads
+from ..slips import meant
 from ..typing import Reduction
-from .common import DTYPES, operator, refusing, unreadable, with_its_signature
+from .common import DTYPES, check_tensors, operator, refusing, unreadable, with_its_signature
 
 
 def _cross_entropy_on_device(z, target, weight, *, ignore_index, reduction, label_smoothing):
@@ -235,8 +236,10 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None = None, *
     >>> logits.grad[0]
     tensor([-0.3750,  0.1250,  0.1250,  0.1250])
     """
+    check_tensors(input=input, target=target, weight=weight)
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
+                         f"{meant(reduction, REDUCTIONS)}")
     kind = input.device.type
     dtype, given = input.dtype, (input, target)
     if dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
