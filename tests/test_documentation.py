@@ -3,6 +3,8 @@
 Commands stand in blocks marked bash, one a line, and in the text between backticks. Each has a row here that says how
 it is run. Code in blocks marked python runs from the top of its page to the bottom.
 """
+import doctest
+import inspect
 import os
 import re
 import shlex
@@ -156,6 +158,28 @@ def test_code_runs(page, found):
 def test_code_for_a_gpu_runs(page, found):
     for block in found:
         exec(compile(block, page, "exec"), {})
+
+
+#: the public names whose docstrings have examples, without those of PyTorch, which tests/test_torch.py runs
+EXAMPLES = [name for name in densegrad.__all__ if ">>>" in (getattr(densegrad, name).__doc__ or "")]
+
+
+def test_every_public_function_has_an_example():
+    assert set(EXAMPLES) >= {name for name in densegrad.__all__ if inspect.isfunction(getattr(densegrad, name))}
+
+
+@pytest.mark.only("simulator")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_in_docstrings_give_what_they_show(name, monkeypatch):
+    """With NumPy and the public names at hand, as they have them; `warmup` finds no kernel and compiles none."""
+    monkeypatch.setattr("densegrad.warming._compile", lambda *arguments: None)
+    monkeypatch.setattr("densegrad.warming.cache.load", lambda kept: None)
+    names = {"numpy": np, **{other: getattr(densegrad, other) for other in densegrad.__all__}}
+    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(densegrad, name), name, module=False, globs=names)
+    said = []
+    failed, tried = doctest.DocTestRunner().run(example, out=said.append)
+    assert tried
+    assert not failed, "".join(said)
 
 
 def test_the_readme_shows_an_error_as_it_is():
