@@ -6,7 +6,7 @@ from numba import cuda
 from densegrad import device
 from densegrad.device import dtype_of
 from densegrad.kernels import primitives
-from densegrad.kernels.primitives.layout import Line, ThreadTile, lanes_of, tile_copy, tile_share
+from densegrad.kernels.primitives.layout import ITEM_BYTES, Line, ThreadTile, lanes_of, tile_copy, tile_share
 from densegrad.testing import bits, host, integers, launch_kernel, normal
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -459,18 +459,21 @@ def test_tiles_are_multiplied(xp, dtype, left, right, along_depth, access, depth
         same(out, sums + (matrices[0][mine[0]] @ matrices[1][mine[1]].T).reshape(-1))
 
 
-@pytest.mark.parametrize(("outer_size", "depth_size", "access", "along_depth", "threads"), [
-    (16, 8, 4, False, 16), (64, 8, 4, True, 64), (128, 16, 4, True, 64), (128, 16, 4, True, 16), (64, 16, 1, True, 32)])
-def test_tiles_are_summed(xp, outer_size, depth_size, access, along_depth, threads):
-    """Along the depth, into sums of every n-th depth, whose number does not depend on the layout."""
-    copy = tile_copy("float32", "float32", outer_size, depth_size, access, along_depth, threads, 8, 32)
+@pytest.mark.parametrize(("dtype", "outer_size", "depth_size", "access", "along_depth", "threads"), [
+    ("float32", 16, 8, 4, False, 16), ("float32", 64, 8, 4, True, 64), ("float32", 128, 16, 4, True, 64),
+    ("float32", 128, 16, 4, True, 16), ("float32", 64, 16, 1, True, 32), ("float64", 16, 8, 2, False, 16),
+    ("float64", 8, 4, 1, False, 64), ("float64", 64, 16, 2, False, 16), ("float64", 32, 16, 2, True, 64)])
+def test_tiles_are_summed(xp, dtype, outer_size, depth_size, access, along_depth, threads):
+    """Along the depth, into sums of every n-th depth: a number that the layout does not change, nor float64's tile."""
+    copy = tile_copy(dtype, dtype, outer_size, depth_size, access, along_depth, threads, 8, 32)
     layout, share = copy.layout, tile_share(copy)
-    size, classes = outer_size * depth_size, min(4 * threads // outer_size or 1, depth_size)
-    array = primitives.shared_array("tile", "float32", 2 * size)
-    zeros, add = primitives.zeros("float32", share.count), primitives.add_tile(share)
-    store, typed, stage = primitives.store_tile_sums(share), np.int32, 4 * size
-    put, get = primitives.store_shared("float32", 1), primitives.load_shared("float32", 1)
-    one, keep = primitives.load_vector("float32", 1, "float32"), primitives.store_vector("float32", 1, "float32")
+    size, vector = outer_size * depth_size, 16 // ITEM_BYTES[dtype]
+    classes = 4 if dtype == "float64" else min(vector * threads // outer_size or 1, depth_size)
+    array = primitives.shared_array("tile", dtype, 2 * size)
+    zeros, add = primitives.zeros(dtype, share.count), primitives.add_tile(share)
+    store, typed, stage = primitives.store_tile_sums(share), np.int32, ITEM_BYTES[dtype] * size
+    put, get = primitives.store_shared(dtype, 1), primitives.load_shared(dtype, 1)
+    one, keep = primitives.load_vector(dtype, 1, dtype), primitives.store_vector(dtype, 1, dtype)
 
     @primitives.jit(threads)
     def kernel(image, out):
@@ -485,12 +488,12 @@ def test_tiles_are_summed(xp, outer_size, depth_size, access, along_depth, threa
         for index in range(thread, classes * outer_size, threads):
             keep(out, index, get(shared, index))
 
-    matrix, image = normal((outer_size, depth_size), "float32", 5), np.empty(size, "float32")
+    matrix, image = normal((outer_size, depth_size), dtype, 5), np.empty(size, dtype)
     for outer, depth in np.ndindex(matrix.shape):
         image[layout.place(outer, depth)] = matrix[outer, depth]
-    out = xp.zeros((classes, outer_size), "float32")
+    out = xp.zeros((classes, outer_size), dtype)
     run(kernel, xp.asarray(image), out, threads=threads)
-    wanted = np.zeros((classes, outer_size), "float32")
+    wanted = np.zeros((classes, outer_size), dtype)
     for depth in range(depth_size):
         wanted[depth % classes] += matrix[:, depth]
     same(out, wanted)

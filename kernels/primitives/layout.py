@@ -11,6 +11,8 @@ LANES, GROUP_THREADS = 32, 128
 LINE_BYTES, PIECE_BYTES, SWIZZLE_BYTES = 128, 8192, 1024
 #: of a tensor map
 MAP_BYTES = 128
+#: float64 sums along the depth that ride along add every so manyth depth of a part: those of one mma instruction
+FLOAT64_CLASSES = 4
 
 
 class TileLayout(NamedTuple):
@@ -222,22 +224,30 @@ class TileShare(NamedTuple):
         return self.layout.layer // self.layout.vector // self.across
 
     @property
-    def held(self) -> int:
-        """Sums of an outer index that a thread holds: fewer than a vector has depths if these are of the same class."""
-        return min(self.classes, self.layout.depths)
+    def held(self) -> list[int]:
+        """The classes of the sums of an outer index that a thread holds, counted from that of its first depth."""
+        depths = self.layout.depths
+        return sorted({(step * depths + within) % self.classes
+                       for step in range(0, self.depth_size // depths, self.layers) for within in range(depths)})
 
     @property
     def count(self) -> int:
         """Sums of a thread."""
-        return self.vectors * self.layout.vector // self.layout.depths * self.held
+        return self.vectors * self.layout.vector // self.layout.depths * len(self.held)
 
 
 def tile_share(copy: TileCopy) -> TileShare:
-    """The share of each thread of the block that fills the tile by this copy; the sums do not depend on the layout."""
+    """The share of each thread of the block that fills the tile by this copy; the sums do not depend on the layout.
+
+    Those of float64 do not depend on the tile either: their classes are the depths that one lane of a tensor core
+    holds, so that either kernel adds in the same order.
+    """
     across = min(copy.outer_size // copy.layout.vector, copy.threads)
-    classes = min(copy.threads // across, copy.depth_size)
-    layers = max(classes // copy.layout.depths, 1)
-    return TileShare(copy.wide, copy.depth_size, classes, across * classes // layers, layers, copy.layout)
+    sharing = min(copy.threads // across, copy.depth_size)
+    classes = FLOAT64_CLASSES if copy.wide == "float64" else sharing
+    sharing = min(sharing, classes)
+    layers = max(sharing // copy.layout.depths, 1)
+    return TileShare(copy.wide, copy.depth_size, classes, across * sharing // layers, layers, copy.layout)
 
 
 def tile_copy(dtype: str, wide: str, outer_size: int, depth_size: int, access: int, along_depth: bool, threads: int,

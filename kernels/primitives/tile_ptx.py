@@ -379,7 +379,7 @@ def add_tile(share):
 
     def body(builder, array, stage, sums, thread):
         first, first_layer = _first_vector(builder, share, thread)
-        totals, vector = _unpack(builder, sums), layout.vector
+        totals, vector, classes = _unpack(builder, sums), layout.vector, share.held
         for step in range(0, share.depth_size // layout.depths, share.layers):
             layer = builder.add(first_layer, ir.Constant(_INT32, step))
             row = builder.add(ir.Constant(_INT32, layout.start), builder.mul(layer, ir.Constant(_INT32, layout.layer)))
@@ -388,7 +388,8 @@ def add_tile(share):
                 place = builder.add(row, builder.xor(position, _flip(builder, layout, layer)))
                 pointer = _stage_pointer(builder, array, place, stage, share.dtype)
                 for element, value in enumerate(_load_shared(builder, pointer, share.dtype, vector), number * vector):
-                    held = element // layout.depths * share.held + element % share.held
+                    depth = step * layout.depths + element % layout.depths
+                    held = element // layout.depths * len(classes) + classes.index(depth % share.classes)
                     totals[held] = builder.fadd(totals[held], value)
         return _pack(builder, totals)
 
@@ -406,17 +407,18 @@ def store_tile_sums(share):
             return ir.Constant(_INT32, value)
 
         first, first_layer = _first_vector(builder, share, thread)
-        values, outers = _unpack(builder, sums), layout.vector // layout.depths
+        values, classes = _unpack(builder, sums), share.held
+        size = layout.vector // layout.depths * len(classes)
         with builder.if_then(builder.icmp_signed("<", thread, constant(share.across * share.layers))):
             for number in range(share.vectors):
                 position = builder.add(first, constant(number * share.across * layout.vector))
                 outer = _outer_of(builder, layout, builder.udiv(position, constant(layout.depths)))
                 place = builder.add(builder.mul(first_layer, constant(layout.layer)), outer)
-                own = values[number * outers * share.held:(number + 1) * outers * share.held]
-                for depth in range(share.held):
-                    pointer = _shared_pointer(builder, array, builder.add(place, constant(depth * layout.outer_size)),
+                own = values[number * size:(number + 1) * size]
+                for begin, held in enumerate(classes):
+                    pointer = _shared_pointer(builder, array, builder.add(place, constant(held * layout.outer_size)),
                                               share.dtype)
-                    _store_shared(builder, pointer, share.dtype, own[depth::share.held])
+                    _store_shared(builder, pointer, share.dtype, own[begin::len(classes)])
 
     return _expand(types.none, (types.int32, _fragment_type(share.dtype, share.count), types.int32), body)
 

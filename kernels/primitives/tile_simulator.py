@@ -209,7 +209,7 @@ def store_tile_sums(share):
 @cache
 def _summed(share, thread):
     """(which of its sums, outer, depth) of each element that a thread adds, in this order."""
-    layout, places = share.layout, []
+    layout, classes, places = share.layout, share.held, []
     thread_layer, thread_vector = divmod(thread, share.across)
     for depth in range(share.depth_size):
         if depth // layout.depths % share.layers != thread_layer % share.layers:
@@ -218,7 +218,8 @@ def _summed(share, thread):
             vector, within = divmod(layout.position(outer), layout.vector)
             if vector % share.across == thread_vector:
                 piece = vector // share.across * (layout.vector // layout.depths) + within // layout.depths
-                places.append((piece * share.held + depth % share.held, outer, depth))
+                held = (depth - thread_layer % share.layers * layout.depths) % share.classes
+                places.append((piece * len(classes) + classes.index(held), outer, depth))
     return places
 
 

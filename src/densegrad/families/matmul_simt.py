@@ -28,6 +28,8 @@ MATMUL_TILES = (
 #: such tiles for sizes between 512 and 2048, twice as deep and with more warps: candidates that no row covers, and so
 #: not chosen before somebody measures them
 UNTRIED_TILES = ((64, 64, 16, 8, 4), (64, 64, 16, 4, 4))
+#: how deep tiles are at the least: a vector of float32, and the depths that float64's dL/db adds up apart
+LEAST_DEPTH = 4
 #: what two stages may take of shared memory that a kernel declares
 SHARED_BYTES = 49152
 
@@ -79,8 +81,8 @@ class MatmulPlan(Tiling):
                                    ("cols", self.thread_cols, self.tile_cols)):
             if not vector <= thread <= tile:
                 raise PlanError(f"thread_{name} must be between {vector} and tile_{name}, {tile}; got {thread}")
-        if self.tile_depth < vector:
-            raise PlanError(f"tile_depth must be at least {vector}; got {self.tile_depth}")
+        if self.tile_depth < LEAST_DEPTH:
+            raise PlanError(f"tile_depth must be at least {LEAST_DEPTH}; got {self.tile_depth}")
         if self.threads > 1024:
             raise PlanError(f"a block has at most 1024 threads; got tiles for {self.threads}")
         if self.shared_bytes > SHARED_BYTES:
