@@ -12,8 +12,9 @@ How the work is cut
     keeps the FMA units busy. Long depths (the batch of dL/dW) are cut into parts, which add_parts adds up.
 Order of additions
     Each result is one chain of fused multiply-adds in ascending order of the depth, whatever the tiles are; parts are
-    added in ascending order. A thread of dL/db adds every n-th depth of each tile, ascending; the n threads' sums are
-    added in ascending order, and the parts likewise.
+    added in ascending order. A thread of dL/db adds every n-th depth of each tile, ascending; the n sums are added in
+    ascending order, and the parts likewise. For float64 n is 4 and every chosen tile 8 deep, whatever its other sides
+    are: so the bits follow from the sizes alone, and matmul_tensor_core has the same.
 Threads
     (tile_rows / thread_rows) * (tile_cols / thread_cols). Warps are 4 x 8 of them, so that what they read of shared
     memory are broadcasts and whole lines; 8 x 4 where the right tile is transposed. A thread's rows and columns come in

@@ -1,4 +1,4 @@
-"""Matrix product on tensor cores: dL/dW = Xᵀ dZ and dL/dX = dZ Wᵀ in float16, bfloat16 and TF32.
+"""Matrix product on tensor cores: dL/dW = Xᵀ dZ and dL/dX = dZ Wᵀ in float16, bfloat16, TF32 and float64.
 
     result[r, c] = alpha * sum over k of left[r, k] right[k, c]      left (rows, depth), right (depth, cols)
 
@@ -7,14 +7,14 @@ For dL/dW the depth is the batch: rows = in_features, cols = out_features, depth
 How the work is cut
     A block computes one tile_rows x tile_cols tile of the result for one part of the depth, a warp warp_rows x
     warp_cols of it in registers. The block walks along the depth in tiles 64 bytes deep, which are two steps of one
-    mma instruction's depth: 16 half-precision numbers or 8 of TF32. Asynchronous copies bring tiles into `stages`
-    slots of shared memory, so that stages - 1 of them are on their way while one is multiplied; a step's fragments
-    come into registers while the step before it is multiplied. Long depths (the batch of dL/dW) are cut into parts,
-    which add_parts adds up.
+    mma instruction's depth: 16 half-precision numbers, 8 of TF32 or 4 of float64. Asynchronous copies bring tiles into
+    `stages` slots of shared memory, so that stages - 1 of them are on their way while one is multiplied; a step's
+    fragments come into registers while the step before it is multiplied. Long depths (the batch of dL/dW) are cut into
+    parts, which add_parts adds up.
 Fragments
     What a lane holds of the operands and of the result, lane = 4 g + q (PTX ISA, "Matrix fragments for mma.m16n8k16"
     and "mma.m16n8k8"). A register holds 4 bytes along the depth: two numbers of half precision (k and k + 1), or one
-    of TF32.
+    of TF32. Of float64 ("mma.m16n8k4") it holds 8: there are a0, a1 and b0, which hold depth q.
 
         left 16 x 32 bytes                      right 32 bytes x 8            result 16 x 8
 
@@ -25,18 +25,24 @@ Fragments
     ldmatrix brings four such registers at a time, and transposes 16-bit elements where an operand lies along rows or
     cols instead of the depth. It cannot transpose the 32-bit elements of TF32. There a lane reads 16 bytes, four
     neighbouring rows (or cols) at one depth, and calls them the row g of four different blocks: row 4 g + b of the
-    matrix is row g of block b. Which rows make up a block is free, as long as the result is stored accordingly; so is
-    the order of depths, which is kept.
+    matrix is row g of block b. Of float64 they are two; where it lies along the depth, each number is read by itself,
+    since ldmatrix would give a lane half of it. Which rows make up a block is free, as long as the result is stored
+    accordingly; so is the order of depths, which is kept.
 
         matrix row      0  1  2  3   4  5  6  7  ...  28 29 30 31
         block, row g   0,0 1,0 2,0 3,0 0,1 1,1 2,1 3,1  ...  0,7 1,7 2,7 3,7
+Order of additions
+    float64 is added as on FMA units, to the bit: each result is one chain of fused multiply-adds in ascending order of
+    the depth, zeros behind it up to the end of the last tile included, since they make the sum -0 a +0. Lane q of four
+    adds up every fourth depth of dL/db, and the four sums are added in ascending order. The other kinds are added in
+    the order and rounding of the hardware.
 Precision
     Products of half-precision numbers are exact. "tf32" rounds operands to 11 significant bits, to nearest. "tf32x3"
     cuts each of them into two such terms, first + second, and multiplies first * first into one set of sums, second *
     first and first * second into another, which is added at the end: what is left out is of the order of 2⁻²². Where
     an operand is infinite the second sums are not numbers and are left out. (Three terms of bfloat16 would be no
-    better: six products at twice the rate take as long, and there is one more term to form.) Sums are float32, in the
-    order and rounding of the hardware.
+    better: six products at twice the rate take as long, and there is one more term to form.) Sums are float32, of
+    float64 float64.
 Threads
     32 for each warp tile; warps across, then down.
 Grid
@@ -50,14 +56,18 @@ Bytes and flops
     (rows / tile_rows) elements; writes rows * cols * parts. 2 * rows * cols * depth flops, three times that for
     "tf32x3".
 Edges
-    The first tile of a part takes what is left over when its depth is cut into whole tiles. Copies beyond an edge
-    bring zeros. Zero times infinity is not a number, but where an edge of the rows or columns meets an infinity, the
-    result lies outside and is not stored; beyond the depth both factors are zero. Operands that are not aligned to 16
-    bytes come in smaller pieces.
+    The first tile of a part takes what is left over when its depth is cut into whole tiles; of float64 the last one
+    does, for the order. Copies beyond an edge bring zeros. Zero times infinity is not a number, but where an edge of
+    the rows or columns meets an infinity, the result lies outside and is not stored; beyond the depth both factors are
+    zero. Operands that are not aligned to 16 bytes come in smaller pieces.
 
 Compute capability 7.5
     Has mma for 8 depths of float16 and no asynchronous copies: a step takes two instructions, and copies pass through
     registers: the compiler puts products of the tile before between their loads and their stores.
+
+float64
+    Compute capability 9.0 has mma for 16 rows, at twice the rate of that for 8, which is all that 8.0 has: there a step
+    takes two instructions. Elsewhere FMA units are as fast.
 
 Source: PTX ISA, "mma", "ldmatrix", "cp.async"; Thakkar et al., the CUTLASS documentation, "Efficient GEMM in CUDA";
 Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
@@ -66,6 +76,7 @@ performance", 2022.
 
 from numba import cuda, int32
 
+from ..facts import accumulator_of
 from . import primitives
 from .primitives.factories import cache
 from .primitives.layout import ITEM_BYTES, LANES, TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
@@ -85,7 +96,8 @@ def make_matmul_tensor_core(constants):
     left_along_depth, right_along_depth = left_side.along_depth, right_side.along_depth
     warps_across = tile_cols // warp_cols
     threads = LANES * (tile_rows // warp_rows) * warps_across
-    item_bytes = ITEM_BYTES[dtype]
+    item_bytes, accumulator = ITEM_BYTES[dtype], accumulator_of(dtype)
+    in_order = accumulator == "float64"
     tile_depth = TILE_DEPTH_BYTES // item_bytes
     left_layout = fragment_layout(item_bytes, tile_rows, left_along_depth, True, warp_rows)
     right_layout = fragment_layout(item_bytes, tile_cols, right_along_depth, False, warp_cols)
@@ -104,8 +116,8 @@ def make_matmul_tensor_core(constants):
     right_copy = ChunkCopy(right_layout.tile, item_bytes, right_side.access, right_along_depth, threads, offset_bits,
                            asynchronous)
     left_start, right_start = primitives.copy_place(left_copy), primitives.copy_place(right_copy)
-    copy_first_left, copy_left = primitives.copy_chunks(left_copy, True), primitives.copy_chunks(left_copy, False)
-    copy_first_right, copy_right = primitives.copy_chunks(right_copy, True), primitives.copy_chunks(right_copy, False)
+    copy_first_left, copy_left = (primitives.copy_chunks(left_copy, ragged) for ragged in (True, in_order))
+    copy_first_right, copy_right = (primitives.copy_chunks(right_copy, ragged) for ragged in (True, in_order))
     commit, wait_for_next, wait_for_all = (
         primitives.commit_copies(), primitives.wait_copies(stages - 2), primitives.wait_copies(0)
     ) if asynchronous else (_nothing, _nothing, _nothing)
@@ -116,14 +128,14 @@ def make_matmul_tensor_core(constants):
     multiply = primitives.mma(kind, down, across)
     split = kind == "tf32x3"
     count = 4 * down * across
-    zeros = primitives.zeros("float32", count * (1 + split))
-    tidy, settle = (make("float32", count, True) if split else _same for make in (primitives.tidy, primitives.settle))
+    zeros = primitives.zeros(accumulator, count * (1 + split))
+    tidy, settle = (make(accumulator, count, True) if split else _same for make in (primitives.tidy, primitives.settle))
     store = primitives.store_products(left_layout, right_layout, epilogue.dtype, epilogue.access, epilogue.wide,
                                       epilogue.accumulate)
 
     # dL/db rides along in the blocks of the first tile row (or column): their warps share dZ's tile among them, and
     # read it once more, as a left operand.
-    alpha_at = primitives.scale_at(constants.number, "float32")
+    alpha_at = primitives.scale_at(constants.number, accumulator)
     result_number, sum_number = (primitives.typed(one.wide) for one in (epilogue, sums_epilogue or epilogue))
     has_sums, of_left = bool(sums_of), sums_of == "left"
     summed_size, summed_along_depth = (tile_rows, left_along_depth) if of_left else (tile_cols, right_along_depth)
@@ -132,7 +144,7 @@ def make_matmul_tensor_core(constants):
     share = fragment_layout(item_bytes, summed_size, summed_along_depth, True, share_size)
     share_places_of, summed_start = primitives.fragment_places(share), 0 if of_left else left_bytes
     load_share, load_share_second = (primitives.load_fragments(share, step) for step in (0, 1))
-    no_totals = primitives.zeros("float32", share.blocks * 4 // item_bytes)
+    no_totals = primitives.zeros(accumulator, share.blocks * max(4 // item_bytes, 1))
     add_depths, store_totals = primitives.add_depths(kind, share), primitives.store_depth_sums(
         kind, share, *(sums_epilogue or epilogue))
 
@@ -145,8 +157,8 @@ def make_matmul_tensor_core(constants):
         """The main loop: all tiles are multiplied and, if it adds, the warp's share of dZ's tiles is added up."""
 
         @cuda.jit(device=True, inline="always")
-        def walk(shared, tiles, left_at, left_stride, left_step, rows_left, left_places, right_at, right_stride,
-                 right_step, cols_left, right_places, share_places, thread):
+        def walk(shared, tiles, left_over, left_at, left_stride, left_step, rows_left, left_places, right_at,
+                 right_stride, right_step, cols_left, right_places, share_places, thread):
             # 4. The first tile has arrived, for all warps; its first step is in registers.
             wait_for_next()
             cuda.syncthreads()
@@ -162,8 +174,9 @@ def make_matmul_tensor_core(constants):
                 right_second = load_right_second(shared, int32(now + left_bytes), right_places)
                 left_at += left_step
                 right_at += right_step
-                copy_left(shared, free, left_at, left_stride, rows_left, 0, thread)
-                copy_right(shared, int32(free + left_bytes), right_at, right_stride, cols_left, 0, thread)
+                depth_left = int32(left_over + (to_come - 1) * tile_depth)
+                copy_left(shared, free, left_at, left_stride, rows_left, depth_left, thread)
+                copy_right(shared, int32(free + left_bytes), right_at, right_stride, cols_left, depth_left, thread)
                 commit()
                 to_come = int32(to_come - 1)
                 sums = multiply(left_first, right_first, sums)
@@ -213,7 +226,8 @@ def make_matmul_tensor_core(constants):
         start = part * depth_per_part
         depth_in_part = min(depth_per_part, depth - start) if row < rows else 0
         tiles = (depth_in_part + tile_depth - 1) // tile_depth
-        first_depth = depth_in_part - (tiles - 1) * tile_depth if tiles > 0 else 0
+        left_over = depth_in_part - (tiles - 1) * tile_depth if tiles > 0 else 0
+        first_depth = min(depth_in_part, tile_depth) if in_order else left_over
         rows_left, cols_left = int32(min(rows - row, tile_rows)), int32(min(cols - col, tile_cols))
 
         # 2. This warp's place in the tile, and where its lanes read.
@@ -238,8 +252,9 @@ def make_matmul_tensor_core(constants):
             left_at += left_step
             right_at += right_step
             rows_here, cols_here = (rows_left, cols_left) if stage < tiles else (0, 0)
-            copy_left(shared, stage * stage_bytes, left_at, left_stride, rows_here, 0, thread)
-            copy_right(shared, stage * stage_bytes + left_bytes, right_at, right_stride, cols_here, 0, thread)
+            depth_left = int32(left_over + (tiles - 1 - stage) * tile_depth)
+            copy_left(shared, stage * stage_bytes, left_at, left_stride, rows_here, depth_left, thread)
+            copy_right(shared, stage * stage_bytes + left_bytes, right_at, right_stride, cols_here, depth_left, thread)
             commit()
 
         # 4 to 7. Along the depth, above: the few blocks that add dZ up have a loop of their own, so that the others
@@ -247,17 +262,17 @@ def make_matmul_tensor_core(constants):
         if has_sums and (col == 0 if of_left else row == 0):
             number = warp % shares
             share_places = share_places_of(number * share_size, lane)
-            sums, totals = walk_and_add(shared, tiles, left_at, left_stride, left_step, rows_left, left_places,
-                                        right_at, right_stride, right_step, cols_left, right_places, share_places,
-                                        thread)
+            sums, totals = walk_and_add(shared, tiles, int32(left_over), left_at, left_stride, left_step, rows_left,
+                                        left_places, right_at, right_stride, right_step, cols_left, right_places,
+                                        share_places, thread)
             begin, summed_left = (row, rows_left) if of_left else (col, cols_left)
             begin += number * share_size
             summed_left -= number * share_size
             store_totals(depth_sums, part * depth_sums_part_stride + begin * depth_sums_step, depth_sums_step,
                          summed_left if warp < shares else 0, sum_number(alpha_at(alpha, alpha_address)), lane, totals)
         else:
-            sums, _ = walk(shared, tiles, left_at, left_stride, left_step, rows_left, left_places, right_at,
-                           right_stride, right_step, cols_left, right_places, (), thread)
+            sums, _ = walk(shared, tiles, int32(left_over), left_at, left_stride, left_step, rows_left, left_places,
+                           right_at, right_stride, right_step, cols_left, right_places, (), thread)
 
         # 8. Each warp stores its results from registers. Where it is in the tile may be computed again, so that it took
         #    no registers up to here.

@@ -10,12 +10,16 @@ import densegrad
 from densegrad import reference, testing
 from densegrad.calls import recorded
 from densegrad.errors import PlanError
-from densegrad.plans import MatmulPlan, TensorCorePlan, plan_product
+from densegrad.plans import ITEM_BYTES, MatmulPlan, TensorCorePlan, plan_product
 from densegrad.testing import Placed, bits, check_within, expected, host, integers, normal, poisoned
 
 #: how numbers are multiplied: (dtype, precision)
 KINDS = {"float16": ("float16", None), "float16k8": ("float16", None), "bfloat16": ("bfloat16", None),
-         "tf32": ("float32", "tf32"), "tf32x3": ("float32", "tf32x3")}
+         "tf32": ("float32", "tf32"), "tf32x3": ("float32", "tf32x3"), "float64m8": ("float64", None),
+         "float64": ("float64", None)}
+#: the compute capability of those that have another one than most
+CAPABILITIES = {"float16k8": (7, 5), "float64": (9, 0)}
+ALL_KINDS = [pytest.param(kind, marks=[pytest.mark.hopper] * (kind == "float64")) for kind in KINDS]
 ORIENTATIONS = tuple(itertools.product((0, 1), ("in_out", "out_in")))
 FUNCTIONS = ("weight_grad", "input_grad")
 
@@ -24,8 +28,8 @@ def small_plan(rows, cols, depth, kind, parts=1, stages=3, tile=(32, 32, 32, 32)
     """One warp to a block, and tiles that small matrices have edges of."""
     dtype, precision = KINDS[kind]
     tile_rows, tile_cols, warp_rows, warp_cols = tile
-    return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows, tile_cols, 16 if dtype == "float32" else 32,
-                          warp_rows, warp_cols, stages, parts, (7, 5) if kind == "float16k8" else (8, 0))
+    return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows, tile_cols, 64 // ITEM_BYTES[dtype],
+                          warp_rows, warp_cols, stages, parts, CAPABILITIES.get(kind, (8, 0)))
 
 
 class Layer:
@@ -70,13 +74,13 @@ class Layer:
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("kinds", [("float16", "tf32x3"), ("bfloat16", "tf32")])
+@pytest.mark.parametrize("kinds", [("float16", "tf32x3"), ("bfloat16", "tf32"), ("float64m8", "float64m8")])
 def test_small_integers_are_exact_in_every_orientation(xp, function, orientation, kinds):
     kind = kinds[(orientation[0] + (function == "weight_grad")) % 2]
     Layer(function, (37, 40, 34), kind, integers, orientation).check(xp, exactly=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_any_size(xp, lane, kind):
     """Aligned and odd sizes, from nothing to across tiles, with one part and with two."""
     sizes = st.sampled_from((0, 1, 8, 32, 33, 72))
@@ -89,7 +93,7 @@ def test_any_size(xp, lane, kind):
     check()
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("kind", ["bfloat16", "tf32", "float64m8"])
 @pytest.mark.parametrize("layout", ["padded", "offset", "gaps", "upside down"])
 def test_operands_of_any_alignment(xp, kind, layout):
     """From pieces of one element to whole chunks, and strides that go backwards."""
@@ -97,7 +101,8 @@ def test_operands_of_any_alignment(xp, kind, layout):
     Layer("input_grad", (37, 40, 34), kind).check(xp, ("padded", layout), "F")
 
 
-@pytest.mark.parametrize(("kind", "out_dtype"), [("bfloat16", "float32"), ("float16", "bfloat16"), ("tf32", "float64")])
+@pytest.mark.parametrize(("kind", "out_dtype"), [("bfloat16", "float32"), ("float16", "bfloat16"), ("tf32", "float64"),
+                                                 ("float64m8", "float64"), ("float64m8", "float32")])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_accumulate_and_alpha(xp, kind, out_dtype, parts):
     layer = Layer("weight_grad", (70, 40, 34), kind, integers, parts=parts)
@@ -108,7 +113,7 @@ def test_accumulate_and_alpha(xp, kind, out_dtype, parts):
     check_within(out.read(), wanted.astype(np.float64), 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_not_finite_numbers_land_where_mathematics_puts_them(xp, kind):
     layer = Layer("weight_grad", (33, 34, 35), kind)
     layer.x[32, 33], layer.x[0, 0], layer.dz[5, 34] = np.inf, np.nan, -np.inf
@@ -117,9 +122,9 @@ def test_not_finite_numbers_land_where_mathematics_puts_them(xp, kind):
 
 @pytest.mark.parametrize(("kind", "orientation"), [
     ("float16", (0, "in_out")), ("float16k8", (0, "in_out")), ("bfloat16", (1, "out_in")), ("tf32", (0, "out_in")),
-    ("tf32", (1, "in_out")), ("tf32x3", (0, "in_out"))])
+    ("tf32", (1, "in_out")), ("tf32x3", (0, "in_out")), ("float64m8", (0, "in_out")), ("float64m8", (1, "out_in"))])
 def test_bias_rides_along(xp, kind, orientation):
-    """db is the float32 sum of dz, never of TF32; an infinity makes one entry of it infinite."""
+    """db is the float32 sum of dz, or float64, never of TF32; an infinity makes one entry of it infinite."""
     # Also of two warps that add up half of a tile each, and of two of which one adds up.
     tile = {"bfloat16": (32, 64, 32, 32), "tf32": (32, 64, 32, 32), "float16": (64, 32, 32, 32)}.get(kind, (32,) * 4)
     layer = Layer("weight_grad", (70, 40, 36), kind, orientation=orientation, parts=2, tile=tile)
@@ -131,7 +136,7 @@ def test_bias_rides_along(xp, kind, orientation):
         check_within(found, *expected(name, arrays, options, layer.plan.chain, product_error=error))
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float16k8", "tf32"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16k8", "tf32", "float64m8"])
 def test_several_warps_share_their_tiles(xp, kind):
     """A missing barrier, wait or stage is a race between them."""
     for function, stages in (("weight_grad", 2), ("input_grad", 4)):
@@ -215,7 +220,7 @@ def test_what_counts_as_zero_beside_infinity(xp, precision):
 
 @pytest.mark.parametrize(("dtype", "precision", "wanted"), [
     ("bfloat16", None, TensorCorePlan), ("bfloat16", "ieee", MatmulPlan), ("float32", None, MatmulPlan),
-    ("float32", "tf32x3", TensorCorePlan), ("float64", "ieee", MatmulPlan)])
+    ("float32", "tf32x3", TensorCorePlan)])
 def test_precision_chooses_the_unit(xp, dtype, precision, wanted):
     """By the plans that are launched, of every function where tensor cores are asked for by name."""
     x, w, dz = (xp.asarray(integers((8, 8), dtype, seed)) for seed in (1, 2, 3))

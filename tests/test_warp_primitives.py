@@ -12,10 +12,13 @@ from densegrad.signatures import Epilogue
 from densegrad.testing import bits, host, integers, launch_kernel, normal
 
 WARP = 32
-#: sums along the depth that are stored as they are
-KEPT = Epilogue("float32", 1, "float32", False)
-ITEM = {"float16": 2, "float16k8": 2, "bfloat16": 2, "tf32": 4, "tf32x3": 4}
-DTYPE = {"float16": "float16", "float16k8": "float16", "bfloat16": "bfloat16", "tf32": "float32", "tf32x3": "float32"}
+ITEM = {"float16": 2, "float16k8": 2, "bfloat16": 2, "tf32": 4, "tf32x3": 4, "float64": 8, "float64m8": 8}
+DTYPE = {"float16": "float16", "float16k8": "float16", "bfloat16": "bfloat16", "tf32": "float32", "tf32x3": "float32",
+         "float64": "float64", "float64m8": "float64"}
+#: of which this has 16 rows an instruction on 9.0 alone
+KINDS = [pytest.param(kind, marks=[pytest.mark.hopper] * (kind == "float64")) for kind in ITEM]
+#: the type of sums
+WIDE = {kind: "float64" if ITEM[kind] == 8 else "float32" for kind in ITEM}
 
 
 def run(kernel, *arguments, threads=WARP, shared_bytes=0):
@@ -25,7 +28,7 @@ def run(kernel, *arguments, threads=WARP, shared_bytes=0):
 
 def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=True):
     """left (rows, one tile's depth) times right (cols, the same), both at index 64 of shared memory, by one warp."""
-    item, dtype = ITEM[kind], DTYPE[kind]
+    item, dtype, wide = ITEM[kind], DTYPE[kind], WIDE[kind]
     layouts = [fragment_layout(item, outer, along, left, outer)
                for outer, along, left in zip(outers, along_depth, (True, False), strict=True)]
     copies = [ChunkCopy(layout.tile, item, pieces or 16 // item, along, WARP, 32, kind != "float16k8")
@@ -46,19 +49,20 @@ def product_kernel(kind, along_depth, outers=(WARP, WARP), access=(0, 0), wait=T
     multiply = primitives.mma(kind, down, across)
     count = 4 * down * across
     split = kind == "tf32x3"
-    zeros = primitives.zeros("float32", count * (1 + split))
-    settle = primitives.settle("float32", count, split)
-    tidy = primitives.tidy("float32", count, True) if split else None
-    store = primitives.store_products(left_layout, right_layout, "float32", 1, "float32", False)
+    zeros = primitives.zeros(wide, count * (1 + split))
+    settle = primitives.settle(wide, count, split)
+    tidy = primitives.tidy(wide, count, True) if split else None
+    store = primitives.store_products(left_layout, right_layout, wide, 1, wide, False)
     # Depths are added up in the order of left operands, whichever they are.
     share = fragment_layout(item, outers[1], along_depth[1], True, outers[1])
     share_places = primitives.fragment_places(share)
     share_first, share_second = (primitives.load_fragments(share, step) for step in (0, 1))
-    left_totals, right_totals = (primitives.zeros("float32", outer // 8 * 4 // item) for outer in outers)
+    left_totals, right_totals = (primitives.zeros(wide, outer // 8 * max(4 // item, 1)) for outer in outers)
     add_left, add_right = (primitives.add_depths(kind, layout) for layout in (left_layout, share))
-    store_left, store_right = (primitives.store_depth_sums(kind, layout, *KEPT) for layout in (left_layout, share))
+    kept = Epilogue(wide, 1, wide, False)
+    store_left, store_right = (primitives.store_depth_sums(kind, layout, *kept) for layout in (left_layout, share))
 
-    one = np.float32(1)
+    one = np.dtype(wide).type(1)
 
     @primitives.jit(WARP)
     def kernel(left, left_stride, right, right_stride, left_rows, right_rows, depth, out, left_sums, right_sums):
@@ -98,18 +102,18 @@ def multiply(xp, kind, left, right, along_depth=(True, True), access=(0, 0), pad
         padded[:, :rows.shape[1]] = rows
         memories.append(xp.asarray(padded))
         strides.append(padded.shape[1])
-    out, *sums = (xp.asarray(np.full(shape, np.nan, np.float32)) for shape in ((WARP, WARP), WARP, WARP))
+    out, *sums = (xp.asarray(np.full(shape, np.nan, WIDE[kind])) for shape in ((WARP, WARP), WARP, WARP))
     run(kernel, memories[0], strides[0], memories[1], strides[1], len(left), len(right), left.shape[1], out, *sums,
         shared_bytes=size)
     return host(out), *map(host, sums)
 
 
-@pytest.mark.parametrize("kind", ITEM)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("along_depth", list(itertools.product((False, True), repeat=2)))
 def test_a_warp_multiplies_tiles_of_any_orientation(xp, kind, along_depth):
     """Whole tiles, and such that end early, beyond which is NaN: zeros take its place."""
     depth = 64 // ITEM[kind]
-    for rows, cols, deep in ((WARP, WARP, depth), (24, 16, depth - 8)):
+    for rows, cols, deep in ((WARP, WARP, depth), (24, 16, depth - 8 if depth > 8 else 6)):
         left, right = integers((rows, deep), DTYPE[kind], 1), integers((cols, deep), DTYPE[kind], 2)
         found = multiply(xp, kind, left, right, along_depth, pad=8)
         wide = [np.zeros((WARP, depth)), np.zeros((WARP, depth))]
@@ -119,7 +123,7 @@ def test_a_warp_multiplies_tiles_of_any_orientation(xp, kind, along_depth):
 
 
 @pytest.mark.parametrize(("kind", "access"), [
-    ("bfloat16", (1, 2)), ("float16", (4, 1)), ("float16k8", (4, 2)), ("tf32", (1, 2))])
+    ("bfloat16", (1, 2)), ("float16", (4, 1)), ("float16k8", (4, 2)), ("tf32", (1, 2)), ("float64m8", (1, 2))])
 def test_chunks_come_in_pieces(xp, kind, access):
     """Of 2 to 8 bytes, where memory is aligned to no more; the edges lie between any two of them."""
     deep = 64 // ITEM[kind] - 3 * max(access)
@@ -172,16 +176,22 @@ def test_three_products_of_tf32_recover_float32(xp):
 
 @pytest.mark.parametrize(("item", "outer", "along_depth"), [
     (2, 32, True), (2, 128, True), (2, 32, False), (2, 64, False), (2, 256, False), (4, 64, True), (4, 32, False),
-    (4, 256, False)])
+    (4, 256, False), (8, 64, True), (8, 32, False), (8, 128, False)])
 def test_tiles_have_no_bank_conflicts(item, outer, along_depth):
-    """Eight lanes at a time meet all 32 banks: those that write neighbouring chunks, and those that read fragments."""
+    """Eight chunks at a time fill all 32 banks: neighbours, which are written, and those that fragments are read from.
+
+    Of float64 along the depth 16 lanes read halves of eight chunks.
+    """
     tile = chunk_tile(item, outer, along_depth)
     place = {(line, chunk): line * tile.chunks + (chunk ^ tile.flip(line))
              for line, chunk in np.ndindex(tile.lines, tile.chunks)}
     assert sorted(place.values()) == list(range(tile.lines * tile.chunks))
     assert tile.size == CHUNK_BYTES * len(place)
     written = [[divmod(first + n, tile.chunks) for n in range(8)] for first in range(0, len(place), 8)]
-    if item == 4 and not along_depth:
+    if item == 8 and along_depth:
+        read = [[(line + n, chunk + half) for half in (0, 1) for n in range(4)]
+                for line in range(0, tile.lines, 4) for chunk in range(0, tile.chunks, 2)]
+    elif item > 2 and not along_depth:
         read = [[(line + q, chunk + g) for g in (0, 1) for q in range(4)]
                 for line in range(0, tile.lines, 4) for chunk in range(0, tile.chunks, 2)]
     else:

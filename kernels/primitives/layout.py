@@ -370,55 +370,74 @@ class ChunkCopy(NamedTuple):
 
 
 class FragmentLayout(NamedTuple):
-    """How a warp holds its part of an operand for one mma step: one register of each lane per (8 outer indices, 16
-    bytes of depth).
+    """How a warp holds its part of an operand for one mma step, in registers of 4 bytes, or of 8 for float64.
 
-    Lane 4 g + q holds, for block b and half h, the 4 bytes at 16 h + 4 q of the step's depth, of outer index outer(b,
-    g). The operand is contiguous along the depth, or not and then of 16-bit elements or `interleaved`.
+    A register of each lane holds 8 outer indices of 16 bytes of depth, or 32: lane 4 g + q holds, for block b and half
+    h, the 4 bytes at 16 h + 4 q of the step's depth, of outer index outer(b, g); of float64 the 8 bytes at 8 q, in one
+    half alone.
     """
 
     tile: ChunkTile
+    item_bytes: int
     along_depth: bool
-    interleaved: bool  # 32-bit elements not contiguous along the depth: a lane's four neighbours belong to four blocks
     left: bool  # whether blocks come in pairs, as mma takes its left operand
     blocks: int  # of 8 outer indices
 
+    @property
+    def accumulator(self) -> str:
+        """The type of sums."""
+        return "float64" if self.item_bytes == 8 else "float32"
+
+    @property
+    def halves(self) -> int:
+        """Registers of a block."""
+        return 1 if self.item_bytes == 8 else 2
+
+    @property
+    def neighbours(self) -> int:
+        """Elements that a lane reads at once which belong to as many blocks.
+
+        Those of 16 bytes where the operand is not contiguous along the depth and ldmatrix cannot transpose it, else 1.
+        """
+        return 1 if self.along_depth or self.item_bytes == 2 else CHUNK_BYTES // self.item_bytes
+
     def outer(self, block: int, lane: int) -> int:
         """The outer index that lanes of this g hold of a block."""
-        return block // 4 * 32 + 4 * lane + block % 4 if self.interleaved else 8 * block + lane
+        group, number = divmod(block, self.neighbours)
+        return self.neighbours * (8 * group + lane) + number
 
     @property
     def order(self) -> list[tuple[int, int]]:
         """(block, half) of each register."""
-        if self.left:
-            return [(pair + block, half) for pair in range(0, self.blocks, 2) for half in (0, 1) for block in (0, 1)]
-        return [(block, half) for block in range(self.blocks) for half in (0, 1)]
+        together = 2 if self.left else 1
+        return [(first + block, half) for first in range(0, self.blocks, together)
+                for half in range(self.halves) for block in range(together)]
 
     def runs(self, access: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """(first, (block, parity) of each): neighbouring columns that a lane holds, those of lane 0 from `first` on.
 
         `paired` lanes hold half of such a run and half of the next one.
         """
-        if self.interleaved:
-            return [(8 * first, [(first + block, parity) for parity in (0, 1) for block in range(4)])
-                    for first in range(0, self.blocks, 4)]
-        if self.paired(access):
+        together = self.neighbours
+        if together == 1 and self.paired(access):
             return [(8 * block, [(block, 0), (block, 1), (block + 1, 0), (block + 1, 1)])
                     for block in range(0, self.blocks, 2)]
-        return [(8 * block, [(block, 0), (block, 1)]) for block in range(self.blocks)]
+        return [(8 * first, [(first + block, parity) for parity in (0, 1) for block in range(together)])
+                for first in range(0, self.blocks, together)]
 
     def paired(self, access: int) -> bool:
         """Whether lanes swap results with their neighbours, so that what is stored at once makes whole sectors.
 
         Even lanes keep the first half of a run and receive one, odd lanes the second half.
         """
-        return access == 4 if self.interleaved else access > 2
+        return access == self.neighbours if self.neighbours > 1 else access > 2
 
     def steps(self, access: int) -> tuple[int, int, int]:
         """Columns from even to odd lanes, from two lanes to the next two, and from half to half of a run."""
+        together = self.neighbours
         if self.paired(access):
-            return (4, 16, 8) if self.interleaved else (8, 4, 2)
-        return (8, 16, 4) if self.interleaved else (2, 4, 1)
+            return (8, 4, 2) if together == 1 else (together, 4 * together, 2 * together)
+        return 2 * together, 4 * together, together
 
 
 def chunk_tile(item_bytes: int, outer_size: int, along_depth: bool) -> ChunkTile:
@@ -426,13 +445,16 @@ def chunk_tile(item_bytes: int, outer_size: int, along_depth: bool) -> ChunkTile
     conflicts.
 
     Eight lanes are served together: eight lines of one chunk where ldmatrix reads, four lines of two where wide loads
-    do, and eight neighbouring chunks where copies write.
+    do, and eight neighbouring chunks where copies write. Where loads take 8 bytes, 16 lanes are: four lines of two
+    chunks again.
     """
     if along_depth:
         lines, chunks = outer_size, TILE_DEPTH_BYTES // CHUNK_BYTES
+        if item_bytes == 8:
+            return ChunkTile(lines, chunks, 2, 2, 2)
     else:
         lines, chunks = TILE_DEPTH_BYTES // item_bytes, outer_size * item_bytes // CHUNK_BYTES
-        if item_bytes == 4:
+        if item_bytes > 2:
             return ChunkTile(lines, chunks, 1, 4, 2)
     return ChunkTile(lines, chunks, max(8 // chunks, 1), min(chunks, 8), 1)
 
@@ -440,7 +462,7 @@ def chunk_tile(item_bytes: int, outer_size: int, along_depth: bool) -> ChunkTile
 def fragment_layout(item_bytes: int, outer_size: int, along_depth: bool, left: bool, warp_outer: int) -> FragmentLayout:
     """The fragments of a warp that takes warp_outer of a tile's outer indices."""
     tile = chunk_tile(item_bytes, outer_size, along_depth)
-    return FragmentLayout(tile, along_depth, item_bytes == 4 and not along_depth, left, warp_outer // 8)
+    return FragmentLayout(tile, item_bytes, along_depth, left, warp_outer // 8)
 
 
 def sum_pieces(dtype: str, first: int, pieces: int) -> list[tuple[int, int, int]]:

@@ -25,8 +25,20 @@ from .ptx import (
     _widen,
 )
 
-_SHAPE = {"float16": "m16n8k16", "float16k8": "m16n8k8", "bfloat16": "m16n8k16", "tf32": "m16n8k8", "tf32x3": "m16n8k8"}
-_SHORT = {"float16": "f16", "float16k8": "f16", "bfloat16": "bf16", "tf32": "tf32", "tf32x3": "tf32"}
+#: 16 rows, 8 columns and one step's depth in one instruction: the registers that it takes of left, right and sums
+_WHOLE = ((slice(4), slice(2), slice(4)),)
+#: kind -> shape and types of the instruction, and what each of those takes that make up 16 rows and 8 columns
+_MMA = {
+    "float16": ("m16n8k16.row.col.f32.f16.f16.f32", _WHOLE),
+    "float16k8": ("m16n8k8.row.col.f32.f16.f16.f32",
+                  ((slice(2), slice(1), slice(4)), (slice(2, 4), slice(1, 2), slice(4)))),
+    "bfloat16": ("m16n8k16.row.col.f32.bf16.bf16.f32", _WHOLE),
+    "tf32": ("m16n8k8.row.col.f32.tf32.tf32.f32", _WHOLE),
+    "tf32x3": ("m16n8k8.row.col.f32.tf32.tf32.f32", _WHOLE),
+    "float64": ("m16n8k4.row.col.f64.f64.f64.f64", ((slice(2), slice(1), slice(4)),)),
+    "float64m8": ("m8n8k4.row.col.f64.f64.f64.f64",
+                  ((slice(1), slice(1), slice(2)), (slice(1, 2), slice(1), slice(2, 4)))),
+}
 
 
 def _int32(value):
@@ -41,8 +53,8 @@ def _together(builder, result, code, constraints, arguments, side_effect=True):
     return called
 
 
-def _registers(count):
-    return types.UniTuple(types.uint32, count)
+def _registers(count, item_bytes=4):
+    return types.UniTuple(types.float64 if item_bytes == 8 else types.uint32, count)
 
 
 # -- shared memory
@@ -205,10 +217,16 @@ def fragment_places(layout):
         low, high = builder.urem(eighth, _int32(2)), builder.udiv(eighth, _int32(2))
         block, half = (low, high) if layout.left else (high, low)
         nowhere = _int32(0)
-        if layout.interleaved:
+        if layout.neighbours > 1:
             depth, chunk = builder.urem(lane, _int32(4)), builder.udiv(lane, _int32(4))
-            chunk = builder.add(builder.udiv(first, _int32(4)), chunk)
+            chunk = builder.add(builder.udiv(first, _int32(layout.neighbours)), chunk)
             return _pack(builder, [_chunk_place(builder, tile, nowhere, depth, chunk)])
+        if layout.item_bytes == 8:
+            line, depth = builder.add(first, builder.udiv(lane, _int32(4))), builder.urem(lane, _int32(4))
+            within = builder.mul(builder.urem(depth, _int32(2)), _int32(8))
+            chunk = builder.udiv(depth, _int32(2))
+            return _pack(builder, [builder.add(within, _chunk_place(builder, tile, nowhere, line, builder.add(
+                chunk, _int32(2 * step)))) for step in (0, 1)])
         if layout.along_depth:
             line = builder.add(builder.add(first, builder.mul(block, _int32(8))), row)
             return _pack(builder, [_chunk_place(builder, tile, nowhere, line, builder.add(half, _int32(2 * step)))
@@ -222,7 +240,7 @@ def fragment_places(layout):
 
 
 def _places_type(layout):
-    return types.UniTuple(types.int32, 1 if layout.interleaved else 2 if layout.along_depth else layout.blocks // 2)
+    return types.UniTuple(types.int32, 1 if layout.neighbours > 1 else 2 if layout.along_depth else layout.blocks // 2)
 
 
 @cache
@@ -230,34 +248,43 @@ def load_fragments(layout, step):
     """(array, index, places) -> the registers of a FragmentLayout for a step of the tile at index.
 
     By ldmatrix, four registers at a time, transposed where the operand is not contiguous along the depth; wide
-    elements, which ldmatrix cannot transpose, by vectors of 16 bytes whose four elements are four blocks' registers.
+    elements, which ldmatrix cannot transpose, by vectors of 16 bytes whose elements are several blocks' registers, and
+    float64 along the depth, which it cannot move as a whole, one by one.
     """
-    tile = layout.tile
-    line_bytes = tile.chunks * CHUNK_BYTES
+    item_bytes, line_bytes = layout.item_bytes, layout.tile.chunks * CHUNK_BYTES
+    together = layout.neighbours if layout.neighbours > 1 else 2 if item_bytes == 8 else 4
+    letter, register = ("d", ir.DoubleType()) if item_bytes == 8 else ("r", _INT32)
+    constraints = ",".join([f"={letter}"] * together + ["r"])
+    registers = ", ".join(f"${number}" for number in range(together))
 
-    def four(builder, start, places, number):
-        if layout.interleaved:
-            group, half = divmod(number, 2)
-            offset = (STEP_BYTES // 4 * step + 4 * half) * line_bytes + group * 8 * CHUNK_BYTES
-            return "ld.shared.v4.b32", places[0], offset
-        if layout.along_depth:
-            return "ldmatrix.sync.aligned.m8n8.x4.shared.b16", places[step], number * 16 * line_bytes
-        return "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", places[number], STEP_BYTES // 2 * step * line_bytes
+    def access(number):
+        """(code, which place, (block, half) of each register)"""
+        if layout.neighbours > 1:
+            group, half = divmod(number, layout.halves)
+            offset = (STEP_BYTES // item_bytes * step + 4 * half) * line_bytes + group * 8 * CHUNK_BYTES
+            return (f"ld.shared.v{together}.b{8 * item_bytes} {{{registers}}}, [${together} + {offset}];", 0,
+                    [(group * together + block, half) for block in range(together)])
+        held = layout.order[together * number:together * (number + 1)]
+        if item_bytes == 8:
+            return " ".join(f"ld.shared.b64 ${place}, [${together} + {block * 8 * line_bytes}];"
+                            for place, (block, _) in enumerate(held)), step, held
+        offset, place = (number * 16 * line_bytes, step) if layout.along_depth else (
+            STEP_BYTES // 2 * step * line_bytes, number)
+        transposed = "" if layout.along_depth else ".trans"
+        return (f"ldmatrix.sync.aligned.m8n8.x4{transposed}.shared.b16 {{{registers}}}, [${together} + {offset}];",
+                place, held)
 
     def body(builder, array, index, places):
-        start = builder.add(array, index)
+        start, at = builder.add(array, index), _unpack(builder, places)
         found = {}
-        for number in range(layout.blocks // 2):
-            code, place, offset = four(builder, start, _unpack(builder, places), number)
-            loaded = _together(builder, ir.LiteralStructType([_INT32] * 4),
-                               f"{code} {{$0, $1, $2, $3}}, [$4 + {offset}];", "=r,=r,=r,=r,r",
-                               [builder.add(start, place)])
-            for part in range(4):
-                held = (number // 2 * 4 + part, number % 2) if layout.interleaved else layout.order[4 * number + part]
-                found[held] = builder.extract_value(loaded, part)
-        return _pack(builder, [found[held] for held in layout.order])
+        for number in range(len(layout.order) // together):
+            code, place, held = access(number)
+            loaded = _together(builder, ir.LiteralStructType([register] * together), code, constraints,
+                               [builder.add(start, at[place])])
+            found |= {one: builder.extract_value(loaded, part) for part, one in enumerate(held)}
+        return _pack(builder, [found[one] for one in layout.order])
 
-    return _expand(_registers(2 * layout.blocks), (types.int32, types.int32, _places_type(layout)), body)
+    return _expand(_registers(len(layout.order), item_bytes), (types.int32, types.int32, _places_type(layout)), body)
 
 
 @cache
@@ -267,7 +294,8 @@ def mma(kind, down, across):
     Sums are those of row block after row block, four a lane for each pair of blocks. "float16k8" is float16 in two
     instructions of 8 depths each, all that compute capability 7.5 has. Of "tf32" the operands are rounded to nearest
     first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products of the first terms,
-    then those of a first and a second one.
+    then those of a first and a second one. "float64" is added by fused multiply-adds in ascending order of the depth;
+    "float64m8" in two instructions of 8 rows each, all that compute capability 8.0 has.
     """
     halves = 2 if kind == "tf32x3" else 1
     count = 4 * down * across
@@ -286,8 +314,11 @@ def mma(kind, down, across):
         corrections = _products(builder, kind, lefts, low_rights, corrections, down, across)
         return _pack(builder, main + corrections)
 
-    fragment = _fragment_type("float32", halves * count)
-    return _expand(fragment, (_registers(4 * down), _registers(2 * across), fragment), body)
+    lefts, rights = (one.stop for one in _MMA[kind][1][-1][:2])
+    accumulator, item_bytes = ("float64", 8) if kind.startswith("float64") else ("float32", 4)
+    fragment = _fragment_type(accumulator, halves * count)
+    return _expand(fragment, (_registers(lefts * down, item_bytes), _registers(rights * across, item_bytes), fragment),
+                   body)
 
 
 #: two ones of half precision
@@ -300,7 +331,7 @@ def add_depths(kind, layout):
 
     There is a sum for each outer index of a FragmentLayout. Half precision is multiplied by ones: totals are mma's
     four sums for each two blocks, of which the second and fourth repeat the others. float32 is added as it is, not as
-    TF32: one total for each block and lane, of the depths that the lane holds.
+    TF32, and float64: one total for each block and lane, of the depths that the lane holds, in ascending order.
     """
     half = kind in _ONES
     add = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _INT32])
@@ -312,11 +343,12 @@ def add_depths(kind, layout):
                 sums = _products(builder, kind, registers, [_int32(_ONES[kind])] * 2, sums, layout.blocks // 2, 1)
                 continue
             for (block, _), register in zip(layout.order, registers, strict=True):
-                sums[block] = builder.asm(add, "add.f32 $0, $1, $2;", "=f,f,r", [sums[block], register],
-                                          side_effect=False)
+                sums[block] = builder.fadd(sums[block], register) if layout.item_bytes == 8 else builder.asm(
+                    add, "add.f32 $0, $1, $2;", "=f,f,r", [sums[block], register], side_effect=False)
         return _pack(builder, sums)
 
-    fragment, registers = _fragment_type("float32", layout.blocks * (1 + half)), _registers(2 * layout.blocks)
+    fragment = _fragment_type(layout.accumulator, layout.blocks * (1 + half))
+    registers = _registers(len(layout.order), layout.item_bytes)
     return _expand(fragment, (registers, registers, fragment), body)
 
 
@@ -328,24 +360,25 @@ def store_depth_sums(kind, layout, dtype, access, wide, accumulate):
     rounded once to dtype; one by one, so access is 1.
     """
     half = kind in _ONES
+    over_quarters = _in_order_over_quarters if layout.item_bytes == 8 else _over_quarters
 
     def body(builder, address, index, step, left, alpha, lane, totals):
         sums = _unpack(builder, totals)
-        sums = sums[::2] if half else [_over_quarters(builder, total) for total in sums]
+        sums = sums[::2] if half else [over_quarters(builder, total) for total in sums]
         group = builder.udiv(lane, _int32(4))
         first = builder.icmp_unsigned("==", builder.urem(lane, _int32(4)), _int32(0))
         for block, total in enumerate(sums):
             outer = builder.add(builder.mul(group, _int32(layout.outer(0, 1))), _int32(layout.outer(block, 0)))
             with builder.if_then(builder.and_(first, builder.icmp_signed("<", outer, left))):
                 place = builder.add(index, builder.mul(builder.sext(outer, _INT64), step))
-                value = _times(builder, _widen(builder, total, "float32", wide), alpha)
+                value = _times(builder, _widen(builder, total, layout.accumulator, wide), alpha)
                 if accumulate:
                     before, = _load_global(builder, address, place, dtype, 1)
                     value = builder.fadd(value, _widen(builder, before, dtype, wide))
                 _store_global(builder, address, place, dtype, _narrowed(builder, [value], wide, dtype))
 
     return _expand(types.none, (types.int64, types.int64, types.int64, types.int32, _NUMBA[wide], types.int32,
-                                _fragment_type("float32", layout.blocks * (1 + half))), body)
+                                _fragment_type(layout.accumulator, layout.blocks * (1 + half))), body)
 
 
 def _over_quarters(builder, value):
@@ -353,6 +386,14 @@ def _over_quarters(builder, value):
     for distance in (1, 2):
         value = builder.fadd(value, _of_lane(builder, value, distance))
     return value
+
+
+def _in_order_over_quarters(builder, value):
+    """((0 + 1) + 2) + 3 of them, in the first one."""
+    total = value
+    for distance in (1, 2, 3):
+        total = builder.fadd(total, _of_lane(builder, value, distance))
+    return total
 
 
 def _of_lane(builder, value, distance):
@@ -374,27 +415,27 @@ def of_lane(dtype, count, distance):
 
 
 def _products(builder, kind, left, right, sums, down, across):
-    name = f"mma.sync.aligned.{_SHAPE[kind]}.row.col.f32.{_SHORT[kind]}.{_SHORT[kind]}.f32"
-    halves = 2 if kind == "float16k8" else 1
-    lefts, rights = 4 // halves, 2 // halves
-
-    def numbered(first, count):
-        return "{" + ", ".join(f"${number}" for number in range(first, first + count)) + "}"
-
-    code = (f"{name} {numbered(0, 4)}, {numbered(4, lefts)}, {numbered(4 + lefts, rights)}, "
-            f"{numbered(4 + lefts + rights, 4)};")
-    constraints = ",".join(["=f"] * 4 + ["r"] * (lefts + rights) + ["f"] * 4)
+    shape, pieces = _MMA[kind]
+    double = kind.startswith("float64")
+    letter, of_operands, register = ("d", "d", ir.DoubleType()) if double else ("f", "r", ir.FloatType())
+    of_left, of_right, of_sums = (one.stop for one in pieces[0])
+    lefts, rights = (one.stop for one in pieces[-1][:2])
+    counts = of_sums, of_left, of_right, of_sums
+    numbers = iter(range(sum(counts)))
+    operands = ", ".join("{" + ", ".join(f"${next(numbers)}" for _ in range(count)) + "}" for count in counts)
+    code = f"mma.sync.aligned.{shape} {operands};"
+    constraints = ",".join([f"={letter}"] * of_sums + [of_operands] * (of_left + of_right) + [letter] * of_sums)
+    result = ir.LiteralStructType([register] * of_sums)
     totals = []
     for i in range(down):
         for j in range(across):
             place = 4 * (i * across + j)
             total = sums[place:place + 4]
-            for half in range(halves):
-                begin, beside = 4 * i + half * lefts, 2 * j + half * rights
-                arguments = [*left[begin:begin + lefts], *right[beside:beside + rights], *total]
-                product = _together(builder, ir.LiteralStructType([ir.FloatType()] * 4), code, constraints, arguments,
-                                    side_effect=False)
-                total = [builder.extract_value(product, part) for part in range(4)]
+            rows, cols = left[lefts * i:lefts * (i + 1)], right[rights * j:rights * (j + 1)]
+            for some_rows, some_cols, some in pieces:
+                product = _together(builder, result, code, constraints,
+                                    [*rows[some_rows], *cols[some_cols], *total[some]], side_effect=False)
+                total[some] = [builder.extract_value(product, part) for part in range(of_sums)]
             totals += total
     return totals
 
@@ -438,8 +479,7 @@ def store_products(rows, cols, dtype, access, wide, accumulate):
     once. Up to access neighbours of a row are stored at a time, for which lanes swap results with the lanes beside
     them.
     """
-    across = cols.blocks
-
+    across, accumulator = cols.blocks, rows.accumulator
     to_odd, to_next, to_second = cols.steps(access)
 
     def body(builder, address, index, row_stride, col_stride, rows_left, cols_left, alpha, lane, sums):
@@ -461,7 +501,7 @@ def store_products(rows, cols, dtype, access, wide, accumulate):
                     col = builder.add(lane_col, _int32(first + after))
                     inside = builder.and_(row_inside, builder.icmp_signed("<", col, cols_left))
                     place = builder.add(start, builder.mul(builder.sext(col, _INT64), col_stride))
-                    part = [_times(builder, _widen(builder, value, "float32", wide), alpha)
+                    part = [_times(builder, _widen(builder, value, accumulator, wide), alpha)
                             for value in held[position:position + width]]
                     old = _load_global(builder, address, place, dtype, width, inside) if accumulate else None
                     pieces.append((inside, place, part, old))
@@ -474,4 +514,4 @@ def store_products(rows, cols, dtype, access, wide, accumulate):
 
     alpha_type = types.float64 if wide == "float64" else types.float32
     return _expand(types.none, (types.int64, types.int64, types.int64, types.int64, types.int32, types.int32,
-                                alpha_type, types.int32, _fragment_type("float32", 2 * rows.blocks * across)), body)
+                                alpha_type, types.int32, _fragment_type(accumulator, 2 * rows.blocks * across)), body)

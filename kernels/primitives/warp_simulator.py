@@ -9,7 +9,7 @@ import threading
 import numpy as np
 
 from .factories import cache
-from .layout import CHUNK_BYTES, LANES
+from .layout import CHUNK_BYTES, LANES, STEP_BYTES
 from .simulator import _TYPE, _quiet
 
 #: seconds after which lanes stop waiting for one that does not come
@@ -196,8 +196,8 @@ def fragment_places(layout):
 def load_fragments(layout, step):
     """(array, index, places) -> the registers of a FragmentLayout for a step of the tile at index.
 
-    As ldmatrix does it: each lane names a row of a matrix, and takes two of its 16-bit elements or, transposed, of a
-    column.
+    Wide elements are read by the lane that holds them, others as ldmatrix does it: each lane names a row of a matrix,
+    and takes two of its 16-bit elements or, transposed, of a column.
     """
     tile, order = layout.tile, layout.order
 
@@ -205,10 +205,14 @@ def load_fragments(layout, step):
         return CHUNK_BYTES * (line * tile.chunks + (chunk ^ tile.flip(line)))
 
     def wide(array, index, places):
-        (first, lane), found = places, np.zeros(2 * layout.blocks, np.uint32)
+        """Each lane reads what it holds, in vectors or one by one."""
+        (first, lane), size = places, layout.item_bytes
+        found = np.zeros(len(order), np.float64 if size == 8 else np.uint32)
         for position, (block, half) in enumerate(order):
-            start = place(8 * step + 4 * half + lane % 4, first // 4 + block // 4 * 8 + lane // 4)
-            found[position] = array.span(index + start, CHUNK_BYTES).view(np.uint32)[block % 4]
+            outer, depth = first + layout.outer(block, lane // 4), STEP_BYTES // size * step + 4 * half + lane % 4
+            line, along = (outer, depth) if layout.along_depth else (depth, outer)
+            chunk, number = divmod(along * size, CHUNK_BYTES)
+            found[position] = array.span(index + place(line, chunk) + number, size).view(found.dtype)[0]
         return found
 
     def matrices(rows):
@@ -230,7 +234,7 @@ def load_fragments(layout, step):
             rows.append(array.span(index + start, CHUNK_BYTES))
         return exchange(matrices, np.array(rows))
 
-    return wide if layout.interleaved else by_matrix
+    return wide if layout.neighbours > 1 or layout.item_bytes == 8 else by_matrix
 
 
 @cache
@@ -240,7 +244,9 @@ def mma(kind, down, across):
     Sums are those of row block after row block, four a lane for each pair of blocks. "float16k8" is float16 in two
     instructions of 8 depths each, all that compute capability 7.5 has. Of "tf32" the operands are rounded to nearest
     first. "tf32x3" cuts each operand into two such terms; its sums are twice as many: the products of the first terms,
-    then those of a first and a second one. Products are exact, and each instruction's sum is rounded once.
+    then those of a first and a second one. Products are exact, and each instruction's sum is rounded once. "float64"
+    and "float64m8" are added in ascending order of the depth, each product and each sum rounded, where the device
+    rounds once.
     """
 
     def all_lanes(values):
@@ -252,7 +258,7 @@ def mma(kind, down, across):
             return np.hstack([product(left, right, main), product(left, low_right, corrections)])
         if kind == "tf32":
             left, right = _round_tf32(left), _round_tf32(right)
-        return product(left, right, sums)
+        return (in_order if kind.startswith("float64") else product)(left, right, sums)
 
     def product(left, right, sums):
         """The lanes' registers as matrices, multiplied, and the sums back in registers."""
@@ -260,11 +266,27 @@ def mma(kind, down, across):
         # depth, q, ...)
         rows = _numbers(left, kind).reshape(8, 4, down, 2, 2, -1).transpose(2, 4, 0, 3, 1, 5).reshape(16 * down, -1)
         cols = _numbers(right, kind).reshape(8, 4, across, 2, -1).transpose(2, 0, 3, 1, 4).reshape(8 * across, -1)
-        # sums: lane (g, q), (i, j, half of rows, parity) -> rows (i, half of rows, g), columns (j, q, parity)
-        old = sums.reshape(8, 4, down, across, 2, 2).transpose(2, 4, 0, 3, 1, 5).reshape(16 * down, 8 * across)
+        old = matrix_of(sums)
         for depths in np.split(np.arange(rows.shape[1]), 2 if kind == "float16k8" else 1):
             old = (rows[:, depths] @ cols[:, depths].T + old).astype(np.float32)
-        return old.reshape(down, 2, 8, across, 4, 2).transpose(2, 4, 0, 3, 1, 5).reshape(LANES, -1)
+        return registers_of(old)
+
+    def in_order(left, right, sums):
+        """The same for float64, of which a lane holds one depth."""
+        # left: lane (g, q), blocks (i, half of rows) -> depth q, rows (i, half of rows, g)
+        rows = left.reshape(8, 4, down, 2).transpose(1, 2, 3, 0).reshape(4, 16 * down)
+        cols = right.reshape(8, 4, across).transpose(1, 2, 0).reshape(4, 8 * across)
+        old = matrix_of(sums)
+        for row, col in zip(rows, cols, strict=True):
+            old = old + row[:, None] * col
+        return registers_of(old)
+
+    def matrix_of(sums):
+        # lane (g, q), (i, j, half of rows, parity) -> rows (i, half of rows, g), columns (j, q, parity)
+        return sums.reshape(8, 4, down, across, 2, 2).transpose(2, 4, 0, 3, 1, 5).reshape(16 * down, 8 * across)
+
+    def registers_of(matrix):
+        return matrix.reshape(down, 2, 8, across, 4, 2).transpose(2, 4, 0, 3, 1, 5).reshape(LANES, -1)
 
     all_lanes = _quiet(all_lanes)
     return lambda left, right, sums: exchange(all_lanes, (left, right, sums))
@@ -298,9 +320,9 @@ def add_depths(kind, layout):
 
     There is a sum for each outer index of a FragmentLayout. Half precision is multiplied by ones: totals are mma's
     four sums for each two blocks, of which the second and fourth repeat the others. float32 is added as it is, not as
-    TF32: one total for each block and lane, of the depths that the lane holds.
+    TF32, and float64: one total for each block and lane, of the depths that the lane holds, in ascending order.
     """
-    held = [[layout.order.index((block, half)) for half in (0, 1)] for block in range(layout.blocks)]
+    held = [[layout.order.index((block, half)) for half in range(layout.halves)] for block in range(layout.blocks)]
 
     def all_lanes(values):
         *steps, totals = (np.array(part) for part in zip(*values, strict=True))
@@ -314,12 +336,12 @@ def add_depths(kind, layout):
     def alone(values):
         *steps, totals = values
         for fragments in steps:
-            for half in (0, 1):
-                totals = totals + fragments[[places[half] for places in held]].view(np.float32)
+            for places in zip(*held, strict=True):
+                totals = totals + fragments[[*places]].view(totals.dtype)
         return totals
 
     all_lanes = _quiet(all_lanes)
-    together = not kind.startswith("tf32")
+    together = layout.item_bytes == 2
     add = (lambda values: exchange(all_lanes, values)) if together else _quiet(alone)
     return lambda first, second, totals: add((first, second, totals))
 
@@ -336,10 +358,17 @@ def store_depth_sums(kind, layout, dtype, access, wide, accumulate):
         pairs = np.array(values).reshape(8, 2, 2, -1).sum(axis=2)
         return np.repeat(pairs.sum(axis=1), 4, axis=0)
 
-    over_quarters = _quiet(over_quarters)
+    def in_order(values):
+        quarters = np.array(values).reshape(8, 4, -1)
+        total = quarters[:, 0]
+        for quarter in range(1, 4):
+            total = total + quarters[:, quarter]
+        return np.repeat(total, 4, axis=0)
+
+    over_quarters = _quiet(in_order if layout.item_bytes == 8 else over_quarters)
 
     def run(address, index, step, left, alpha, lane, totals):
-        sums = totals[::2] if not kind.startswith("tf32") else exchange(over_quarters, totals)
+        sums = totals[::2] if layout.item_bytes == 2 else exchange(over_quarters, totals)
         for block, total in enumerate(sums):
             outer = layout.outer(block, lane // 4)
             if lane % 4 == 0 and outer < left:

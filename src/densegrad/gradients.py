@@ -167,6 +167,7 @@ def weight_grad(x: Array[Kind], dz: Array[Kind], *, batch_axis: int = 0, weight_
         default, where their products are exact. float32 does not: "tf32" rounds it to 11 significant bits there,
         "tf32x3" multiplies two such terms of it, to float32's accuracy. That holds for operands that are 0 or at least
         2^-126 in magnitude ("tf32x3": 2^-114); smaller ones are off by up to 2^-136, below which they count as 0.
+        float64 is multiplied and added as IEEE 754 says wherever that is done.
     plan : MatmulPlan, TensorCorePlan, HopperPlan or ThinPlan, optional
         How to compute it, instead of what `plans.plan_product` says.
 
@@ -185,7 +186,7 @@ def weight_grad(x: Array[Kind], dz: Array[Kind], *, batch_axis: int = 0, weight_
     -----
     Without `precision`, float32 is true float32 and never TF32. Sums are float32, for float64 float64. Equal inputs
     give equal bits on every run; on every GPU, too, except from tensor cores, whose sums are rounded differently by
-    each generation. 2 * S * D * M flops. An empty batch gives zeros.
+    each generation (float64's are not). 2 * S * D * M flops. An empty batch gives zeros.
     Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, section 6.5.
 
     Examples
@@ -249,9 +250,10 @@ def weight_bias_grad(x: Array[Kind], dz: Array[Kind], *, batch_axis: int = 0,
     -----
     db has the same bits on every run, and from FMA units on every device, but not those of `bias_grad`, since its order
     of additions follows the plan of dw. By a MatmulPlan thread row r of R adds the samples r, r + R, ... of each part,
-    the R sums are added in ascending order, then the parts; by a ThinPlan db is added as each row of dw is; by a
-    HopperPlan the tiles that read the same columns of dz share its samples in steps of 64. It leaves db of a transposed
-    dz to a sum of its own, with the bits of `bias_grad`; so does a ThinPlan for at most 8 outputs and over 8 inputs.
+    the R sums are added in ascending order, then the parts; of float64 R is 4, by any plan. By a ThinPlan db is added
+    as each row of dw is; by a HopperPlan the tiles that read the same columns of dz share its samples in steps of 64.
+    It leaves db of a transposed dz to a sum of its own, with the bits of `bias_grad`; so does a ThinPlan for at most 8
+    outputs and over 8 inputs.
 
     Examples
     --------

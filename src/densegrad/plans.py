@@ -13,6 +13,7 @@ from .families.matmul_simt import MATMUL_TILES, SHARED_BYTES, MatmulPlan, transp
 from .families.matmul_tensor_core import (
     DYNAMIC_SHARED_BYTES,
     FLOAT16_CAPABILITY,
+    FLOAT64_CAPABILITIES,
     TENSOR_CORE_CAPABILITY,
     TENSOR_CORE_TILES,
     TF32,
@@ -42,6 +43,7 @@ __all__ = [
     "CROSS_ENTROPY",
     "DYNAMIC_SHARED_BYTES",
     "FLOAT16_CAPABILITY",
+    "FLOAT64_CAPABILITIES",
     "GRID_Y",
     "HOPPER",
     "HOPPER_STAGES",

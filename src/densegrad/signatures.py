@@ -271,7 +271,7 @@ class MatmulTensorCore(NamedTuple):
     """A product on tensor cores."""
 
     dtype: str
-    kind: str  # what is multiplied: "float16", "bfloat16", "tf32", "tf32x3"; "float16k8" by capability 7.5's mma
+    kind: str  # what is multiplied: "float16", "bfloat16", "tf32", "tf32x3", "float64"; see primitives.mma
     tile_rows: int
     tile_cols: int
     warp_rows: int  # results of a warp

@@ -3,7 +3,8 @@
 A plan's time is a sum of terms that follow from its sizes, each times a coefficient that is not negative. Those of the
 main loop and of a wave belong to the tile, the others to the kind of product and the order of its operands. They were
 fitted by `python -m benchmarks.fit` and stand in data/plan_costs.json, with the number of rows behind each. What no row
-covers is an extrapolation, which the cost calls "not measured". float64 has no rows: a nominal model stands in.
+covers is an extrapolation, which the cost calls "not measured". float64 has no rows, on FMA units and on tensor cores:
+a nominal model stands in.
 """
 from __future__ import annotations
 
@@ -101,22 +102,18 @@ def cost_of(plan: Any, order: str) -> ProductCost | None:
 
 def _nominal(plan: Any) -> ProductCost:
     """A float64 plan on a nominal GPU: 132 multiprocessors, 1.9 GHz, an H100's bytes a cycle. Nothing is measured."""
-    blocks, warps = plan.tiles * plan.parts, ceil_div(plan.threads, 32)
-    # A warp's issue slots for one step of the depth, of which a multiply-add takes two; or, if that is longer, the
-    # cycles in which shared memory, which the four schedulers share, serves its accesses of 16 bytes a thread.
-    fragments = (plan.thread_rows + plan.thread_cols) // 2
-    copies = ceil_div((plan.tile_rows + plan.tile_cols) * plan.tile_depth // 2, plan.threads)
-    step = max(plan.tile_depth * (2 * plan.thread_rows * plan.thread_cols + fragments) + 4 * copies + 16,
-               16 * (plan.tile_depth * fragments + copies))
-    # Blocks that share a multiprocessor share its four schedulers, and hide one another's latency of 700 cycles.
-    each = ceil_div(blocks, MULTIPROCESSORS)
-    registers = 2 * plan.thread_rows * plan.thread_cols + 64
-    resident = max(min(each, 65536 // (registers * warps * 32), 32), 1)
+    warps, each = ceil_div(plan.threads, 32), ceil_div(plan.tiles * plan.parts, MULTIPROCESSORS)
+    resident = max(min(each, 65536 // ((plan.sums + 64) * warps * 32), 32), 1)
     steps = ceil_div(min(plan.depth_per_part, max(plan.depth, 1)), plan.tile_depth)
-    waves = ceil_div(each, resident)
-    loop, rest = waves * steps * max(step * ceil_div(warps * resident, 4), 700), 1500 * waves
+
+    def wave(blocks: int) -> int:
+        """Blocks that share a multiprocessor share its four schedulers, and hide one another's latency of 700 cycles,
+        in which all stages but one are filled."""
+        return steps * max(plan.step_cycles * ceil_div(warps * blocks, 4), 700 // (plan.stages - 1)) if blocks else 0
+
+    loop, rest = each // resident * wave(resident) + wave(each % resident), 1500 * ceil_div(each, resident)
     moved, workspace = matrices_bytes(plan), 2 * plan.workspace_bytes
-    memory = max((moved + workspace) / 15, (plan.loaded_bytes + workspace) / 40) / MULTIPROCESSORS
+    memory = max((moved + workspace) / 15, (plan.loaded_bytes + workspace) / 24) / MULTIPROCESSORS
     parts = 5000 + 175 * plan.parts if plan.parts > 1 else 0
     overlapping = max(memory - loop - rest, 0.0)
     return ProductCost(loop / 1900, rest / 1900, overlapping / 1900, parts / 1900,

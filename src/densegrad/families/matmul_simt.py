@@ -109,8 +109,7 @@ class MatmulPlan(Tiling):
 
         384 of smaller blocks: a few more than 128 registers keep the linked code from spilling.
         """
-        sums = self.thread_rows * self.thread_cols * ITEM_BYTES[self.accumulator] // 4
-        resident = 256 if sums > 64 else 512 if self.threads >= 256 else 384
+        resident = 256 if self.sums > 64 else 512 if self.threads >= 256 else 384
         return max(min(resident // (32 * ceil_div(self.threads, 32)), 16), 1)
 
     def _blocks_for(self, *sides: Side) -> int:
@@ -128,9 +127,14 @@ class MatmulPlan(Tiling):
         return self.blocks_per_multiprocessor
 
     @property
+    def stages(self) -> int:
+        """Slots for tiles in shared memory."""
+        return 2
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: two stages of both tiles."""
-        return 2 * self.tile_depth * (self.tile_rows + self.tile_cols) * ITEM_BYTES[self.accumulator]
+        return self.stages * self.tile_depth * (self.tile_rows + self.tile_cols) * ITEM_BYTES[self.accumulator]
 
     @property
     def kind(self) -> str:
@@ -141,6 +145,23 @@ class MatmulPlan(Tiling):
     def unit(self) -> tuple[int, int]:
         """The results of a thread."""
         return self.thread_rows, self.thread_cols
+
+    @property
+    def step_cycles(self) -> int:
+        """For which a warp of float64 keeps its scheduler busy in each tile.
+
+        Issue slots, of which a multiply-add takes two; or, if that is longer, the cycles in which shared memory, which
+        four schedulers share, serves its accesses of 16 bytes a thread.
+        """
+        fragments = (self.thread_rows + self.thread_cols) // 2
+        copies = ceil_div((self.tile_rows + self.tile_cols) * self.tile_depth // 2, self.threads)
+        return max(self.tile_depth * (2 * self.thread_rows * self.thread_cols + fragments) + 4 * copies + 16,
+                   16 * (self.tile_depth * fragments + copies))
+
+    @property
+    def sums(self) -> int:
+        """Registers of a thread for sums."""
+        return self.thread_rows * self.thread_cols * ITEM_BYTES[self.accumulator] // 4
 
     def explain(self) -> str:
         """The plan in words, with its reasons and what the model says."""

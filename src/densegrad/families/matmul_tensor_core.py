@@ -35,6 +35,8 @@ DYNAMIC_SHARED_BYTES = 99 * 1024
 TENSOR_CORE_CAPABILITY = (8, 0)
 #: the first one with 8 depths of float16 an instruction, and what stages may take of shared memory there
 FLOAT16_CAPABILITY, FLOAT16_SHARED_BYTES = (7, 5), 64 * 1024
+#: those on which float64 is faster on tensor cores: by 8 rows an instruction, and by 16, which newer ones have too
+FLOAT64_CAPABILITIES = ((8, 0), (9, 0))
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ class TensorCorePlan(Tiling):
     rows, cols, depth : int
         Sizes, as of a MatmulPlan.
     dtype : str
-        Of the operands: float16, bfloat16 or float32.
+        Of the operands: float16, bfloat16, float32 or float64.
     precision : str or None
-        What float32 is multiplied as: "tf32" or "tf32x3". None for float16 and bfloat16, whose products are exact.
+        What float32 is multiplied as: "tf32" or "tf32x3". None for float16 and bfloat16, whose products are exact, and
+        for float64, which is multiplied and added as on FMA units.
     tile_rows, tile_cols, tile_depth : int
         What a block multiplies at a time; powers of two, the depth 64 bytes.
     warp_rows, warp_cols : int
@@ -58,8 +61,9 @@ class TensorCorePlan(Tiling):
     parts : int
         How many pieces the depth is cut into, which are added in ascending order afterwards.
     capability : tuple of int
-        The compute capability whose instructions are taken, which the GPU must have: (8, 0), or (7, 5) for float16 by 8
-        depths an instruction and copies that pass through registers; two stages are enough for those.
+        The compute capability whose instructions are taken, which the GPU must have: (8, 0); (7, 5) for float16 by 8
+        depths an instruction and copies that pass through registers, for which two stages are enough; or (9, 0) for
+        float64 by 16 rows an instruction, twice as fast there.
 
     Raises
     ------
@@ -83,7 +87,7 @@ class TensorCorePlan(Tiling):
 
     def __post_init__(self) -> None:
         check_integers(self)
-        check_choice("plan: dtype", self.dtype, ("float16", "bfloat16", "float32"))
+        check_choice("plan: dtype", self.dtype, ITEM_BYTES)
         if self.dtype == "float32":
             check_choice("plan: precision of float32", self.precision, TF32)
         elif self.precision is not None:
@@ -101,18 +105,17 @@ class TensorCorePlan(Tiling):
             raise PlanError(f"tile_depth must be {TILE_DEPTH_BYTES} bytes, {TILE_DEPTH_BYTES // item} of {self.dtype}; "
                             f"got {self.tile_depth}")
         if self.sums > 128:
-            raise PlanError(f"a thread has registers for 128 sums; got warps with {self.sums} (make them smaller)")
+            raise PlanError(f"a thread has 128 registers for sums; got warps with {self.sums} (make them smaller)")
         most, least = 4 * min(self.tile_rows, self.tile_cols), max(self.tile_rows, self.tile_cols) * item // 16
         if not least <= self.threads <= min(most, 1024):
             raise PlanError(f"these tiles are copied by {least} to {min(most, 1024)} threads; got {self.threads} "
                             "(change the warps' tiles)")
-        limits = {TENSOR_CORE_CAPABILITY: DYNAMIC_SHARED_BYTES}
-        if self.dtype == "float16":
-            limits[FLOAT16_CAPABILITY] = FLOAT16_SHARED_BYTES
-        if self.capability not in limits:
-            raise PlanError(f"capability must be {TENSOR_CORE_CAPABILITY}, or {FLOAT16_CAPABILITY} for float16; got "
-                            f"{self.capability!r} for {self.dtype}")
-        limit = limits[self.capability]
+        known = {"float16": (FLOAT16_CAPABILITY, TENSOR_CORE_CAPABILITY), "float64": FLOAT64_CAPABILITIES}.get(
+            self.dtype, (TENSOR_CORE_CAPABILITY,))
+        if self.capability not in known:
+            raise PlanError(f"capability must be {' or '.join(map(str, known))} for {self.dtype}; got "
+                            f"{self.capability!r}")
+        limit = FLOAT16_SHARED_BYTES if self.capability == FLOAT16_CAPABILITY else DYNAMIC_SHARED_BYTES
         if self.stages < 2 or self.shared_bytes > limit:
             raise PlanError(f"stages must be at least 2 and take at most {limit} bytes of shared "
                             f"memory; got {self.stages}, which take {self.shared_bytes}")
@@ -127,7 +130,8 @@ class TensorCorePlan(Tiling):
     @property
     def kind(self) -> str:
         """What the operands are multiplied as, in the kernel's words."""
-        return self.precision or self.dtype + ("k8" if self.capability == FLOAT16_CAPABILITY else "")
+        older = {("float16", FLOAT16_CAPABILITY): "k8", ("float64", FLOAT64_CAPABILITIES[0]): "m8"}
+        return self.precision or self.dtype + older.get((self.dtype, self.capability), "")
 
     @property
     def threads(self) -> int:
@@ -136,8 +140,9 @@ class TensorCorePlan(Tiling):
 
     @property
     def sums(self) -> int:
-        """Registers of a thread for sums; "tf32x3" keeps its corrections apart."""
-        return self.warp_rows * self.warp_cols // 32 * (2 if self.precision == "tf32x3" else 1)
+        """Registers of a thread for sums; "tf32x3" keeps its corrections apart, and float64 takes two for each."""
+        twice = self.precision == "tf32x3" or self.dtype == "float64"
+        return self.warp_rows * self.warp_cols // 32 * (2 if twice else 1)
 
     @property
     def shared_bytes(self) -> int:
@@ -178,6 +183,11 @@ class TensorCorePlan(Tiling):
         """The results of a warp."""
         return self.warp_rows, self.warp_cols
 
+    @property
+    def step_cycles(self) -> int:
+        """For which a warp of float64 keeps its scheduler's tensor core busy in each tile, on an H200."""
+        return self.warp_rows * self.warp_cols * self.tile_depth // 32
+
     def explain(self) -> str:
         """The plan in words, with its reasons and what the model says."""
         error, where = f"{self.chain + 1} u", ""
@@ -185,8 +195,9 @@ class TensorCorePlan(Tiling):
             error = f"({error} + {self.product_error:.2g})"
             where = f" where operands are 0 or at least 2^{_SMALLEST[self.precision]} in magnitude"
         unit = "tensor cores" + (f" in {self.precision}" if self.precision else "")
-        if self.capability == FLOAT16_CAPABILITY:
+        if self.capability != TENSOR_CORE_CAPABILITY:
             unit += " of compute capability {}.{}".format(*self.capability)
+        unit += " with the bits of FMA units" if self.dtype == "float64" else ""
         return self._explain(unit,
                              f"{self.warp_rows} x {self.warp_cols} results a warp, {self.threads} threads a block, "
                              f"{self.stages} stages", error, where)
@@ -211,24 +222,44 @@ def plan_of_tile(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     tile_rows, tile_cols, warp_rows, warp_cols, stages = tile
     return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows=tile_rows, tile_cols=tile_cols,
                           tile_depth=TILE_DEPTH_BYTES // ITEM_BYTES[dtype], warp_rows=warp_rows, warp_cols=warp_cols,
-                          stages=stages if capability == TENSOR_CORE_CAPABILITY else 2, parts=parts,
+                          stages=stages if capability >= TENSOR_CORE_CAPABILITY else 2, parts=parts,
                           capability=capability)
+
+
+def transposed_tile(tile: tuple[int, int, int, int, int]) -> tuple[int, int, int, int, int]:
+    """The tile of the transposed result."""
+    rows, cols, warp_rows, warp_cols, stages = tile
+    return cols, rows, warp_cols, warp_rows, stages
+
+
+def fits(tile: tuple[int, int, int, int, int], dtype: str, precision: str | None) -> bool:
+    """Whether a thread has registers for the sums of such a tile."""
+    return tile[2] * tile[3] <= 64 * (32 if precision == "tf32x3" or dtype == "float64" else 64)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:
     """The kernels for all kinds of products, orientations and tiles, by name."""
-    for dtype, precision in (("float16", None), ("bfloat16", None), ("float32", "tf32"), ("float32", "tf32x3")):
-        large, small = TENSOR_CORE_TILES[2 if precision == "tf32x3" else 0], TENSOR_CORE_TILES[-1]
+    for dtype, precision, capability in (
+            *((*kind, TENSOR_CORE_CAPABILITY) for kind in (("float16", None), ("bfloat16", None), ("float32", "tf32"),
+                                                           ("float32", "tf32x3"))),
+            *(("float64", None, capability) for capability in FLOAT64_CAPABILITIES)):
+        kind, on = (dtype, precision), {"capability": capability}
+        large, small = next(tile for tile in TENSOR_CORE_TILES if fits(tile, *kind)), TENSOR_CORE_TILES[-1]
         for along_depth in ORIENTATIONS:
-            yield from _variant((dtype, precision), large, along_depth)
+            yield from _variant(kind, large, along_depth, how=on)
             if along_depth[0] == along_depth[1]:
-                yield from _variant((dtype, precision), large, along_depth, how={"sums": True})
-                yield from _variant((dtype, precision), large, along_depth, 1023)
-            yield from _variant((dtype, precision), small, along_depth, 1023, {"accumulate": True, "sums": True,
-                                                                               "result": "float64"})
-        yield from _variant((dtype, precision), large, how={"pitch": FAR})
-        yield from _variant((dtype, precision), small, length=1023)
-        yield from _variant((dtype, precision), small, how={"result": "float32", "accumulate": True, "sums": True})
+                yield from _variant(kind, large, along_depth, how=on | {"sums": True})
+                yield from _variant(kind, large, along_depth, 1023, on)
+            yield from _variant(kind, small, along_depth, 1023, on | {"accumulate": True, "sums": True,
+                                                                      "result": "float64"})
+        yield from _variant(kind, large, how=on | {"pitch": FAR})
+        yield from _variant(kind, small, length=1023, how=on)
+        yield from _variant(kind, small, how=on | {"result": "float32", "accumulate": True, "sums": True})
+        if dtype == "float64":
+            for tile in TENSOR_CORE_TILES:
+                for turned in {tile, transposed_tile(tile)} if fits(tile, *kind) else ():
+                    for along_depth in ORIENTATIONS[:2]:
+                        yield from _variant(kind, turned, along_depth, how=on | {"sums": True})
     for tile in TENSOR_CORE_TILES:
         yield from _variant(("bfloat16", None), tile)
     for along_depth in ORIENTATIONS[:2]:

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
+from functools import lru_cache
+from math import inf, prod
 from typing import TypeVar
 
 from ..errors import PlanError
@@ -14,18 +15,21 @@ from .matmul_hopper import HALF_TYPES, HOPPER, HOPPER_STAGES, MOST_DEPTH, MOST_L
 from .matmul_simt import MATMUL_TILES, UNTRIED_TILES, MatmulPlan, transposed_tile
 from .matmul_tensor_core import (
     FLOAT16_CAPABILITY,
+    FLOAT64_CAPABILITIES,
     TENSOR_CORE_CAPABILITY,
     TENSOR_CORE_TILES,
     TF32,
     TensorCorePlan,
+    fits,
     plan_of_tile,
 )
+from .matmul_tensor_core import transposed_tile as transposed_warp_tile
 from .matmul_thin import THIN, ThinPlan, threads_of
 
 ProductPlan = MatmulPlan | TensorCorePlan | ThinPlan | HopperPlan
 #: the kinds of plans of products
 PRODUCT_PLANS = (MatmulPlan, TensorCorePlan, ThinPlan, HopperPlan)
-Chosen = TypeVar("Chosen", MatmulPlan, TensorCorePlan, ThinPlan, HopperPlan)
+Chosen = TypeVar("Chosen", bound=MatmulPlan | TensorCorePlan | ThinPlan | HopperPlan)
 
 #: a part is at least this many tile depths long
 MIN_TILES_OF_A_PART = 4
@@ -51,7 +55,25 @@ def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: st
                      order: str = "across") -> TensorCorePlan:
     """The plan with instructions that this compute capability has, chosen as by plan_matmul."""
     _check_capability(capability)
-    return _cheapest(tensor_core_candidates(rows, cols, depth, dtype, precision, _instructions(capability)), order)
+    return _cheapest(
+        tensor_core_candidates(rows, cols, depth, dtype, precision, _instructions(dtype, capability)), order)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def float64_parts(rows: int, cols: int, depth: int) -> int:
+    """How many parts the depth of a float64 product is cut into.
+
+    It follows from the sizes alone, so that kernels on FMA units and on tensor cores give the same bits: the number
+    with which, by the nominal model, both together lose least over the numbers that are best for each.
+    """
+    kinds: list[list[ProductPlan]] = [[*_uncut_on_fma_units(rows, cols, depth, "float64")],
+                                      [*_uncut_on_tensor_cores((rows, cols, depth), "float64", None)]]
+    numbers = sorted({plan.parts for wholes in kinds for whole in wholes for plan in _cuts(whole)})
+    losses = [0.0] * len(numbers)
+    for wholes in kinds:
+        least = [min(_microseconds(replace(whole, parts=parts)) for whole in wholes) for parts in numbers]
+        losses = [lost + one / min(least) for lost, one in zip(losses, least, strict=True)]
+    return numbers[losses.index(min(losses))]
 
 
 @remembered
@@ -89,15 +111,14 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     """The plan for these sizes and dtype at a precision on a GPU of this compute capability.
 
     Depends on nothing else of the GPU than whether it has the instructions: all from 8.0 on, float16's from 7.5 on;
-    9.0 has more of them for half types.
+    9.0 has more of them for half types, and those with which float64 is faster are on 8.0 and 9.0 alone.
 
     Parameters
     ----------
     precision : None, "ieee", "tf32" or "tf32x3"
-        "ieee" multiplies on FMA units, and is what None means for float32 and float64. float16 and bfloat16 go to
-        tensor cores by default, where there are any with the instructions; not where one operand is thin, and memory
-        sets the time.
-
+        "ieee" multiplies on FMA units, and is what None means for float32. float16 and bfloat16 go to tensor cores by
+        default, where there are any with the instructions; not where one operand is thin, and memory sets the time.
+        float64 goes wherever it is faster by the model: the bits are the same.
     order : "across" or "along"
         How the operands lie in memory: contiguous across the depth, as for dL/dW of x and dz in C order, or both along
         it, as for dL/dX. Where one lies each way, "across".
@@ -112,23 +133,29 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
         If a size is negative, the dtype cannot be multiplied so, or the GPU cannot do it.
     """
     _check_capability(capability)
-    plan: ProductPlan
+    plans: list[ProductPlan] = []
     on_tensor_cores = _on_tensor_cores(dtype, precision, capability)
     if on_tensor_cores:
-        plan = plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None, capability,
-                                order=order)
-    else:
-        plan = plan_matmul(rows, cols, depth, dtype, order)
+        plans.append(plan_tensor_core(rows, cols, depth, dtype, precision if precision in TF32 else None, capability,
+                                      order=order))
+    if not on_tensor_cores or dtype == "float64":
+        plans.append(plan_matmul(rows, cols, depth, dtype, order))
+    plan = min(plans, key=lambda plan: _microseconds(plan, order))
     if _may_be_hopper((rows, cols, depth), dtype, precision, capability) and aligned:
-        hopper, rival = plan_hopper(rows, cols, depth, dtype, order=order), plan.cost(order)
-        if rival is None or hopper.cost(order).total * EXTRAPOLATED < rival.total:
+        hopper = plan_hopper(rows, cols, depth, dtype, order=order)
+        if _microseconds(hopper, order) * EXTRAPOLATED < _microseconds(plan, order):
             plan = hopper
     if _may_be_thin(rows, cols, dtype, precision, on_tensor_cores):
         thin = plan_thin(rows, cols, depth, dtype, order)
-        rival = plan.cost(order)
-        if rival is None or thin.cost(order).total * EXTRAPOLATED < rival.total:
+        if _microseconds(thin, order) * EXTRAPOLATED < _microseconds(plan, order):
             return thin
     return plan
+
+
+def _microseconds(plan: ProductPlan, order: str = ORDERS[0]) -> float:
+    """What the plan takes, if its tile was measured."""
+    cost = plan.cost(order)
+    return inf if cost is None else cost.total
 
 
 def product_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None,
@@ -140,8 +167,8 @@ def product_candidates(rows: int, cols: int, depth: int, dtype: str, precision: 
     on_tensor_cores = _on_tensor_cores(dtype, precision, capability)
     if on_tensor_cores:
         plans += tensor_core_candidates(rows, cols, depth, dtype, precision if precision in TF32 else None,
-                                        _instructions(capability))
-    else:
+                                        _instructions(dtype, capability))
+    if not on_tensor_cores or dtype == "float64":
         plans += matmul_candidates(rows, cols, depth, dtype)
     if _may_be_hopper((rows, cols, depth), dtype, precision, capability) and aligned:
         plans += hopper_candidates(rows, cols, depth, dtype)
@@ -167,8 +194,10 @@ def _may_be_thin(rows: int, cols: int, dtype: str, precision: str | None, on_ten
         precision not in TF32 if dtype == "float32" else on_tensor_cores)
 
 
-def _instructions(capability: tuple[int, int]) -> tuple[int, int]:
+def _instructions(dtype: str, capability: tuple[int, int]) -> tuple[int, int]:
     """The first compute capability that has those instructions of tensor cores which this one has."""
+    if dtype == "float64" and capability >= FLOAT64_CAPABILITIES[-1]:
+        return FLOAT64_CAPABILITIES[-1]
     return TENSOR_CORE_CAPABILITY if capability >= TENSOR_CORE_CAPABILITY else FLOAT16_CAPABILITY
 
 
@@ -183,6 +212,8 @@ def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, i
     able = capability >= (FLOAT16_CAPABILITY if dtype == "float16" else TENSOR_CORE_CAPABILITY)
     check_known(precision)
     if precision not in TF32:
+        if dtype == "float64":
+            return capability in FLOAT64_CAPABILITIES
         return precision is None and half and able
     if dtype != "float32":
         cure = "float16 and bfloat16 are multiplied exactly" if half else "float64 is multiplied as it is"
@@ -216,7 +247,7 @@ def check_precision(plan: ProductPlan, precision: str | None, capability: tuple[
         As plan_product; PlanError too if the plan multiplies in another way, or with instructions that the GPU has not.
     """
     _on_tensor_cores(plan.dtype, precision, capability)
-    own = plan.precision if isinstance(plan, (TensorCorePlan, HopperPlan)) else "ieee"
+    own = plan.precision if isinstance(plan, (TensorCorePlan, HopperPlan)) and plan.dtype != "float64" else "ieee"
     if precision not in (None, own):
         how = "exactly on tensor cores" if own is None else f"with precision {own!r}"
         raise PlanError(f"plan multiplies {how}, but precision={precision!r} was asked for (leave one of them out)")
@@ -231,39 +262,41 @@ def check_precision(plan: ProductPlan, precision: str | None, capability: tuple[
 def matmul_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[MatmulPlan]:
     """Every plan that plan_matmul chooses from, and those with tiles that nobody measured, which it leaves alone."""
     check_sizes(rows=rows, cols=cols, depth=depth)
+    return [plan for whole in _uncut_on_fma_units(rows, cols, depth, dtype) for plan in _cut_into_parts(whole)]
+
+
+def _uncut_on_fma_units(rows: int, cols: int, depth: int, dtype: str) -> list[MatmulPlan]:
+    """The plan with each tile, in as few parts as can be."""
     double = dtype == "float64"
     listed = MATMUL_TILES if double else MATMUL_TILES + UNTRIED_TILES
     tiles = dict.fromkeys(tile for one in listed for tile in (one, transposed_tile(one)))
-    plans: list[MatmulPlan] = []
-    for tile_rows, tile_cols, tile_depth, thread_rows, thread_cols in tiles:
-        if double and thread_rows * thread_cols > 32:
-            continue
-        whole = MatmulPlan(rows, cols, depth, dtype, tile_rows, tile_cols, tile_depth=tile_depth,
-                           thread_rows=thread_rows, thread_cols=thread_cols, parts=ceil_div(max(depth, 1), 2**30))
-        plans += _cut_into_parts(whole)
-    return plans
+    return [MatmulPlan(rows, cols, depth, dtype, tile_rows, tile_cols, tile_depth=tile_depth, thread_rows=thread_rows,
+                       thread_cols=thread_cols, parts=_least_parts(depth))
+            for tile_rows, tile_cols, tile_depth, thread_rows, thread_cols in tiles
+            if not double or thread_rows * thread_cols <= 32]
 
 
 def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None,
                            capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> list[TensorCorePlan]:
     """Every plan that plan_tensor_core chooses from."""
     check_sizes(rows=rows, cols=cols, depth=depth)
-    tiles = dict.fromkeys(tile for r, c, i, j, stages in TENSOR_CORE_TILES
-                          for tile in ((r, c, i, j, stages), (c, r, j, i, stages)))
-    plans: list[TensorCorePlan] = []
-    parts = ceil_div(max(depth, 1), 2**30)
-    for tile in tiles:
-        if tile[2] * tile[3] <= 64 * (32 if precision == "tf32x3" else 64):
-            plans += _cut_into_parts(plan_of_tile(rows, cols, depth, dtype, precision, tile, capability=capability,
-                                                 parts=parts))
-    return plans
+    return [plan for whole in _uncut_on_tensor_cores((rows, cols, depth), dtype, precision, capability)
+            for plan in _cut_into_parts(whole)]
+
+
+def _uncut_on_tensor_cores(sizes: tuple[int, int, int], dtype: str, precision: str | None,
+                           capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> list[TensorCorePlan]:
+    """The plan with each tile for rows, cols and depth, in as few parts as can be."""
+    tiles = dict.fromkeys(tile for one in TENSOR_CORE_TILES if fits(one, dtype, precision)
+                          for tile in (one, transposed_warp_tile(one)))
+    return [plan_of_tile(*sizes, dtype, precision, tile, capability=capability, parts=_least_parts(sizes[-1]))
+            for tile in tiles]
 
 
 def hopper_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[HopperPlan]:
     """Every plan that plan_hopper chooses from."""
-    parts = ceil_div(max(depth, 1), 2**30)
     return [plan for tile_cols in HOPPER_STAGES
-            for plan in _cut_into_parts(HopperPlan(rows, cols, depth, dtype, tile_cols, parts))]
+            for plan in _cut_into_parts(HopperPlan(rows, cols, depth, dtype, tile_cols, _least_parts(depth)))]
 
 
 def thin_candidates(rows: int, cols: int, depth: int, dtype: str, order: str) -> list[ThinPlan]:
@@ -272,13 +305,24 @@ def thin_candidates(rows: int, cols: int, depth: int, dtype: str, order: str) ->
     check_choice("dtype", dtype, ITEM_BYTES)
     check_choice("order", order, ORDERS)
     plans: list[ThinPlan] = []
-    parts = ceil_div(max(depth, 1), 2**30)
     for across, along in threads_of(order, dtype, max(rows, cols), depth):
-        plans += _cut_into_parts(ThinPlan(rows, cols, depth, dtype, across, along, parts=parts))
+        plans += _cut_into_parts(ThinPlan(rows, cols, depth, dtype, across, along, parts=_least_parts(depth)))
     return plans
 
 
+def _least_parts(depth: int) -> int:
+    """How many parts there must be."""
+    return ceil_div(max(depth, 1), 2**30)
+
+
 def _cut_into_parts(whole: Chosen) -> list[Chosen]:
+    """The plan in each number of parts that it may have, which of float64 is one."""
+    if whole.dtype == "float64":
+        return [replace(whole, parts=float64_parts(whole.rows, whole.cols, whole.depth))]
+    return _cuts(whole)
+
+
+def _cuts(whole: Chosen) -> list[Chosen]:
     """The plan and those with more parts, none of them empty, whose workspace is within its bound."""
     plans = {whole.parts: whole}
     waves = {ceil_div(number * MULTIPROCESSORS, whole.tiles) for number in range(1, 9)} if whole.tiles else set()
@@ -298,10 +342,13 @@ def bias_rides_along(plan: ProductPlan) -> bool:
 
     The blocks of the first tile row spend about 2 % more instructions on it on FMA units, 10 % on tensor cores, and
     end up to that much later. By Hopper's kernel each tile row of n adds every nth step, which takes twice as long
-    then, and a second launch adds the rows of sums.
+    then, and a second launch adds the rows of sums. Of float64 it always rides along, whatever kernel runs: so db's
+    bits follow from the sizes.
     """
     if isinstance(plan, ThinPlan) and plan.rows > THIN:
         return False
+    if plan.dtype == "float64":
+        return True
     cost = plan.cost("across")
     if cost is None:
         return True
