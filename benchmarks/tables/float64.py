@@ -88,7 +88,8 @@ class EqualBits:
         sizes = 45, 42, 40
         arrays = arrays_of(self.orientation, *sizes)
         tensor = plan_of(function, self.capability, *sizes, tile=TENSOR_CORE_TILES[-1], parts=2)
-        fused = MatmulPlan(*sizes_of(function, *sizes), "float64", 32, 32, 8, 4, 4, parts=2)
+        fused = MatmulPlan(*sizes_of(function, *sizes), "float64", tile_rows=32, tile_cols=32, tile_depth=8,
+                           thread_rows=4, thread_cols=4, parts=2)
         found = []
         for plan in (tensor, fused):
             result = getattr(dg, function)(*arrays, batch_axis=axis, weight_layout=layout, plan=plan)
