@@ -49,10 +49,11 @@ ARROWS = {
     "catalogue": {"compiler", "families", "launches"},
     "estimate": {"launches"},
     "tensors": set(),
-    "device": {"cache", "compiler", "errors", "estimate", "launches", "tensors"},
-    "operands": {"device", "errors", "facts", "launches", "slips", "tensors"},
+    "containers": {"tensors"},
+    "device": {"cache", "compiler", "containers", "errors", "estimate", "launches", "tensors"},
+    "operands": {"containers", "device", "errors", "facts", "launches", "slips"},
     "tuned": {"__version__", "errors", "families"},
-    "calls": {"device", "errors", "facts", "launches", "operands", "tensors", "tuned"},
+    "calls": {"containers", "device", "errors", "facts", "launches", "operands", "tuned"},
     "prepared": {"calls", "errors", "launches", "operands", "typing"},
     "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients", "slips", "tuned",
                   "typing"},
@@ -68,8 +69,8 @@ ARROWS = {
 }
 #: what is not the standard library -> the modules that may import it
 OUTSIDE = {
-    "numpy": {"device", "operands", "reference", "tensors", "testing", "warming"},
-    "ml_dtypes": {"device", "tensors"},
+    "numpy": {"containers", "device", "operands", "reference", "tensors", "testing", "warming"},
+    "ml_dtypes": {"containers", "device", "tensors"},
     "cupy": {"device"},
     "cuda": {"cache", "device"},
     "numba": {"compiler", "device"},
@@ -166,7 +167,7 @@ def test_launches_are_made_without_numba_cupy_and_device():
         "from densegrad.families import FAMILIES; import densegrad.plans; "
         "made = [launch for family in FAMILIES for _, launch in import_module(family).variants()]; "
         "assert len(made) > 100 and all(map(str, made)); "
-        "foreign = {'numba', 'cupy', 'cuda', 'llvmlite', 'numpy', 'ml_dtypes', 'torch'} & set(sys.modules); "
+        "foreign = {'numba', 'cupy', 'cuda', 'llvmlite', 'numpy', 'ml_dtypes', 'torch', 'jax'} & set(sys.modules); "
         "own = {name for name in sys.modules if name.startswith('densegrad.')}; "
         "print(*sorted(foreign), *sorted(name for name in own if name.partition('.')[2] in sys.argv[2:]))")
     others = [module.replace("/", ".") for module in ARROWS if module not in {"errors", "slips", *OF_VALUES}]
@@ -239,7 +240,7 @@ def test_importing_takes_no_longer_than_importing_numpy():
 
 def test_importing_is_light_and_leaves_the_choice_of_device_open():
     program = ("import os, sys; before = dict(os.environ); import densegrad; "
-               "assert not {'numba', 'cupy', 'torch', 'llvmlite'} & set(sys.modules), 'imported too early'; "
+               "assert not {'numba', 'cupy', 'torch', 'jax', 'llvmlite'} & set(sys.modules), 'imported too early'; "
                "assert dict(os.environ) == before; "
                "os.environ['NUMBA_ENABLE_CUDASIM'] = '1'; import numpy; "
                "print(densegrad.bias_grad(numpy.ones((2, 3), 'float32')))")

@@ -19,12 +19,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from . import device, tensors, tuned
+from . import containers, device, tuned
 from .device import Seen
 from .errors import DeviceError, DTypeError, OutError, PrepareError, ShapeError
 from .facts import accumulator_of
 from .launches import Clear, Launch, workspace_bytes
-from .operands import LARGEST, Argument, Inputs, Target, accept_integer, accept_number, alpha_type, extent, overlap
+from .operands import (
+    LARGEST,
+    Argument,
+    Inputs,
+    Target,
+    accept_integer,
+    accept_number,
+    alpha_type,
+    check_kind,
+    cure_of_read_only,
+    extent,
+    overlap,
+)
 
 #: how many layouts of calls are kept; when another is met, the one that was described first leaves
 MOST_LAYOUTS = 4096
@@ -70,6 +82,7 @@ class Recipe:
     place: str
     accumulator: str  # of the sums, and of an alpha on the device
     like: int  # the position of the array whose kind of container new results have
+    kind: containers.Kind  # of that array
     spans: tuple[tuple[int, int] | None, ...] = ()  # of arrays, then of outs: bytes from the address that they take up
     in_place: tuple[tuple[int, int], ...] = ()  # (out, array) that may be one and the same
     check_values: Callable[[tuple, tuple], None] | None = None  # of arrays on the host, by the arrays and numbers
@@ -102,6 +115,7 @@ def recipe_of(inputs: Inputs, given: Sequence[Argument | None], targets: Sequenc
         (Number("alpha", "alpha", alpha_type(inputs, made)),
          *(Number(slot, name, types[slot]) for slot, name in numbers)),
         inputs.place, accumulator, like=next(n for n, argument in enumerate(given) if argument is inputs.dz),
+        kind=containers.kind_of(inputs.dz.array),
         spans=tuple(_span(argument) for argument in [*given, *(None if target is None else target.argument
                                                          for target in targets)]))
 
@@ -127,7 +141,8 @@ class _Kept(NamedTuple):
     recipe: Recipe
     loaded: tuple[Any, ...]
     needs_memory: bool
-    as_they_are: bool  # whether nothing is copied, and results are handed over as they were made
+    as_they_are: bool  # whether nothing is copied, results are handed over as they were made, and no guest is there
+    guests: bool  # whether arrays are those of libraries that free them whatever is queued on a stream
     watches: bool  # whether an out was given, which may overlap something
     in_place: tuple[tuple[str, int], ...]  # slots of arrays, then of outs, that are used where they lie; positions
     new: tuple[tuple[str, int, device.Maker], ...]  # slots of new arrays, positions of the results, what makes them
@@ -173,9 +188,14 @@ def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: t
         kept = _kept.get(key)
     except TypeError:  # an option that has no hash: describing refuses it, or each call describes anew
         key = kept = None
+    if kept is None:
+        guests = _taken_over(where, (arrays, outs, numbers), stream)
+        if guests is not None:
+            arrays, outs, numbers = guests
+            return [containers.given_back(one) for one in call(describe, arrays, outs, options, numbers, stream)]
     if kept is None or (kept.watches and not _as_described(kept.recipe, arrays, seen)):
         recipe = describe(arrays, outs, options)
-        kept = _described(key, recipe, arrays, numbers)
+        kept = _described(key, recipe, (arrays, outs), numbers)
     where, recipe, values = kept.where, kept.recipe, {}
     for position, (slot, largest) in enumerate(kept.ranges):
         value = numbers[position]
@@ -188,6 +208,8 @@ def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: t
         _check_apart(where, "alpha", values["alpha"], recipe, outs)
     if recipe.check_values is not None:
         recipe.check_values(arrays, numbers)
+    if kept.guests:
+        return _beside_guests(kept, (arrays, outs, seen), values, stream, (describe, options))
     pointer = where.current_stream(recipe.place) if stream is None else None
     if pointer is not None:
         return _finished(kept, (arrays, outs, seen), values, pointer, (describe, options))
@@ -195,10 +217,44 @@ def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: t
         return _finished(kept, (arrays, outs, seen), values, pointer, (describe, options))
 
 
+def _taken_over(where: Any, operands: tuple[tuple, ...], stream: Any) -> list[tuple] | None:
+    """The same with what DLPack hands over for use on the stream, or None if there is nothing of that kind."""
+    if stream is not None:
+        where.pointer(stream)
+    taken = [tuple(where.taken_over(one, stream) for one in group) for group in operands]
+    changed = any(one is not other for now, then in zip(taken, operands, strict=True)
+                  for one, other in zip(now, then, strict=True))
+    return taken if changed else None
+
+
+def _beside_guests(kept: _Kept, operands: tuple[tuple, tuple, list[Any]], values: dict[str, Any], stream: Any,
+                   described: tuple[Callable[..., Recipe], tuple]) -> list[Any]:
+    """The results of a call of guests, queued on the stream that the interface names, unless another is asked for.
+
+    All streams that come in, and the current one if that is another, wait for what is queued.
+    """
+    where, place, seen = kept.where, kept.recipe.place, operands[2]
+    streams = {one.stream for one in seen if one is not None and one.stream is not None}
+    with where.using(None, place) as current:
+        if stream is None:
+            streams.add(current)
+            stream = seen[kept.recipe.like].stream
+        with where.using(stream, place) as pointer:
+            results = _finished(kept, operands, values, pointer, described)
+            if _preparing.get() is None:
+                where.settle((operands, values), streams - {pointer}, pointer)
+    return results
+
+
 def _finished(kept: _Kept, operands: tuple[tuple, tuple, list[Any]], values: dict[str, Any], stream: int,
               described: tuple[Callable[..., Recipe], tuple]) -> list[Any]:
     """The results of a call that has been launched, or that is only being prepared."""
     preparing = _preparing.get()
+    if preparing is not None and kept.guests and not all(made.given for made in kept.recipe.made):
+        kind = containers.kind_of(operands[0][kept.recipe.like])
+        if not kind.stays:
+            raise PrepareError(f"a prepared call writes its results anew each time, which arrays of {kind.name} need "
+                               f"not show (pass {'out=, or ' * kind.written}arrays of NumPy or CuPy)")
     if preparing is not None and kept.recipe.copied:
         raise PrepareError(f"{kept.recipe.copied[0]} would have to be copied at each call: it lies on the host, or no "
                            "axis of it is contiguous (pass an array on the device, for example "
@@ -271,6 +327,8 @@ def _checked(where: Any, recipe: Recipe, number: Number, value: Any) -> Any:
     if memory is None:
         return accept_number(name, value, dtype)
     check_alpha_memory(memory, recipe.accumulator, recipe.place)
+    if containers.kind_of(value).name != "NumPy":  # whose arrays of no dimensions are numbers everywhere
+        check_kind(name, value, "the inputs", recipe.kind)
     return value
 
 
@@ -306,18 +364,21 @@ def _as_described(recipe: Recipe, arrays: tuple, seen: list[Any]) -> bool:
     return True
 
 
-def _described(key: Any, recipe: Recipe, arrays: tuple, numbers: tuple) -> _Kept:
+def _described(key: Any, recipe: Recipe, operands: tuple[tuple, tuple], numbers: tuple) -> _Kept:
     """A recipe, its values checked before its kernels are compiled, and kept for later calls unless it has no key."""
+    arrays, outs = operands
     like = arrays[recipe.like]
     where = device.current().serving(like)
     for number, value in zip(recipe.numbers, numbers, strict=True):
         _checked(where, recipe, number, value)
+    guests = any(containers.kind_of(one).guest for one in (*arrays, *outs))
     with where.using(None, recipe.place):
         loaded = where.loaded(recipe.launches, recipe.place)
     kept = _Kept(
         where, recipe, loaded,
         needs_memory=bool(recipe.workspace_bytes or recipe.copied),
-        as_they_are=not recipe.copied and where.hands_over(like),
+        as_they_are=not recipe.copied and where.hands_over(like) and not guests,
+        guests=guests,
         watches=any(made.given for made in recipe.made),
         in_place=tuple([(one.slot, one.position) for one in recipe.given if not one.copied]
                        + [(made.slot, len(arrays) + made.position) for made in recipe.made
@@ -403,7 +464,7 @@ class Bound:
             position = made.position
             if made.copied:
                 out = self.outs[position]
-                host = tensors.host_array(out)
+                host = containers.host_array(out)
                 host[...] = self.where.deliver(results[position], host)
                 results[position] = out
             elif not made.given:
@@ -412,6 +473,7 @@ class Bound:
 
     def rebind(self, changes: dict[str, Any]) -> None:
         """Fill other arrays of the same layout and other numbers in, by the names that the user has for them."""
+        changes = {name: self.where.taken_over(value, self.stream) for name, value in changes.items()}
         recipe, first_out = self.recipe, len(self.arrays)
         operands, seen = [*self.arrays, *self.outs], list(self.seen)
         places = {one.slot: one.position for one in recipe.given} | {
@@ -465,7 +527,7 @@ class Bound:
         found, needed = self.where.seen(array), self.asked[position]
         memory = None if found is None else self.where.memory(array)
         if is_out and memory is not None and memory.readonly:
-            raise OutError(f"{name} is read-only (pass an array that can be written)")
+            raise OutError(f"{name} is read-only ({cure_of_read_only(array)})")
         if found is None or not found.fits(needed):
             got = f"{type(array).__name__}" if found is None else f"{found}"
             raise PrepareError(f"{name} must have the layout that the call was prepared for, {needed}; got {got} "

@@ -14,10 +14,10 @@ import logging
 import os
 import sys
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from itertools import accumulate, groupby
 from math import prod
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import compiler, tensors
+from . import compiler, containers, tensors
 from .errors import DeviceError
 from .estimate import duration, simulated_seconds
 from .launches import ALIGNMENT, OPERAND_ALIGNMENT, Clear, Launch, Room, Slot, TensorMap
@@ -199,9 +199,11 @@ def seen_tensor(tensor: Any) -> Seen | None:
                 address)
 
 
-def _kind_of(array: Any) -> type:
-    """The kind of container that an array is: of parameters that of all tensors."""
-    return tensors.tensor_type() if tensors.is_tensor(array) else type(array)
+def _taken_over(array: Any, takers: dict[int, Callable[[Any], Any]]) -> Any:
+    """The array, or a guest if its library hands it over by DLPack: from devices of these types."""
+    kind = containers.kind_of(array)
+    taken = isinstance(array, containers.Guest)
+    return containers.Guest(array, kind, takers) if kind.handed_over and not taken else array
 
 
 def _host_memory(array: np.ndarray, place: str) -> Memory:
@@ -241,27 +243,34 @@ class Simulator:
 
     kind = "simulator"
     name = "Numba CUDA simulator"
-    array_kinds = "a NumPy array or a CPU tensor of PyTorch"
+    array_kinds = "a NumPy array, a CPU tensor of PyTorch, an array of JAX on the CPU or one with __dlpack__"
     tensor_devices: tuple[str, ...] = ("cpu",)
 
     def memory(self, array: Any) -> Memory | None:
         """Where the array lies, or None if it is no array that kernels can use."""
-        array = tensors.host_array(array)
+        array = containers.host_array(array)
         return _host_memory(array, "the simulator") if isinstance(array, np.ndarray) else None
 
     def seen(self, array: Any) -> Seen | None:
         """What a call sees of the array, or None if it is none that kernels can use."""
-        return _seen(self.memory(array), _kind_of(array))
+        return _seen(self.memory(array), containers.type_of(array))
+
+    def taken_over(self, array: Any, stream: Any) -> Any:
+        """The array, or what its library hands over by DLPack."""
+        return _taken_over(array, dict.fromkeys(containers.HOST_TYPES, containers.take_on_host))
+
+    def settle(self, arrays: Any, streams: set[int], stream: int) -> None:
+        """Let other streams wait for what is queued on one, which is done here when it has been queued."""
 
     def serving(self, like: Any) -> Simulator:
-        """The device with the memory and the streams of the library whose array this is: itself."""
-        return self
+        """The device with the memory and the streams of the library whose array this is."""
+        return self if containers.kind_of(like).stays else SimulatorOfAlignedResults()
 
     def placed(self, array: Any, compact: bool) -> Any:
         """The array where kernels can read it: itself, or an aligned copy in C order if compact."""
         if not compact:
             return array
-        array = tensors.host_array(array)
+        array = containers.host_array(array)
         copy = self.workspace(array.nbytes)[0][:array.nbytes].view(array.dtype).reshape(array.shape)
         copy[...] = array
         return copy
@@ -285,11 +294,11 @@ class Simulator:
 
     def deliver(self, array: np.ndarray, like: Any) -> Any:
         """The array as the kind of container that like is."""
-        return array if isinstance(like, np.ndarray) else tensors.host_tensor(array)
+        return containers.kind_of(like).result(array, containers.given_back(like))
 
     def address(self, array: Any) -> SimulatedAddress:
         """Where the element (0, ..., 0) lies, for a kernel."""
-        return SimulatedAddress(tensors.host_array(array))
+        return SimulatedAddress(containers.host_array(array))
 
     @contextlib.contextmanager
     def using(self, stream: Any, place: str) -> Iterator[int]:
@@ -302,7 +311,7 @@ class Simulator:
 
     def argument(self, array: Any, seen: Seen) -> SimulatedAddress:
         """Where an array lies that was seen, for a kernel."""
-        return SimulatedAddress(tensors.host_array(array))
+        return SimulatedAddress(containers.host_array(array))
 
     def hands_over(self, like: Any) -> bool:
         """Whether arrays that the device makes are of the kind of container that like is."""
@@ -314,7 +323,7 @@ class Simulator:
 
     def number_memory(self, value: Any, accumulator: str) -> Memory | None:
         """Where a number lies that kernels can read as one of this type, or None if it is one of the host's."""
-        value = tensors.host_array(value)
+        value = containers.host_array(value)
         on_device = type(value) is np.ndarray and value.ndim == 0 and value.dtype == accumulator
         return self.memory(value) if on_device else None
 
@@ -350,6 +359,22 @@ class Simulator:
     def load(self, launch: Launch | Clear, place: str) -> Any:
         """The launch, ready for many calls: with values of its slots and a stream."""
         return _SimulatedClear(launch) if isinstance(launch, Clear) else _SimulatedLaunch(launch)
+
+
+class SimulatorOfAlignedResults(Simulator):
+    """The same beside arrays of libraries that take memory over without a copy only if it is aligned, as JAX does."""
+
+    def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
+        """What makes arrays with undefined elements, whose last axis is the first in memory if features_first."""
+        def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+            size = prod(shape) * dtype.itemsize
+            return self.workspace(size)[0][:size].view(dtype).reshape(shape)
+
+        def make() -> tuple[Any, Any]:
+            array = _laid_out(empty, shape, dtype_of(dtype), features_first)
+            return array, self.address(array)
+
+        return make
 
 
 class _Announcement:
@@ -500,7 +525,8 @@ class Gpu:
 
     kind = "gpu"
     argument: Any = None  # kernels take addresses as they are seen
-    array_kinds = "a CuPy or NumPy array, a tensor of PyTorch or an array with __cuda_array_interface__"
+    array_kinds = ("a CuPy or NumPy array, a tensor of PyTorch, an array of JAX or one with __dlpack__ or "
+                   "__cuda_array_interface__")
     tensor_devices: tuple[str, ...] = ("cpu", "cuda")
 
     def __init__(self) -> None:
@@ -512,6 +538,8 @@ class Gpu:
         self._loading = threading.RLock()
         self._models: dict[int, tuple[str, tuple[int, int]]] = {}
         self._of_tensors: dict[int, GpuOfTensors] = {}
+        self._busy: dict[int, deque[tuple[Any, Any]]] = {}  # by streams: events, and arrays that are used until then
+        self._settling = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -526,21 +554,24 @@ class Gpu:
             return self._tensor_memory(array)
         if isinstance(array, np.ndarray):
             return _host_memory(array, HOST)
-        interface = getattr(array, "__cuda_array_interface__", None)
-        if interface is None:
+        if isinstance(array, containers.Guest):
+            memory = self.memory(array.array)
+            return memory and replace(memory, readonly=array.readonly)
+        kind = containers.kind_of(array)
+        if kind is containers.UNREAD or kind.handed_over:
             return None
-        byte, readonly = interface["data"]
-        shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
-        strides = interface.get("strides") or np.empty(shape, np.void(dtype.itemsize).dtype).strides
-        return Memory(shape, tuple(strides), dtype, byte, readonly, _place(self._device_of(byte)),
-                      stream=interface.get("stream"))
+        try:
+            shape, strides, dtype, byte, readonly, stream = containers.interface_of(array)
+        except ValueError:  # which `containers.problem` says
+            return None
+        return Memory(shape, strides, dtype, byte, readonly, _place(self._device_of(byte)), stream)
 
     def seen(self, array: Any) -> Seen | None:
         """What a call sees of the array, or None if it is none that kernels can use."""
         if type(array) is not self._array:
             if tensors.is_tensor(array) and array.is_cuda:
                 return seen_tensor(array)
-            return _seen(self.memory(array), _kind_of(array))
+            return _seen(self.memory(array), containers.type_of(array))
         data = array.data
         address = data.ptr
         return Seen((array.shape, array.strides, array.dtype, data.device_id, alignment_of(address)), address)
@@ -553,6 +584,36 @@ class Gpu:
             return None
         return Memory(tuple(tensor.shape), tensors.strides(tensor), dtype_of(tensors.dtype_name(tensor)),
                       tensor.data_ptr(), False, _place(tensor.get_device()))
+
+    def taken_over(self, array: Any, stream: Any) -> Any:
+        """The array, or what its library hands over by DLPack: for use on this stream, by default the current one."""
+        def take(handed: Any) -> Any:
+            with self.using(stream, _place(handed.__dlpack_device__()[1])):
+                return self.cupy.from_dlpack(handed)
+
+        return _taken_over(array, dict.fromkeys(containers.HOST_TYPES, containers.take_on_host)
+                           | dict.fromkeys(containers.GPU_TYPES, take))
+
+    def settle(self, arrays: Any, streams: set[int], stream: int) -> None:
+        """Let other streams wait for what is queued on one, and keep the arrays until it is done.
+
+        What is done is noticed here, when the next call settles: nothing waits for a GPU. While a stream is captured,
+        order and lifetimes are those of the graph.
+        """
+        if self.capturing(stream):
+            return
+        of = self.cupy.cuda.Stream.from_external
+        done = of(_ForeignStream(stream, None)).record(self.cupy.cuda.Event(disable_timing=True))
+        for other in streams:
+            of(_ForeignStream(other, None)).wait_event(done)
+        let_go = []  # until the lock is another thread's
+        with self._settling:
+            self._busy.setdefault(stream, deque()).append((done, arrays))
+            for known, waiting in [*self._busy.items()]:
+                while waiting and waiting[0][0].done:
+                    let_go.append(waiting.popleft())
+                if not waiting:
+                    del self._busy[known]
 
     def serving(self, like: Any) -> Gpu:
         """The device with the memory and the streams of the library whose array this is."""
@@ -571,12 +632,14 @@ class Gpu:
 
     def placed(self, array: Any, compact: bool) -> Any:
         """The array where kernels can read it: itself, its copy on the device, or a copy in C order if compact."""
-        array = tensors.host_array(array)
+        array = containers.host_array(array)
         if isinstance(array, np.ndarray):
             return self.cupy.asarray(np.ascontiguousarray(array))
-        if tensors.is_tensor(array):
-            array = self.cupy.from_dlpack(array.detach())
-        return self.cupy.asarray(array).copy(order="C") if compact else array
+        if not compact:
+            return array
+        if not isinstance(array, self.cupy.ndarray):
+            array = self.cupy.asarray(containers.on_stream(array, None))
+        return array.copy(order="C")
 
     def wait_for(self, memory: Memory | Seen, stream: int) -> None:
         """Let the stream wait for the work that writes this memory."""
@@ -599,17 +662,14 @@ class Gpu:
         return workspace, workspace.data.ptr
 
     def deliver(self, array: Any, like: Any) -> Any:
-        """The array as the kind of container that like is: NumPy's, PyTorch's, Numba's, or CuPy's for all others."""
-        if isinstance(like, np.ndarray):
-            return array.get()
-        if tensors.is_tensor(like):
-            return tensors.host_tensor(array.get())
-        if type(like).__module__.partition(".")[0] == "numba":
-            return sys.modules["numba.cuda"].as_cuda_array(array)
-        return array
+        """The array as the kind of container that like is."""
+        if isinstance(containers.host_array(like), np.ndarray):
+            array = array.get()
+        return containers.kind_of(like).result(array, containers.given_back(like))
 
     def address(self, array: Any) -> int:
         """Where the element (0, ..., 0) lies, for a kernel."""
+        array = containers.opened(array)
         if isinstance(array, self.cupy.ndarray):
             return array.data.ptr
         if tensors.is_tensor(array):
@@ -633,7 +693,8 @@ class Gpu:
 
     def hands_over(self, like: Any) -> bool:
         """Whether arrays that the device makes are of the kind of container that like is."""
-        return isinstance(like, self.cupy.ndarray)
+        return containers.kind_of(like).result is containers.as_made and not isinstance(
+            containers.host_array(like), np.ndarray)
 
     def workspace_address(self, workspace: Any) -> int:
         """Where a workspace lies, for a launch."""
@@ -641,7 +702,7 @@ class Gpu:
 
     def number_memory(self, value: Any, accumulator: str) -> Memory | None:
         """Where a number lies that kernels can read, or None if it is one of the host's."""
-        if isinstance(value, (np.ndarray, np.generic, float, int)) or (tensors.is_tensor(value) and not value.is_cuda):
+        if isinstance(containers.host_array(value), (np.ndarray, np.generic, float, int)):
             return None
         return self.memory(value)
 
@@ -751,8 +812,7 @@ class GpuOfTensors(Gpu):
         """The array where kernels can read it: itself, or a copy in C order if compact."""
         if not compact:
             return array
-        tensor = array.detach() if tensors.is_tensor(array) else self.torch.from_dlpack(array)
-        return tensor.clone(memory_format=self.torch.contiguous_format)
+        return array.detach().clone(memory_format=self.torch.contiguous_format)
 
     def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
         """What makes tensors with undefined elements, whose last axis is the first in memory if features_first."""

@@ -87,13 +87,15 @@ def bias_grad(dz: Array[Kind], *, batch_axis: int = 0, keepdims: bool = False, c
     plan : BatchSumPlan, optional
         How to compute it, compensated or not, instead of what `plans.plan_batch_sum` says, which tells the layouts.
     stream : CuPy stream, Numba stream, int or object with `__cuda_stream__`, optional
-        Where to queue the work instead of CuPy's current stream, or PyTorch's beside its tensors. Nothing is
-        synchronised.
+        Where to queue the work instead of CuPy's current stream, PyTorch's beside its tensors, or the one that dz's
+        `__cuda_array_interface__` names. Nothing is synchronised.
 
     Returns
     -------
     array, (M,) or (1, M)
-        `out` if given, else a new array of the same kind and dtype as dz.
+        `out` if given, else a new array of the same kind and dtype as dz: of NumPy, CuPy, PyTorch, JAX or Numba. Of
+        another library that hands dz over by `__dlpack__` or `__cuda_array_interface__` it is what the `from_dlpack` of
+        its `__array_namespace__()` makes of a CuPy array, or that array if it has none; in the simulator a NumPy array.
 
     Raises
     ------

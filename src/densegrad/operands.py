@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import device, tensors
+from . import containers, device
 from .errors import DeviceError, DTypeError, OutDeviceError, OutError, ShapeError
 from .facts import ITEM_BYTES, accumulator_of
 from .launches import ALIGNMENT, Matrix, Result, Slot
@@ -157,6 +157,8 @@ def accept(*, dz: Any, x: Any = None, w: Any = None, batch_axis: int = 0, weight
     memories = {key: _memory(where, names[key], array) for key, array in given.items()}
     dtypes = {key: _dtype(names[key], memory.dtype) for key, memory in memories.items()}
     _same(memories, dtypes)
+    for key in given:
+        check_kind(names[key], given[key], name, containers.kind_of(dz))
     shapes = {key: memory.shape for key, memory in memories.items()}
     try:
         _check_shapes(shapes, batch_axis, weight_layout, name)
@@ -201,12 +203,9 @@ def given(name: str, array: Any) -> Any:
 def _memory(where: Any, name: str, array: Any) -> device.Memory:
     memory = None if isinstance(array, np.ma.MaskedArray) else where.memory(array)
     if memory is None:
-        cure = in_place_of(name, array)
-        if isinstance(array, np.ma.MaskedArray):
-            cure = "numpy.ma's mask would be lost; use numpy.ma.filled"
-        elif tensors.is_tensor(array):
-            cure = tensors.cure(array, where.tensor_devices)
-        raise TypeError(f"{name} must be {where.array_kinds}; got {type(array).__name__} ({cure})")
+        cure = containers.problem(array, where.tensor_devices) or in_place_of(name, array)
+        got = type(containers.given_back(array)).__name__
+        raise TypeError(f"{name} must be {where.array_kinds}; got {got} ({cure})")
     return memory
 
 
@@ -236,6 +235,21 @@ def _same(memories: dict[str, device.Memory], dtypes: dict[str, str], dz: str = 
         if memories[name].place != memories["dz"].place:
             raise DeviceError(f"{name} and {dz} must lie on the same device; {name} is on {memories[name].place} and "
                               f"{dz} on {memories['dz'].place} (move one of them, for example with cupy.asarray)")
+
+
+def check_kind(name: str, array: Any, others: str, theirs: containers.Kind) -> None:
+    """Hold an array to the kind of others, by their name: what is queued for two libraries is in no order.
+
+    Raises
+    ------
+    TypeError
+        If it is of another kind.
+    """
+    kind = containers.kind_of(array)
+    if kind.company != theirs.company:
+        raise TypeError(f"the arrays of a call must be of one kind; {name} is an array of {kind.name} and {others} one "
+                        f"of {theirs.name} (hand one over to the other's library: its from_dlpack does so without a "
+                        "copy)")
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]], batch_axis: int, weight_layout: str, name: str) -> None:
@@ -314,6 +328,7 @@ def accept_beside(name: str, array: Any, inputs: Inputs, batch_axis: int) -> Arg
     memory, dz = _memory(inputs.device, name, array), inputs.dz
     dtype = _dtype(name, memory.dtype)
     _same({name: memory, "dz": dz.memory}, {name: dtype, "dz": dz.dtype}, dz.name)
+    check_kind(name, array, dz.name, containers.kind_of(dz.array))
     if memory.shape != dz.memory.shape:
         raise ShapeError(f"{name} must have the shape of {dz.name}, {dz.memory.shape}; got {memory.shape}")
     argument = Argument.of(name, array, memory, dtype)
@@ -384,7 +399,7 @@ def check_label_values(array: Any, classes: int, ignored: int, sample_weight: An
     ValueError
         If one is no class. Labels on a GPU are not looked at, since that would take waiting for it.
     """
-    array, sample_weight = tensors.host_array(array), tensors.host_array(sample_weight)
+    array, sample_weight = containers.host_array(array), containers.host_array(sample_weight)
     if isinstance(array, np.ndarray):
         wrong = (array != ignored) & ((array < 0) | (array >= classes))
         if isinstance(sample_weight, np.ndarray) and sample_weight.dtype == bool:
@@ -411,7 +426,7 @@ def accept_number(name: str, value: Any, dtype: str = "float64") -> float:
     ValueError
         If it is finite, but infinite to the kernels.
     """
-    value = tensors.host_array(value)
+    value = containers.host_array(value)
     if isinstance(value, np.ndarray):
         scalar = value.ndim == 0 and not isinstance(value, np.ma.MaskedArray) and (
             value.dtype.kind in "iuf" or value.dtype.name in DTYPES)
@@ -476,6 +491,7 @@ def _memory_of(name: str, array: Any, inputs: Inputs, dtypes: tuple[str, ...], c
     if memory.place != inputs.place:
         raise DeviceError(f"{name} and {inputs.dz.name} must lie on the same device; {name} is on {memory.place} and "
                           f"{inputs.dz.name} on {inputs.place} (move one of them, for example with cupy.asarray)")
+    check_kind(name, array, inputs.dz.name, containers.kind_of(inputs.dz.array))
     return memory
 
 
@@ -533,9 +549,10 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
     if memory.shape != shape:
         raise ShapeError(f"{name} must have shape {shape}; got {memory.shape}")
     if memory.readonly:
-        raise OutError(f"{name} is read-only (pass an array that can be written)")
+        raise OutError(f"{name} is read-only ({cure_of_read_only(out)})")
     if memory.place != inputs.place:
         raise OutDeviceError(f"{name} must lie where the inputs do, on {inputs.place}; got one on {memory.place}")
+    check_kind(name, out, inputs.dz.name, containers.kind_of(inputs.dz.array))
     if overlaps_itself(memory):
         raise OutError(f"several elements of {name} share memory, so that not all of them can be written; got strides "
                        f"{memory.strides} for shape {shape} (pass {name}.copy())")
@@ -548,6 +565,14 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
             raise OutError(f"{name} overlaps {argument.name} in memory (pass another array)")
     argument = _writable(name, out, _as_column(memory) if column else memory, dtype)
     return Target(name, shape, dtype, argument, accumulate, column=column)
+
+
+def cure_of_read_only(out: Any) -> str:
+    """What to do about an out that cannot be written."""
+    kind = containers.kind_of(out)
+    if kind.written:
+        return "pass an array that can be written"
+    return f"no array of {kind.name} can be written: leave it out, and take what is returned"
 
 
 def _writable(name: str, out: Any, memory: device.Memory, dtype: str) -> Argument:
