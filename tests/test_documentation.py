@@ -34,7 +34,7 @@ IN_CI = {
 }
 #: commands that install an extra -> the extra
 EXTRAS = {'pip install -e ".[cuda12]"': "cuda12", 'pip install -e ".[cuda13]"': "cuda13",
-          'pip install -e ".[torch]"': "torch"}
+          'pip install -e ".[jax]"': "jax", 'pip install -e ".[torch]"': "torch"}
 #: command -> the command that is run here, shorter or dry
 HERE = {
     "bash .ci/run": "bash -n .ci/run",
@@ -135,12 +135,14 @@ def test_commands_run(command):
 def code(*, gpu):
     """(page, its blocks of Python): those that need a GPU say so by importing CuPy, and stand alone.
 
-    Without the gallery, which .ci/run executes as a notebook, and the page on PyTorch, which tests/test_torch.py runs.
+    Without the gallery, which .ci/run executes as a notebook, and what tests/test_torch.py and tests/test_jax.py run:
+    the page on PyTorch, and blocks that import JAX.
     """
     for name, text in PAGES.items():
         if name in ("docs/gallery.md", "docs/pytorch.md"):
             continue
-        chosen = [block for _, block in blocks(text, "python") if ("import cupy" in block) == gpu]
+        chosen = [block for _, block in blocks(text, "python")
+                  if ("import cupy" in block) == gpu and "import jax" not in block]
         if chosen:
             yield pytest.param(name, chosen, id=name)
 

@@ -59,6 +59,7 @@ ARROWS = {
                   "typing"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands", "slips", "typing"},
     "losses": {"calls", "errors", "families", "launches", "operands", "output_gradients", "slips", "typing"},
+    "jax": {"activations", "containers", "device", "errors", "facts", "gradients", "operands", "slips", "typing"},
     "torch/__init__": {"layers", "loss"},
     "torch/common": {".device", ".errors", ".tensors"},
     "torch/layers": {".activations", ".errors", ".gradients", ".slips", ".typing", "common"},
@@ -76,6 +77,7 @@ OUTSIDE = {
     "numba": {"compiler", "device"},
     "platformdirs": {"cache"},
     "typing_extensions": {"gradients", "losses", "output_gradients", "typing"},
+    "jax": {"jax"},
     "torch": {"torch/__init__", "torch/common", "torch/layers", "torch/loss"},
 }
 #: the command line may use the whole package, but only `python -m densegrad` uses the command line
