@@ -27,7 +27,7 @@ from .facts import accumulator_of
 from .gradients import DenseGrads, dense_grads
 from .operands import DTYPES, accept_number
 from .slips import meant
-from .typing import ActivationName
+from .typing import ActivationName, GradName
 
 __all__ = ["dense"]
 
@@ -52,7 +52,7 @@ _FORWARD = {
 class _Options(NamedTuple):
     """The activation above a layer."""
 
-    activation: str | None
+    activation: ActivationName | None
     negative_slope: float | None
 
 
@@ -186,7 +186,8 @@ def _dense_backward(options: _Options, saved: _Saved, da: Any) -> tuple[Any, Any
     x, w, z, needed = saved
     if not needed or isinstance(da, jax.custom_derivatives.SymbolicZero):
         return None, None, None
-    need = tuple(name for name in DenseGrads._fields if name in needed)  # JAX sorts the keys of a dict
+    names: tuple[GradName, ...] = ("dx", "dw", "db")
+    need = tuple(name for name in names if name in needed)  # JAX sorts the keys of a dict
     found = dict(zip(need, _gradients(_How(options, need), da, x, w, z), strict=True))
     return found.get("dx"), found.get("dw"), found.get("db")
 
@@ -198,7 +199,7 @@ class _How(NamedTuple):
     """What a call of dense_grads is told beside its arrays."""
 
     options: _Options
-    need: tuple[str, ...]
+    need: tuple[GradName, ...]
 
     def __call__(self, arrays: list[Any], out: DenseGrads | None = None, stream: Any = None) -> DenseGrads:
         da, x, w, z = arrays
