@@ -275,12 +275,12 @@ def test_a_plan_and_a_precision_that_disagree_are_refused(xp):
         densegrad.weight_grad(x, x, precision="tf32x3", plan=small_plan(4, 4, 3, "tf32"))
     with pytest.raises(PlanError, match="plan multiplies with precision 'ieee'"):
         densegrad.weight_grad(x, x, precision="tf32", plan=MatmulPlan(4, 4, 3, "float32", 8, 8, 4, 4, 4))
-    with pytest.raises(TypeError, match="plan must be a MatmulPlan or a TensorCorePlan or a ThinPlan; got str"):
+    with pytest.raises(TypeError, match="plan must be a MatmulPlan or a TensorCorePlan or a ThinPlan or a HopperPlan; got"):
         densegrad.weight_grad(x, x, plan="fast")
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"precision": "ieee"}, "float32 with one of"), ({"dtype": "float64"}, "float64"),
+    ({"precision": "ieee"}, "precision of float32 must be one of tf32, tf32x3"), ({"dtype": "float64"}, "float64"),
     ({"tile_rows": 48}, "tile_rows must be"),
     ({"warp_cols": 64}, "warps must fit into tiles of 32 x 32"), ({"tile_depth": 32}, "tile_depth must be 64 bytes"),
     ({"stages": 1}, "stages must be at least 2"), ({"stages": 64}, "at most 101376 bytes"),

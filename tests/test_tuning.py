@@ -305,8 +305,10 @@ def test_every_class_of_plans_comes_back_as_it_was_written(write):
              if capability >= plans.TENSOR_CORE_CAPABILITY]
     made += [Entry(plans.thin_candidates(2, 65, 4000, dtype, "across")[0], "across", 0.5, 1.25)
              for dtype in ("bfloat16", "float32")]
-    made += [Entry(plans.hopper_candidates(99, 65, 4000, "bfloat16")[0], "along", 0.5, 1.25)]
-    assert {type(entry.plan).__name__ for entry in made} == set(tuned.PLANS)
+    if capability == plans.HOPPER:
+        made += [Entry(plans.hopper_candidates(99, 65, 4000, "bfloat16")[0], "along", 0.5, 1.25)]
+    left_out = {"HopperPlan"} if capability != plans.HOPPER else set()
+    assert {type(entry.plan).__name__ for entry in made} == set(tuned.PLANS) - left_out
     text = write(*made).read_text()
     assert list(tuned.table_of(text, "plans.json").entries) == made
     assert str(tuned.table_of(text, "plans.json")) == text

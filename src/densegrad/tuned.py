@@ -209,7 +209,8 @@ def _entry(where: str, value: Any, capability: tuple[int, ...]) -> Entry:
     if entry["operation"] != operation or entry["order"] not in orders:
         raise _refused(where, f"must have operation {operation!r} and order {' or '.join(map(json.dumps, orders))}, "
                        f"as a {entry['plan']}; got {entry['operation']!r:.60} and {entry['order']!r:.60}")
-    if getattr(plan, "capability", capability) > capability:
+    needed = getattr(plan, "capability", capability)
+    if needed > capability or (isinstance(plan, HopperPlan) and needed != capability):
         raise _refused(where, "must be made of instructions that the file's GPU has; got those of compute capability "
                        "{}.{}".format(*plan.capability))
     return Entry(plan, entry["order"], entry["microseconds"], entry["model_microseconds"])
