@@ -242,6 +242,6 @@ def test_a_thin_plan_is_no_way_to_multiply_in_tf32():
     x, dz = np.ones((4, 3), "float32"), np.ones((4, 5), "float32")
     with pytest.raises(densegrad.PlanError, match="precision='tf32' was asked for"):
         densegrad.weight_grad(x, dz, precision="tf32", plan=ThinPlan(3, 5, 4, "float32", *THREADS))
-    with pytest.raises(TypeError, match="plan must be a MatmulPlan or a TensorCorePlan or a ThinPlan or a HopperPlan; got"):
+    with pytest.raises(TypeError, match="must be a MatmulPlan or a TensorCorePlan or a ThinPlan or a HopperPlan; got"):
         densegrad.weight_grad(x, dz, plan="thin")
     assert isinstance(plan_product(64, 64, 64, "float32"), MatmulPlan)
