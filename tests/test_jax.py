@@ -3,6 +3,7 @@
 Left out without JAX, as tests/test_torch.py is without PyTorch. The callback that GPUs have, in XLA's own buffers, is
 run on the CPU too, by a stand-in for its context.
 """
+import doctest
 import functools
 import subprocess
 import sys
@@ -370,6 +371,13 @@ def test_on_a_gpu_launches_go_to_xlas_stream_and_its_buffers(dtype, xp, monkeypa
 
 
 # -- what a reader is told
+
+
+@pytest.mark.only("simulator")
+def test_the_example_gives_what_it_shows():
+    finder = doctest.DocTestFinder(recurse=False)
+    example, = finder.find(dense, "dense", module=False, globs={"dense": dense, "jax": jax, "jnp": jnp})
+    assert doctest.DocTestRunner().run(example) == (0, 2)
 
 
 @pytest.mark.only("simulator")

@@ -62,7 +62,7 @@ class _Saved(NamedTuple):
     x: Any
     w: Any
     z: Any
-    needed: dict[str, None]
+    needed: dict[GradName, None]
 
 
 def dense(x: jax.Array, w: jax.Array, b: jax.Array | None = None, *, activation: ActivationName | None = None,
@@ -175,8 +175,8 @@ def _dense(options: _Options, x: Any, w: Any, b: Any) -> Any:
 
 
 def _dense_forward(options: _Options, x: Any, w: Any, b: Any) -> tuple[Any, _Saved]:
-    given = {"dx": x, "dw": w, "db": b}
-    needed = dict.fromkeys(name for name, one in given.items() if one is not None and one.perturbed)
+    given: dict[GradName, Any] = {"dx": x, "dw": w, "db": b}
+    needed: dict[GradName, None] = {name: None for name, one in given.items() if one is not None and one.perturbed}
     x, w, b = (None if one is None else one.value for one in given.values())
     z, a = _forward(options, x, w, b)
     return a, _Saved(x, w, None if options.activation is None else z, needed)
