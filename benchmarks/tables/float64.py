@@ -180,10 +180,13 @@ class Ride:
         """As the table shows it."""
         return f"db {self.orientation} {self.capability}"
 
-    limits = (Limit("more_in_others", most=0.02), Limit("percent_of_rate", least=95))
+    limits = (Limit("percent_of_rate", least=95),)
 
     def measure(self, machine: Rehearsed) -> dict[str, Any]:
-        """Link both kernels, and compare the loops that copy tiles; the rate is that of the loop that adds."""
+        """Link both kernels, and compare the loops that copy tiles; the rate is that of the slower one.
+
+        Instructions take no time beside mma here: of the slots in which they issue, a third are in use.
+        """
         _, axis, layout = ORIENTATIONS[self.orientation]
         sizes = 8, 16, 16
         x, dz = arrays_of(self.orientation, *sizes)
@@ -197,7 +200,7 @@ class Ride:
         others, adding = sorted(loops, key=lambda loop: loop["instructions"])
         return {"orientation": self.orientation, "capability": self.capability, "loop_instructions": without,
                 "loop_of_others": others["instructions"], "loop_that_adds": adding["instructions"],
-                "more_in_others": others["instructions"] / without - 1, "percent_of_rate": percent_of_rate(adding)}
+                "more_in_others": others["instructions"] / without - 1, "percent_of_rate": min(map(percent_of_rate, loops))}
 
 
 def rows() -> list[Any]:
