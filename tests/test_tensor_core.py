@@ -288,7 +288,7 @@ def test_a_plan_and_a_precision_that_disagree_are_refused(xp):
     ({"dtype": "float16", "precision": None, "tile_depth": 32, "stages": 17, "capability": (7, 5)},
      "at most 65536 bytes"),
     ({"parts": 0}, "parts must be"),
-    ({"tile_rows": 128, "tile_cols": 128, "warp_rows": 128, "warp_cols": 128}, "128 sums"),
+    ({"tile_rows": 128, "tile_cols": 128, "warp_rows": 128, "warp_cols": 128}, "128 registers for sums"),
     ({"tile_cols": 256}, "copied by")])
 def test_plans_that_no_kernel_can_carry_out(change, words):
     values = {"rows": 9, "cols": 9, "depth": 9, "dtype": "float32", "precision": "tf32", "tile_rows": 32,

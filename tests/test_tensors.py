@@ -227,7 +227,9 @@ def test_micro_batches_into_main_gradients_are_the_launches_of_overwriting_and_n
         assert (of_adding, allocated_by_adding) == (launches, allocated)
         if counts:
             assert counting.total(more).store_sectors == counting.total(counts).store_sectors
-            assert (counting.total(more).load_sectors - counting.total(counts).load_sectors) * 32 == (16 * 32 + 16) * 4
+            # Bulk reductions, with which Hopper's kernel adds, do not load.
+            loaded = 16 + 16 * 32 * ("matmul_hopper" not in [kernel for kernel, *_ in launches])
+            assert (counting.total(more).load_sectors - counting.total(counts).load_sectors) * 32 == loaded * 4
     assert not torch.copied
 
 

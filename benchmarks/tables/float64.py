@@ -200,7 +200,8 @@ class Ride:
         others, adding = sorted(loops, key=lambda loop: loop["instructions"])
         return {"orientation": self.orientation, "capability": self.capability, "loop_instructions": without,
                 "loop_of_others": others["instructions"], "loop_that_adds": adding["instructions"],
-                "more_in_others": others["instructions"] / without - 1, "percent_of_rate": min(map(percent_of_rate, loops))}
+                "more_in_others": others["instructions"] / without - 1,
+                "percent_of_rate": min(map(percent_of_rate, loops))}
 
 
 def rows() -> list[Any]:

@@ -18,6 +18,8 @@ HOPPER = (9, 0)
 HALF_TYPES = ("float16", "bfloat16")
 #: columns of a tile, and the stages that shared memory has room for beside staged results
 HOPPER_STAGES = {256: 3, 192: 4, 128: 5}
+#: microseconds in which a block starts its barriers, writes its maps and fills its stages
+START = 2.0
 #: microseconds of a stage where all multiprocessors work, and what share of them it takes where half or fewer do
 STEP_MICROSECONDS, ALONE = {256: 0.82, 192: 0.63, 128: 0.43}, 0.78
 #: how many tiles share the steps of sums along the depth at the most, and the threads of each that add
@@ -171,7 +173,7 @@ class HopperPlan(Tiling):
         parts = 0.0
         if self.parts > 1:
             parts = LAUNCH + 2 * self.workspace_bytes / BYTES_A_MICROSECOND
-        return ProductCost(loop, LAUNCH + ceil_div(self.pieces, MULTIPROCESSORS), 0.0, parts,
+        return ProductCost(loop, LAUNCH + START + ceil_div(self.pieces, MULTIPROCESSORS), 0.0, parts,
                            least=matrices_bytes(self) / BYTES_A_MICROSECOND, measured=False, rows=0)
 
     def explain(self) -> str:
