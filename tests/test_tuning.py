@@ -623,7 +623,8 @@ def test_candidates_answer_what_the_models_choice_does(sizes, dtype, precision):
     kinds = {type(plan) for plan in found}
     if (sizes[0], precision) == (1, None) and dtype != "float64":
         assert ThinPlan in kinds
-    assert len(kinds - {ThinPlan}) == 1
+    # float64 has the same bits on FMA units and on tensor cores.
+    assert len(kinds - {ThinPlan}) == 1 or (dtype == "float64" and kinds == {MatmulPlan, TensorCorePlan})
 
 
 @pytest.mark.parametrize("layout", plans.LAYOUTS)
