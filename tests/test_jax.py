@@ -74,6 +74,16 @@ def test_arrays_are_read_where_they_lie_and_come_back_as_arrays(dtype, monkeypat
                 one.unsafe_buffer_pointer() for one in found]
 
 
+def test_slips_are_answered():
+    x, w = jnp.ones((2, 3)), jnp.ones((3, 4))
+    with pytest.raises(TypeError, match=r"dense\(\) takes no bias; got bias=\w+ \(write b=\)"):
+        dense(x, w, bias=jnp.ones(4))
+    with pytest.raises(TypeError, match="the approximation is an activation of its own"):
+        dense(x, w, activation="gelu", approximate="tanh")
+    with pytest.raises(TypeError, match=r"takes x, w, b by position; got 4 arguments"):
+        dense(x, w, jnp.ones(4), "gelu")
+
+
 def test_what_is_no_memory_or_cannot_be_written_is_refused_with_the_cure():
     dz, out = jnp.ones((6, 3)), jnp.zeros(3)
     with pytest.raises(dg.OutError, match="no array of JAX can be written"):

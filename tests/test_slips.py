@@ -81,8 +81,21 @@ def test_a_function_for_the_name_of_an_activation():
 
     with pytest.raises(ValueError, match=r'got function \(did you mean "gelu"\?\)$'):
         dg.activation_grad(DZ, DZ, gelu)
+    for approximate, name in (("none", "gelu"), ("tanh", "gelu_tanh")):
+        module = type("GELU", (), {"__str__": lambda self, how=approximate: f"GELU(approximate={how!r})"})()
+        with pytest.raises(ValueError, match=rf'\(did you mean "{name}"\?\)$'):
+            dg.activation_grad(DZ, DZ, module)
     with pytest.raises(ValueError, match=r"got ndarray \(pass a name; in activation_grad the order is da, z, activ"):
         dg.activation_grad(DZ, "relu", DZ)
+
+
+@pytest.mark.parametrize("call", [
+    lambda: plans.tensor_core_candidates(64, 64, 64, "float16", None, 9.0),
+    lambda: plans.plan_of_tile(64, 64, 64, "float16", None, (64, 64, 32, 32, 3), capability=9.0),
+    lambda: plans.check_precision(plans.plan_product(64, 64, 64, "float32"), None, 9.0)])
+def test_a_capability_is_a_tuple_in_every_function_of_plans(call):
+    with pytest.raises(dg.PlanError, match=r"capability must be a tuple of two ints.*\(did you mean \(9, 0\)\?\)$"):
+        call()
 
 
 @pytest.mark.parametrize(("call", "said"), [

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Generic, Literal, SupportsFloat, overload
 
 from typing_extensions import NamedTuple
@@ -425,6 +426,17 @@ def dense_grads(x: Array[Kind] | None, w: Array[Kind] | None, dz: Array[Kind], *
                compensated, precision, as_names(accumulate), plan)
     outs = _NO_OUTS if out is None else accept_tuple("out", out, DenseGrads)
     return DenseGrads._make(call(_describe_dense, arrays, outs, options, (alpha, parameter_of(negative_slope)), stream))
+
+
+@lru_cache(maxsize=256)
+def options_of_layer(need: tuple[GradName, ...], activation: ActivationName | None) -> tuple[Any, ...]:
+    """The options of dense_grads for weights (M, D), for `grads_of_layer`: made once, since layers are called often."""
+    return need, activation, None, 0, "out_in", False, False, None, False, None
+
+
+def grads_of_layer(arrays: tuple[Any, ...], options: tuple[Any, ...], negative_slope: float | None) -> list[Any]:
+    """dx, dw and db as dense_grads gives them of (x, w, dz, z, None), where x and w may be None if not needed."""
+    return call(_describe_dense, arrays, _NO_OUTS, options, (1.0, parameter_of(negative_slope)))
 
 
 def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:

@@ -26,7 +26,7 @@ from .errors import DeviceError, DTypeError, ShapeError
 from .facts import accumulator_of
 from .gradients import DenseGrads, dense_grads
 from .operands import DTYPES, accept_number
-from .slips import meant
+from .slips import answered, meant
 from .typing import ActivationName, GradName
 
 __all__ = ["dense"]
@@ -65,6 +65,7 @@ class _Saved(NamedTuple):
     needed: dict[GradName, None]
 
 
+@answered
 def dense(x: jax.Array, w: jax.Array, b: jax.Array | None = None, *, activation: ActivationName | None = None,
           negative_slope: float | None = None) -> jax.Array:
     """A dense layer with JAX's forward and densegrad's backward, and an activation if one is named.

@@ -19,6 +19,7 @@ _BATCH_AXIS = "the axis that is summed is that of the samples: batch_axis=0, or 
 _ARGUMENTS = (
     ("approximate", "activation", 'the approximation is an activation of its own: activation="gelu_tanh"'),
     ("axis", "batch_axis", _BATCH_AXIS),
+    ("bias", "b", "write b="),
     ("beta", "accumulate", "to add into what is there pass out= and accumulate=True"),
     ("dim", "batch_axis", _BATCH_AXIS),
     ("dtype", "out", "a result has the dtype of the arrays: for another pass out="),
@@ -32,7 +33,8 @@ _ARGUMENTS = (
 #: a name elsewhere, in small letters and digits alone -> the name here
 _NAMES = {
     "swish": "silu", "logistic": "sigmoid", "linear": "identity", "none": "identity", "lrelu": "leaky_relu",
-    "gelunew": "gelu_tanh", "gelufast": "gelu_tanh", "gelupytorchtanh": "gelu_tanh", "geluapproximate": "gelu_tanh",
+    "gelunew": "gelu_tanh", "gelufast": "gelu_tanh", "gelupytorchtanh": "gelu_tanh",
+    "geluapproximatetanh": "gelu_tanh", "geluapproximatenone": "gelu",
     "avg": "mean", "average": "mean", "batchmean": "mean",
     "half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "single": "float32",
     "fp32": "float32", "double": "float64", "fp64": "float64",

@@ -10,7 +10,7 @@ from ..errors import PlanError
 from ..facts import SIZES, wide_of
 from ..launches import Launch, Result
 from ..signatures import Epilogue
-from ..slips import meant
+from ..slips import meant, meant_capability
 
 Record = TypeVar("Record", bound=tuple)
 Maker = TypeVar("Maker", bound=Callable[..., Any])
@@ -111,6 +111,19 @@ def check_choice(name: str, value: str | None, choices: Iterable[str]) -> None:
     """
     if not isinstance(value, str) or value not in choices:
         raise PlanError(f"{name} must be one of {', '.join(choices)}; got {value!r}{meant(value, choices)}")
+
+
+def check_capability(capability: tuple[int, int]) -> None:
+    """Hold a compute capability to a tuple of two ints.
+
+    Raises
+    ------
+    PlanError
+        If it is none.
+    """
+    if not isinstance(capability, tuple) or [*map(type, capability)] != [int, int]:
+        raise PlanError(f"capability must be a tuple of two ints, such as (9, 0); got {capability!r}"
+                        f"{meant_capability(capability)}")
 
 
 def remembered(make: Maker) -> Maker:

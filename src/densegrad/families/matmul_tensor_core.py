@@ -9,7 +9,7 @@ from ..errors import PlanError
 from ..facts import ITEM_BYTES
 from ..launches import Launch, Result
 from ..signatures import MatmulArguments, MatmulTensorCore
-from .common import check_choice, check_integers, check_sizes, constants_of, epilogue_of, named
+from .common import check_capability, check_choice, check_integers, check_sizes, constants_of, epilogue_of, named
 from .tiling import FAR, ORIENTATIONS, Product, Tiling, square
 
 #: how float32 can be multiplied on tensor cores
@@ -219,6 +219,7 @@ def plan_of_tile(rows: int, cols: int, depth: int, dtype: str, precision: str | 
                  parts: int = 1) -> TensorCorePlan:
     """The plan with one of TENSOR_CORE_TILES. Copies that pass through registers fill one stage ahead, so two do."""
     check_choice("dtype", dtype, ITEM_BYTES)
+    check_capability(capability)
     tile_rows, tile_cols, warp_rows, warp_cols, stages = tile
     return TensorCorePlan(rows, cols, depth, dtype, precision, tile_rows=tile_rows, tile_cols=tile_cols,
                           tile_depth=TILE_DEPTH_BYTES // ITEM_BYTES[dtype], warp_rows=warp_rows, warp_cols=warp_cols,

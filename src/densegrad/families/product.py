@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from ..errors import PlanError
 from ..facts import ITEM_BYTES
-from ..slips import meant, meant_capability
-from .common import GRID_Y, ceil_div, check_choice, check_sizes, remembered
+from ..slips import meant
+from .common import GRID_Y, ceil_div, check_capability, check_choice, check_sizes, remembered
 from .cost import BYTES_A_MICROSECOND, LAUNCH, MULTIPROCESSORS, ORDERS
 from .matmul_hopper import HALF_TYPES, HOPPER, HOPPER_STAGES, MOST_DEPTH, MOST_LENGTH, HopperPlan
 from .matmul_simt import MATMUL_TILES, UNTRIED_TILES, MatmulPlan, transposed_tile
@@ -54,7 +54,7 @@ def plan_tensor_core(rows: int, cols: int, depth: int, dtype: str, precision: st
                      capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, *,
                      order: str = "across") -> TensorCorePlan:
     """The plan with instructions that this compute capability has, chosen as by plan_matmul."""
-    _check_capability(capability)
+    check_capability(capability)
     return _cheapest(
         tensor_core_candidates(rows, cols, depth, dtype, precision, _instructions(dtype, capability)), order)
 
@@ -132,7 +132,7 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     PlanError
         If a size is negative, the dtype cannot be multiplied so, or the GPU cannot do it.
     """
-    _check_capability(capability)
+    check_capability(capability)
     plans: list[ProductPlan] = []
     on_tensor_cores = _on_tensor_cores(dtype, precision, capability)
     if on_tensor_cores:
@@ -162,7 +162,7 @@ def product_candidates(rows: int, cols: int, depth: int, dtype: str, precision: 
                        capability: tuple[int, int] = TENSOR_CORE_CAPABILITY, *, order: str = "across",
                        aligned: bool = True) -> list[ProductPlan]:
     """Every plan that plan_product chooses from, of all kinds."""
-    _check_capability(capability)
+    check_capability(capability)
     plans: list[ProductPlan] = []
     on_tensor_cores = _on_tensor_cores(dtype, precision, capability)
     if on_tensor_cores:
@@ -199,12 +199,6 @@ def _instructions(dtype: str, capability: tuple[int, int]) -> tuple[int, int]:
     if dtype == "float64" and capability >= FLOAT64_CAPABILITIES[-1]:
         return FLOAT64_CAPABILITIES[-1]
     return TENSOR_CORE_CAPABILITY if capability >= TENSOR_CORE_CAPABILITY else FLOAT16_CAPABILITY
-
-
-def _check_capability(capability: tuple[int, int]) -> None:
-    if not isinstance(capability, tuple) or [*map(type, capability)] != [int, int]:
-        raise PlanError(f"capability must be a tuple of two ints, such as (9, 0); got {capability!r}"
-                        f"{meant_capability(capability)}")
 
 
 def _on_tensor_cores(dtype: str, precision: str | None, capability: tuple[int, int]) -> bool:
@@ -246,6 +240,7 @@ def check_precision(plan: ProductPlan, precision: str | None, capability: tuple[
     ValueError, PlanError
         As plan_product; PlanError too if the plan multiplies in another way, or with instructions that the GPU has not.
     """
+    check_capability(capability)
     _on_tensor_cores(plan.dtype, precision, capability)
     own = plan.precision if isinstance(plan, (TensorCorePlan, HopperPlan)) and plan.dtype != "float64" else "ieee"
     if precision not in (None, own):
@@ -280,6 +275,7 @@ def tensor_core_candidates(rows: int, cols: int, depth: int, dtype: str, precisi
                            capability: tuple[int, int] = TENSOR_CORE_CAPABILITY) -> list[TensorCorePlan]:
     """Every plan that plan_tensor_core chooses from."""
     check_sizes(rows=rows, cols=cols, depth=depth)
+    check_capability(capability)
     return [plan for whole in _uncut_on_tensor_cores((rows, cols, depth), dtype, precision, capability)
             for plan in _cut_into_parts(whole)]
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ..activations import ACTIVATIONS, NEGATIVE_SLOPE
 from ..errors import DensegradError, DTypeError, ShapeError
-from ..gradients import DenseGrads, dense_grads
+from ..gradients import DenseGrads, dense_grads, grads_of_layer, options_of_layer
 from ..slips import meant
 from ..typing import ActivationName
 from .common import DTYPES, check_tensors, operator, refusing, unreadable, with_its_signature
@@ -50,8 +50,9 @@ class MainGrads(NamedTuple):
 def _linear_backward_on_device(da, x, weight, z, *, activation, negative_slope, need):
     """Those of the gradients dx, dw and db that are needed, in this order."""
     if x.dim() > 1:
-        grads = dense_grads(x, weight, da, need=need, activation=activation, z=z, negative_slope=negative_slope,
-                            weight_layout="out_in")
+        need = tuple(need)
+        arrays = x if "dw" in need else None, weight if "dx" in need else None, da, z, None
+        grads = grads_of_layer(arrays, options_of_layer(need, activation), negative_slope)
     else:
         grads = _dense_grads(da, x, weight, z, activation=activation, negative_slope=negative_slope, need=need)
     return [grad for grad in grads if grad is not None]
