@@ -85,7 +85,7 @@ def warmup(layers: Iterable[tuple[int, int, int]], dtypes: Iterable[DTypeName] =
     Examples
     --------
     >>> warmup([(128, 784, 512), (128, 512, 10)], ["float32", "bfloat16"], capability=(9, 0))
-    Warmed(kernels=21, compiled=21)
+    Warmed(kernels=20, compiled=20)
     """
     if not cache.usable():
         raise RuntimeError("there is no folder to keep kernels in (set DENSEGRAD_CACHE_DIR to one of your own)")
