@@ -564,7 +564,7 @@ class Gpu:
             shape, strides, dtype, byte, readonly, stream = containers.interface_of(array)
         except ValueError:  # which `containers.problem` says
             return None
-        return Memory(shape, strides, dtype, byte, readonly, _place(self._device_of(byte)), stream)
+        return Memory(shape, strides, dtype, byte, readonly, place=_place(self._device_of(byte)), stream=stream)
 
     def seen(self, array: Any) -> Seen | None:
         """What a call sees of the array, or None if it is none that kernels can use."""
