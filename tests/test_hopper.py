@@ -136,7 +136,7 @@ def test_alpha_on_the_device(xp):
 @pytest.mark.parametrize("weight_layout", ["in_out", "out_in"])
 def test_db_rides_along_on_either_side(xp, tile_cols, weight_layout):
     """dZ is the right operand, or the left one where dW is written transposed."""
-    layer = Layer("weight_bias_grad", (200, 136, 136), DTYPES[weight_layout == "in_out"],
+    layer = Layer("weight_bias_grad", (136, 136, 40), DTYPES[weight_layout == "in_out"],
                   orientation=(0, weight_layout), tile_cols=tile_cols, parts=2)
     (dw, db), kernels = layer.run(xp, alpha=2.0)
     assert kernels == ["matmul_hopper", "add_parts", "add_parts"]
