@@ -75,10 +75,8 @@ from . import primitives
 from .primitives.factories import cache
 from .primitives.layout import GROUP_THREADS, LANES, LINE_BYTES, PIECE_BYTES
 
-#: rows of a tile, depths of a stage, and tile rows that are walked together
-TILE_ROWS, TILE_DEPTH, GROUP = 128, 64, 8
-#: threads of the first warpgroup that add an operand up, and a count of steps that none takes
-ADDERS, NEVER = 96, 2**31 - 1
+#: tile rows that are walked together, and a count of steps that none takes
+GROUP, NEVER = 8, 2**31 - 1
 #: of the maps that a block writes
 LEFT, RIGHT, RESULT, MAPS = 0, 1, 2, 3
 
@@ -86,8 +84,9 @@ LEFT, RIGHT, RESULT, MAPS = 0, 1, 2, 3
 @cache
 def make_matmul_hopper(constants):
     """The kernel for these tiles, orientations and results."""
-    dtype, tile_cols, stages, left_across, right_across, target, accumulate, sums_of = constants
-    left_bytes = TILE_ROWS * LINE_BYTES
+    (dtype, tile_rows, tile_cols, tile_depth, stages, left_across, right_across, target, accumulate, sums_of,
+     adders) = constants
+    left_bytes = tile_rows * LINE_BYTES
     stage_bytes = left_bytes + tile_cols * LINE_BYTES
     piece_cols = LINE_BYTES // (4 if target == "float32" else 2)
     pieces = tile_cols // piece_cols
@@ -97,14 +96,14 @@ def make_matmul_hopper(constants):
     empty_at = full_at + 8 * stages
 
     has_sums, of_left = bool(sums_of), sums_of == "left"
-    summed_size, summed_at = (TILE_ROWS, 0) if of_left else (tile_cols, left_bytes)
+    summed_size, summed_at = (tile_rows, 0) if of_left else (tile_cols, left_bytes)
     chunks = summed_size // 8
-    shares = ADDERS // chunks
+    shares = adders // chunks
 
     shared_tiles = primitives.shared_tiles(empty_at + 8 * stages)
     quotient = primitives.quotient()
     start_full, start_empty = primitives.start_barrier(1), primitives.start_barrier(
-        2 * GROUP_THREADS // LANES + (ADDERS // LANES if has_sums else 0))
+        2 * GROUP_THREADS // LANES + (adders // LANES if has_sums else 0))
     barriers_started, passed, arrive = primitives.barriers_started(), primitives.passed(), primitives.arrive()
     expect_stage = primitives.expect_bytes(stage_bytes)
     write_map, maps_written, map_at = primitives.write_map(), primitives.maps_written(), primitives.map_at()
@@ -135,8 +134,14 @@ def make_matmul_hopper(constants):
         high = min(int32(tiles_down - top), int32(GROUP))
         across = quotient(local, high)
         first = int32(part * steps_per_part)
-        return (int32((top + local - across * high) * TILE_ROWS), int32(across * tile_cols), part, first,
+        return (int32((top + local - across * high) * tile_rows), int32(across * tile_cols), part, first,
                 min(int32(first + steps_per_part), steps))
+
+    @cuda.jit(device=True, inline="always")
+    def after(stage, parity):
+        """The next stage, and the parity of its phase."""
+        last = stage == stages - 1
+        return int32(0 if last else stage + 1), int32(parity ^ 1 if last else parity)
 
     @cuda.jit(device=True, inline="always")
     def wait(shared, barrier, parity):
@@ -146,7 +151,7 @@ def make_matmul_hopper(constants):
     @cuda.jit(device=True, inline="always")
     def copy_stage(shared, start, full, left_map, right_map, row, col, depth):
         if left_across:
-            for box in range(TILE_ROWS // 64):
+            for box in range(tile_rows // 64):
                 copy_box(left_map, int32(row + 64 * box), depth, shared, int32(start + box * PIECE_BYTES), full)
         else:
             copy_box(left_map, depth, row, shared, start, full)
@@ -208,10 +213,8 @@ def make_matmul_hopper(constants):
                         full = int32(full_at + 8 * stage)
                         expect_stage(shared, full)
                         copy_stage(shared, int32(stage * stage_bytes), full, left_map, right_map, row, col,
-                                   int32(step * TILE_DEPTH))
-                        stage = int32(stage + 1)
-                        if stage == stages:
-                            stage, parity = int32(0), int32(parity ^ 1)
+                                   int32(step * tile_depth))
+                        stage, parity = after(stage, parity)
                     number = int32(number + cuda.gridDim.x)
             elif has_sums and thread >= LANES:
                 # 3. The other warps add the summed operand up in every sharers-th step: a thread a chunk of eight
@@ -222,7 +225,7 @@ def make_matmul_hopper(constants):
                 while number < pieces_of_work:
                     row, col, part, first, end = piece_of_work(number, tiles_down, tiles_across, int32(steps),
                                                                steps_per_part)
-                    sharer = quotient(col, int32(tile_cols)) if of_left else quotient(row, int32(TILE_ROWS))
+                    sharer = quotient(col, int32(tile_cols)) if of_left else quotient(row, int32(tile_rows))
                     until = sharer if sharer < sharers else NEVER
                     totals = no_totals()
                     for _ in range(first, end):
@@ -237,9 +240,7 @@ def make_matmul_hopper(constants):
                         meet_warp()
                         if thread % LANES == 0:
                             arrive(shared, int32(empty_at + 8 * stage))
-                        stage = int32(stage + 1)
-                        if stage == stages:
-                            stage, parity = int32(0), int32(parity ^ 1)
+                        stage, parity = after(stage, parity)
                     begin = int32((row if of_left else col) + 8 * chunk)
                     if sharer < sharers and begin < depth_sums_pitch:
                         index = int64((part * sharers + sharer) * shares + share) * depth_sums_pitch + begin
@@ -266,9 +267,7 @@ def make_matmul_hopper(constants):
                     if step > first and chief:
                         arrive(shared, int32(empty_at + 8 * before))
                     before = stage
-                    stage = int32(stage + 1)
-                    if stage == stages:
-                        stage, parity = int32(0), int32(parity ^ 1)
+                    stage, parity = after(stage, parity)
                 sums = done(sums)
                 if end > first and chief:
                     arrive(shared, int32(empty_at + 8 * before))

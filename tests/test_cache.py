@@ -25,6 +25,7 @@ from cuda import pathfinder
 import densegrad
 from densegrad import cache, calls, catalogue, compiler, device
 from densegrad.compiler import Code
+from densegrad.facts import MAP_WORDS
 
 HOPPER = 9, 0
 NOBODY = 65534
@@ -602,6 +603,6 @@ def test_what_is_packed_is_what_the_compiled_kernel_takes():
         types = [{"u64": "int64", "b64": "int64", "f64": "float64", "f32": "float32"}[kind]
                  for kind in re.findall(r"\.param \.(\w+)", entry)]
         expected = [one for kind in launch.types
-                    for one in (["int64"] * device.MAP_WORDS if kind == "tensor_map" else [kind])]
+                    for one in (["int64"] * MAP_WORDS if kind == "tensor_map" else [kind])]
         assert (tuple(names), types) == (launch.parameters, expected), launch.kernel
         assert len(launch.values) == len(names)

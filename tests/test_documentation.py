@@ -3,7 +3,6 @@
 Commands stand in blocks marked bash, one a line, and in the text between backticks. Each has a row here that says how
 it is run. Code in blocks marked python runs from the top of its page to the bottom.
 """
-import doctest
 import inspect
 import os
 import re
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 import densegrad
+from tests.docstring_examples import check_example
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -176,12 +176,8 @@ def test_examples_in_docstrings_give_what_they_show(name, monkeypatch):
     """With NumPy and the public names at hand, as they have them; `warmup` finds no kernel and compiles none."""
     monkeypatch.setattr("densegrad.warming._compile", lambda *arguments: None)
     monkeypatch.setattr("densegrad.warming.cache.load", lambda kept: None)
-    names = {"numpy": np, **{other: getattr(densegrad, other) for other in densegrad.__all__}}
-    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(densegrad, name), name, module=False, globs=names)
-    said = []
-    failed, tried = doctest.DocTestRunner().run(example, out=said.append)
-    assert tried
-    assert not failed, "".join(said)
+    check_example(getattr(densegrad, name),
+                  {"numpy": np, **{other: getattr(densegrad, other) for other in densegrad.__all__}})
 
 
 def test_the_readme_shows_an_error_as_it_is():

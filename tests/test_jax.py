@@ -3,7 +3,6 @@
 Left out without JAX, as tests/test_torch.py is without PyTorch. The callback that GPUs have, in XLA's own buffers, is
 run on the CPU too, by a stand-in for its context.
 """
-import doctest
 import functools
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import densegrad as dg
 from densegrad import calls, device, reference
 from densegrad.plans import ACTIVATIONS
 from densegrad.testing import activation_roundings, bits, check_within, dz_bound, error_bound, integers, normal
+from tests.docstring_examples import check_example
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("jax.experimental.buffer_callback")
@@ -385,9 +385,7 @@ def test_on_a_gpu_launches_go_to_xlas_stream_and_its_buffers(dtype, xp, monkeypa
 
 @pytest.mark.only("simulator")
 def test_the_example_gives_what_it_shows():
-    finder = doctest.DocTestFinder(recurse=False)
-    example, = finder.find(dense, "dense", module=False, globs={"dense": dense, "jax": jax, "jnp": jnp})
-    assert doctest.DocTestRunner().run(example) == (0, 2)
+    check_example(dense, {"dense": dense, "jax": jax, "jnp": jnp})
 
 
 @pytest.mark.only("simulator")

@@ -4,7 +4,6 @@ Left out without PyTorch, as tests/test_against_torch.py is. What a layer's back
 of NumPy arrays, which other tests hold to float64; PyTorch's own backward is held to the same bounds beside it.
 """
 import copy
-import doctest
 import functools
 import io
 import itertools
@@ -27,6 +26,7 @@ from densegrad import calls, device, tensors
 from densegrad.commands.demo import load_digits
 from densegrad.plans import ACTIVATIONS
 from densegrad.testing import bits, check_within, error_bound
+from tests.docstring_examples import check_example
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("expecttest")
@@ -1102,12 +1102,7 @@ def test_without_torch_the_import_says_what_installs_it():
 @pytest.mark.only("simulator")
 @pytest.mark.parametrize("name", ["convert", "cross_entropy", "linear"])
 def test_examples_in_docstrings_give_what_they_show(name):
-    names = {"torch": torch, **{other: getattr(dt, other) for other in dt.__all__}}
-    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(dt, name), name, module=False, globs=names)
-    said = []
-    failed, tried = doctest.DocTestRunner().run(example, out=said.append)
-    assert tried
-    assert not failed, "".join(said)
+    check_example(getattr(dt, name), {"torch": torch, **{other: getattr(dt, other) for other in dt.__all__}})
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "pytorch.md"

@@ -1,16 +1,14 @@
 """How tiles lie in shared memory, and which thread copies what. Pure values, shared by both kinds of primitives."""
 from typing import NamedTuple
 
-from ...facts import ITEM_BYTES
+from ...facts import BOX_LINES, ITEM_BYTES, LINE_BYTES, MAP_WORDS
 
 #: what global memory is moved in, what all banks of shared memory serve at once, and the widest access, in bytes
 SECTOR, LINE, WIDEST = 32, 128, 16
 #: threads of a warp, and of a warpgroup
 LANES, GROUP_THREADS = 32, 128
-#: of tiles that are copied as boxes: a line, a box of 64 of them, and the bytes after which the swizzle repeats
-LINE_BYTES, PIECE_BYTES, SWIZZLE_BYTES = 128, 8192, 1024
-#: of a tensor map
-MAP_BYTES = 128
+#: of a box in shared memory, of lines after which its swizzle repeats, and of a tensor map
+PIECE_BYTES, SWIZZLE_BYTES, MAP_BYTES = BOX_LINES * LINE_BYTES, 8 * LINE_BYTES, 8 * MAP_WORDS
 #: float64 sums along the depth that ride along add every so manyth depth of a part: those of one mma instruction
 FLOAT64_CLASSES = 4
 

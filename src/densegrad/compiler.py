@@ -13,6 +13,7 @@ from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from .facts import MAP_WORDS
 from .launches import Launch
 
 log = logging.getLogger("densegrad")
@@ -44,7 +45,7 @@ def library_of(launch: Launch, capability: tuple[int, int]) -> Any:
     from numba.cuda.cudadrv import nvvm
 
     kernel = kernel_of(launch.module, launch.kernel, launch.constants)
-    of_map = types.containers.UniTuple(types.int64, 16)
+    of_map = types.containers.UniTuple(types.int64, MAP_WORDS)
     arguments = tuple(of_map if name == "tensor_map" else getattr(types, name) for name in launch.types)
     compiled = compile_cuda(kernel.py_func, types.void, arguments, nvvm_options={"fastmath": False, "opt": 3},
                             cc=capability, lto=True)

@@ -28,6 +28,7 @@ import numpy as np
 from . import compiler, containers, tensors
 from .errors import DeviceError
 from .estimate import duration, simulated_seconds
+from .facts import MAP_WORDS
 from .launches import ALIGNMENT, OPERAND_ALIGNMENT, Clear, Launch, Room, Slot, TensorMap
 
 log = logging.getLogger("densegrad")
@@ -936,10 +937,6 @@ class PackedLaunches:
                     status, = queue(stream, arguments, 0)
                 if status:
                     raise DeviceError(f"the CUDA driver says {status.name}")
-
-
-#: integers of 64 bits in a tensor map
-MAP_WORDS = 16
 
 
 class _PackedMap:

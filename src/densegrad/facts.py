@@ -1,9 +1,11 @@
-"""Names and sizes of element types, and the types that sums and results are computed in."""
+"""Names and sizes of element types, the types that sums and results are computed in, and the form of copied boxes."""
 from __future__ import annotations
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 #: of all that kernels read, labels and masks too
 SIZES = {**ITEM_BYTES, "bool": 1, "int32": 4, "int64": 8}
+#: of boxes that are copied by a tensor map: bytes of a line, lines of a box in shared memory; 64-bit integers of a map
+LINE_BYTES, BOX_LINES, MAP_WORDS = 128, 64, 16
 
 
 def accumulator_of(dtype: str) -> str:

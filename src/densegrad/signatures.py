@@ -332,16 +332,19 @@ class MatmulArguments(NamedTuple):
 
 
 class MatmulHopper(NamedTuple):
-    """A product on Hopper's tensor cores, in tiles of 128 rows."""
+    """A product on Hopper's tensor cores."""
 
     dtype: str  # of the operands
+    tile_rows: int  # 64 for each of two warpgroups
     tile_cols: int
+    tile_depth: int  # of a stage
     stages: int
     left_across: bool  # whether it is contiguous across the depth
     right_across: bool
     target: str  # dtype of the result
     accumulate: bool  # whether the result, float32, is added to
     sums_of: str  # "left" or "right": that operand, contiguous across the depth, is added up along it, too; or ""
+    adders: int  # threads that do so
 
     @property
     def number(self) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ..errors import PlanError
-from ..facts import ITEM_BYTES, SIZES
+from ..facts import BOX_LINES, ITEM_BYTES, LINE_BYTES, MAP_WORDS, SIZES
 from ..launches import Launch, Matrix, Result, Room, Slot, TensorMap
 from ..signatures import MatmulArguments, MatmulHopper, MatmulHopperArguments
 from .common import ceil_div, check_choice, check_integers, check_sizes, constants_of, named
@@ -24,8 +24,8 @@ START = 2.0
 STEP_MICROSECONDS, ALONE = {256: 0.82, 192: 0.63, 128: 0.43}, 0.78
 #: how many tiles share the steps of sums along the depth at the most, and the threads of each that add
 MOST_SHARERS, ADDERS = 32, 96
-#: three warpgroups; rows of a tile; bytes of a line of a box, of a box, and of a tensor map
-THREADS, TILE_ROWS, LINE_BYTES, BOX_BYTES, MAP_BYTES = 384, 128, 128, 8192, 128
+#: three warpgroups, of which two multiply 64 rows of a tile each
+THREADS, TILE_ROWS = 384, 128
 #: the largest depth, and the largest number of rows or columns: coordinates have 32 bits
 MOST_DEPTH, MOST_LENGTH = 2**31, 2**31 - 256
 #: what addresses and steps of a tensor map are multiples of, and what its steps stay below, in bytes
@@ -65,6 +65,7 @@ class HopperPlan(Tiling):
     capability = HOPPER
     precision = None
     tile_rows = TILE_ROWS
+    adders = ADDERS
 
     def __post_init__(self) -> None:
         check_integers(self)
@@ -132,7 +133,7 @@ class HopperPlan(Tiling):
         """Shared memory of a block: the stages, four boxes of results for each of two warpgroups, two barriers a stage,
         and what is lost where memory begins between two multiples of 1 KiB.
         """
-        return self.stages * (LINE_BYTES * (TILE_ROWS + self.tile_cols) + 16) + 8 * BOX_BYTES + 1024
+        return self.stages * (LINE_BYTES * (TILE_ROWS + self.tile_cols) + 16) + 8 * BOX_LINES * LINE_BYTES + 1024
 
     @property
     def product_error(self) -> float:
@@ -204,7 +205,7 @@ class HopperPlan(Tiling):
         down, across = ceil_div(self.rows, TILE_ROWS), ceil_div(self.cols, self.tile_cols)
         return Launch("densegrad.kernels.matmul_hopper", "matmul_hopper", constants, MatmulHopperArguments(
             left, right, _map_of_result(target.matrix, self.rows, self.parts),
-            Room(free_at, 3 * MAP_BYTES // 8 * self.workers, "int64"), self.pieces, down, across,
+            Room(free_at, 3 * MAP_WORDS * self.workers, "int64"), self.pieces, down, across,
             ceil_div(self.depth, self.tile_depth), self.depth_per_part // self.tile_depth, arguments.alpha,
             *summed),
             self.grid, THREADS, plan=self, shared_bytes=self.shared_bytes, capability=HOPPER,
@@ -220,11 +221,9 @@ def _has_map(operand: Matrix) -> bool:
     """Whether boxes of an operand (outer, depth), or of a result (columns, rows), can be copied."""
     side, stride = side_of(operand, 1)
     contiguous = operand.col_stride == 1 or not side.along_depth or operand.cols == 1
-    step = stride * SIZES[operand.dtype]
-    return bool(operand.rows and operand.cols and contiguous and operand.alignment >= MAP_ALIGNMENT
-                and step % MAP_ALIGNMENT == 0 and 0 <= step < MOST_STEP
-                and (step or not side.along_depth or operand.rows == 1) and (step or side.along_depth
-                                                                            or operand.cols == 1))
+    lines, step = operand.rows if side.along_depth else operand.cols, stride * SIZES[operand.dtype]
+    apart = lines == 1 or (0 < step < MOST_STEP and step % MAP_ALIGNMENT == 0)
+    return bool(operand.rows and operand.cols and contiguous and apart and operand.alignment >= MAP_ALIGNMENT)
 
 
 def _map_of(operand: Matrix, outer: int) -> tuple[TensorMap, bool]:
@@ -241,7 +240,7 @@ def _map_of_result(result: Matrix, rows: int, parts: int) -> TensorMap:
     """The map of a result, or of its parts."""
     size = SIZES[result.dtype]
     step = (result.row_stride * size if rows > 1 else 0) or MAP_ALIGNMENT
-    return _map(result, (result.cols, rows, parts), (step, rows * step), (LINE_BYTES // size, 64, 1))
+    return _map(result, (result.cols, rows, parts), (step, rows * step), (LINE_BYTES // size, BOX_LINES, 1))
 
 
 def _map(matrix: Matrix, lengths: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...]) -> TensorMap:
