@@ -30,8 +30,9 @@ from rich.table import Table
 
 import densegrad
 from densegrad import device, tensors
-from densegrad.device import Memory, PackedLaunches, Seen, Simulator, alignment_of, seen_tensor, tensor_maker
+from densegrad.device import Memory, Seen, Simulator, alignment_of, seen_tensor, tensor_maker
 from densegrad.launches import Launch
+from densegrad.packing import PackedLaunches
 
 from . import records
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import densegrad
-from densegrad import DenseGrads, device, errors, operands, testing
+from densegrad import DenseGrads, device, errors, operands, packing, testing
 from densegrad.launches import Matrix, Slot
 from densegrad.plans import MatmulPlan, plan_batch_sum, plan_matmul
 from densegrad.testing import Placed, bits, check_within, host, integers
@@ -353,13 +353,13 @@ class Stream:
 def launched_on(monkeypatch):
     """The streams that launches were queued on, in order."""
     streams = []
-    launch = device.PackedLaunches.__call__
+    launch = packing.PackedLaunches.__call__
 
     def watch(self, values, stream):
         streams.append((stream, sys.modules["cupy"].cuda.get_current_stream().ptr))
         launch(self, values, stream)
 
-    monkeypatch.setattr(device.PackedLaunches, "__call__", watch)
+    monkeypatch.setattr(packing.PackedLaunches, "__call__", watch)
     return streams
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import densegrad as dg
 from benchmarks import counting
-from densegrad import calls, device, tensors
+from densegrad import calls, device, packing, tensors
 from densegrad.testing import bits, host
 
 pytestmark = pytest.mark.only("gpu")
@@ -112,13 +112,13 @@ def tensors_dtype(dtype):
 @pytest.fixture
 def streams(monkeypatch):
     """The streams of all launches."""
-    found, launch = [], device.PackedLaunches.__call__
+    found, launch = [], packing.PackedLaunches.__call__
 
     def record(self, values, stream):
         found.append(stream)
         launch(self, values, stream)
 
-    monkeypatch.setattr(device.PackedLaunches, "__call__", record)
+    monkeypatch.setattr(packing.PackedLaunches, "__call__", record)
     return found
 
 
