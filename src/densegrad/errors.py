@@ -31,3 +31,15 @@ class PlanError(DensegradError, ValueError):
 
 class PrepareError(DensegradError, ValueError):
     """A call that cannot be prepared, since it copies arrays, or one that has to be before it is captured."""
+
+
+class DistributedError(DensegradError, RuntimeError):
+    """Ranks that disagree, failed, or did not come in time; the message names them.
+
+    `ranks` has their numbers. `agreed` says whether every rank raises this error: the communicator can be used again
+    then. Otherwise the rank stopped waiting by itself, and the communicator should be given up.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = (), agreed: bool = False):
+        super().__init__(message)
+        self.ranks, self.agreed = ranks, agreed
