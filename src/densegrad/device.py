@@ -648,6 +648,27 @@ class Gpu:
             written = streams.from_external(_ForeignStream(memory.stream, None)).record()
             streams.from_external(_ForeignStream(stream, None)).wait_event(written)
 
+    def mark(self, stream: Any, place: str) -> Any:
+        """An event behind what is queued now, on this stream or the current one."""
+        with self.using(stream, place) as pointer:
+            return self.cupy.cuda.Stream.from_external(_ForeignStream(pointer, None)).record()
+
+    @contextlib.contextmanager
+    def beside(self, written: Any, place: str) -> Iterator[Callable[[], Callable[[], bool]]]:
+        """A new stream behind an event, CuPy's current one in the with block.
+
+        Gives a function which asks, when all is queued, for another one: that says whether it is done.
+        """
+        cuda = self.cupy.cuda
+        with cuda.Device(self._device_id(place)), cuda.Stream(non_blocking=True) as own:
+            own.wait_event(written)
+
+            def finished() -> Callable[[], bool]:
+                event = own.record()
+                return lambda: event.done
+
+            yield finished
+
     def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
         """What makes arrays with undefined elements, whose last axis is the first in memory if features_first."""
         def make() -> tuple[Any, int]:

@@ -1,6 +1,7 @@
-"""Data-parallel gradients: sums over the ranks of MPI, torch.distributed and NCCL, in a stated order where asked."""
+"""Data-parallel gradients: sums over ranks by MPI, torch.distributed or NCCL, in the ranks' order if asked."""
 from ..errors import DistributedError
-from .agreement import Numbers, Ranks
-from .reductions import SUM, Fold, fold_along_ranks
+from .agreement import Numbers, Ranks, together
+from .reductions import SUM, Fold, Reduction, all_reduce, fold_along_ranks
 
-__all__ = ["SUM", "DistributedError", "Fold", "Numbers", "Ranks", "fold_along_ranks"]
+__all__ = ["SUM", "DistributedError", "Fold", "Numbers", "Ranks", "Reduction", "all_reduce", "fold_along_ranks",
+           "together"]

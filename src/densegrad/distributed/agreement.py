@@ -1,4 +1,4 @@
-"""What ranks agree on before anything is sent: a round, in which each says what it is about to do and all hear one answer.
+"""What ranks agree on before anything is sent: in a round each says what it is about to do, and all hear one answer.
 
     every rank --descriptor--> rank 0 --answer--> every rank
 
@@ -14,11 +14,13 @@ import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 from .. import __version__
 from ..errors import DistributedError
@@ -35,6 +37,8 @@ _REST = struct.Struct("<QBqq16sH")
 _WORDS = 960
 MESSAGE_BYTES = _FRONT.size + _REST.size + _WORDS
 _GOES_ON, _FAILED = 0, 1
+#: attribute of an error: the communicator's state and the round in which the other ranks have heard of it
+_TOLD = "densegrad_told"
 
 
 class Descriptor(NamedTuple):
@@ -45,7 +49,7 @@ class Descriptor(NamedTuple):
     samples: int = 0
     addends: int = 0
     failed: bool = False
-    version: str = __version__
+    version: str = ""
     digest: bytes = b""
 
     def packed(self) -> bytes:
@@ -163,7 +167,6 @@ class State:
 
     def __init__(self) -> None:
         self.rounds = 0
-        self.told: Callable[[], BaseException | None] = lambda: None  # the error that the other ranks have heard of
         self.sent: list[Any] = []
         self._worker: ThreadPoolExecutor | None = None
 
@@ -329,7 +332,7 @@ class Rounds:
             If they do not, or one did not come within the deadline.
         """
         self.state.rounds += 1
-        descriptor = descriptor._replace(round=self.state.rounds)
+        descriptor = descriptor._replace(round=self.state.rounds, version=__version__)
         try:
             answer = self._answer(descriptor, deadline)
         except Late:
@@ -357,14 +360,12 @@ class Rounds:
 
     def tell(self, error: BaseException, deadline: float) -> None:
         """Let the others raise in their next round, with the words of this rank's error, unless they know."""
-        if error is self.state.told() or isinstance(error, DistributedError):
+        if isinstance(error, DistributedError) or vars(error).get(_TOLD) == (self.state, self.state.rounds):
             return
-        self.state.told = ref(error)
         words = f"{type(error).__name__}: {error}"
-        try:
+        with suppress(DistributedError):  # what this rank raises is the error itself
             self.agree(Descriptor(0, words, failed=True), deadline)
-        except DistributedError:
-            pass  # what this rank raises is the error itself
+        vars(error)[_TOLD] = self.state, self.state.rounds
 
 
 class Ranks(NamedTuple):
@@ -395,6 +396,64 @@ class Group(NamedTuple):
     rounds: Rounds | None
     state: State
 
+    def checked(self, check: bool | None) -> Rounds | None:
+        """The rounds in which the ranks agree, or None if they are not to: as `check` says, which None leaves open.
+
+        Raises
+        ------
+        ValueError
+            If there is no way to.
+        """
+        if check and self.rounds is None:
+            raise ValueError(f"check=True needs a way between the hosts of the ranks, which {self.engine.name} has not "
+                             "(pass densegrad.distributed.Ranks(comm, host=mpi4py.MPI.COMM_WORLD), or leave check out)")
+        return self.rounds if check or check is None else None
+
+
+@contextmanager
+def telling(state: State, rounds: Rounds | None, deadline: float,
+            errors: type[BaseException] = Exception) -> Iterator[None]:
+    """Tell the other ranks of what is raised in the with block, if there is a way to, so that they raise too."""
+    try:
+        yield
+    except errors as error:
+        if rounds is not None:
+            state.run(partial(rounds.tell, error, deadline))
+        raise
+
+
+@contextmanager
+def together(comm: Any, *, deadline: float = DEADLINE) -> Iterator[None]:
+    """A with block that every rank leaves in the same way: if one raises in it, all do.
+
+    Parameters
+    ----------
+    comm : communicator or Ranks
+        As in `all_reduce`. NCCL's needs a host's beside it.
+    deadline : float
+        Seconds that the ranks wait for one another, at the end of the block and where one has raised.
+
+    Raises
+    ------
+    DistributedError
+        On the other ranks, with the words of the error of the rank that raised: from the reduction that they wait in,
+        or at the end of the block. Also if a rank does not come to the end of the block within the deadline.
+    ValueError, TypeError
+        If comm is none, or has no way between the hosts of its ranks.
+
+    Examples
+    --------
+    >>> with together(comm):
+    ...     grads = dense_grads(x, w, dz)
+    ...     grads = all_reduce(grads, comm)
+    """
+    group = group_of(comm)
+    rounds = group.checked(True)
+    with telling(group.state, rounds, deadline, BaseException):
+        yield
+    if rounds is not None:
+        group.state.run(partial(rounds.agree, Descriptor(0, "the end of a block that is left together"), deadline))
+
 
 _of_torch: WeakKeyDictionary[Any, State] = WeakKeyDictionary()
 _of_mpi: dict[str, int] = {}
@@ -413,7 +472,8 @@ def group_of(comm: Any) -> Group:
     ranks = comm if isinstance(comm, Ranks) else Ranks(comm)
     engine = engines.engine_of(ranks.comm, ranks.cuda_aware)
     host = ranks.comm if ranks.host is None else ranks.host
-    state, line = State(), None
+    state = State()
+    line: Line | None = None
     if engines.is_mpi(host):
         state = _state_of_mpi(host)
         line = MpiLine(host, state)

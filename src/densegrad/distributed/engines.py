@@ -1,14 +1,14 @@
 """What carries numbers from rank to rank: MPI, torch.distributed and NCCL, each behind the same few methods.
 
-    engine             recognises                                  buffers                      carries
-    Mpi                a communicator of mpi4py                    the host's; on request a GPU's  float32, float64
-    Torch              a process group of torch.distributed        the host's; of nccl a GPU's  all four dtypes
-    CupyNccl           cupy.cuda.nccl.NcclCommunicator             a GPU's                      all four dtypes
-    CupyBackend        cupyx.distributed.NCCLBackend               a GPU's                      float16, float32, float64
-    Nccl4py            nccl.core.Communicator of nccl4py           a GPU's                      all four dtypes
+    engine       recognises                               buffers lie on            adds
+    Mpi          a communicator of mpi4py                 the host; a GPU if asked  float32, float64
+    Torch        a process group of torch.distributed     the host; of nccl a GPU   all four dtypes
+    CupyNccl     cupy.cuda.nccl.NcclCommunicator          a GPU                     all four dtypes
+    CupyBackend  cupyx.distributed.NCCLBackend            a GPU                     float16, float32, float64
+    Nccl4py      nccl.core.Communicator of nccl4py        a GPU                     all four dtypes
 
-No library is imported here: whoever hands over a communicator has done that. Buffers are flat and contiguous, NumPy's on
-the host and CuPy's on a GPU. Each method starts something and returns what waits for it, to a time of
+No library is imported here: whoever hands over a communicator has done that. Buffers are flat and contiguous, NumPy's
+on the host and CuPy's on a GPU. Each method starts something and returns what waits for it, to a time of
 `time.monotonic`. What a GPU's engine starts is queued on CuPy's current stream, so there is nothing to wait for.
 """
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
 
+import numpy as np
+
 from .. import tensors
 
 #: of messages between two ranks, in MPI and torch.distributed: descriptors, answers, pieces
@@ -27,6 +29,8 @@ DESCRIPTOR_TAG, ANSWER_TAG, PIECE_TAG = 32101, 32102, 32103
 #: the longest sleep between two looks at whether MPI is done
 _NAP_SECONDS = 1e-3
 
+#: where buffers lie
+HOST, GPU = "the host", "a GPU"
 _EVERY = frozenset(("float16", "bfloat16", "float32", "float64"))
 #: requests of MPI that nobody waits for any more: it may still write into their buffers
 _abandoned: list[Any] = []
@@ -53,8 +57,8 @@ class Engine(Protocol):
     name: str
     rank: int
     size: int
-    #: whether its buffers lie on a GPU
-    on_device: bool
+    #: where its buffers may lie
+    places: frozenset[str]
     #: the dtypes that it adds
     carries: frozenset[str]
 
@@ -72,6 +76,11 @@ class Engine(Protocol):
 
     def abort(self) -> None:
         """Give up what was started, where the engine can."""
+
+
+def place_of(buffer: Any) -> str:
+    """Where an array of NumPy or CuPy lies."""
+    return HOST if isinstance(buffer, np.ndarray) else GPU
 
 
 class Done:
@@ -120,7 +129,7 @@ class Mpi:
     name, carries = "MPI", frozenset(("float32", "float64"))
 
     def __init__(self, comm: Any, cuda_aware: bool = False):
-        self.comm, self.on_device = comm, cuda_aware
+        self.comm, self.places = comm, frozenset((HOST, GPU) if cuda_aware else (HOST,))
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
     def send(self, buffer: Any, to: int) -> Pending:
@@ -141,7 +150,7 @@ class Mpi:
 
     def _ready(self, buffer: Any) -> Any:
         """The buffer, when what is queued on the stream has written it: MPI knows no streams."""
-        if self.on_device:
+        if place_of(buffer) == GPU:
             sys.modules["cupy"].cuda.get_current_stream().synchronize()
         return buffer
 
@@ -173,7 +182,7 @@ class Torch:
 
     def __init__(self, group: Any):
         self.dist, self.group = sys.modules["torch.distributed"], group
-        self.on_device = "nccl" in self.dist.get_backend(group)
+        self.places = frozenset((GPU if "nccl" in self.dist.get_backend(group) else HOST,))
         self.rank, self.size = group.rank(), group.size()
 
     def send(self, buffer: Any, to: int) -> Pending:
@@ -195,7 +204,7 @@ class Torch:
     def _start(self, function: Any, buffer: Any, *others: Any, **options: Any) -> Pending:
         torch = sys.modules["torch"]
         try:
-            if not self.on_device:
+            if place_of(buffer) == HOST:
                 tensor = tensors.host_tensor(buffer)
                 return _Work(function(tensor, *others, group=self.group, **options), tensor)
             pointer = sys.modules["cupy"].cuda.get_current_stream().ptr
@@ -217,7 +226,7 @@ class Torch:
 class CupyNccl:
     """CuPy's communicator of NCCL."""
 
-    name, on_device, carries = "NCCL", True, _EVERY
+    name, places, carries = "NCCL", frozenset((GPU,)), _EVERY
 
     def __init__(self, comm: Any):
         self.comm, self.cuda = comm, sys.modules["cupy"].cuda
@@ -259,7 +268,7 @@ class CupyNccl:
 class CupyBackend:
     """cupyx.distributed's backend of NCCL."""
 
-    name, on_device, carries = "NCCL", True, frozenset(("float16", "float32", "float64"))
+    name, places, carries = "NCCL", frozenset((GPU,)), frozenset(("float16", "float32", "float64"))
 
     def __init__(self, backend: Any):
         self.backend, self.rank, self.size = backend, backend.rank, backend._n_devices
@@ -291,7 +300,7 @@ class CupyBackend:
 class Nccl4py:
     """The communicator of nccl4py."""
 
-    name, on_device, carries = "NCCL", True, _EVERY
+    name, places, carries = "NCCL", frozenset((GPU,)), _EVERY
 
     def __init__(self, comm: Any):
         self.comm, self.rank, self.size = comm, comm.rank, comm.nranks
