@@ -401,6 +401,11 @@ def as_prepared() -> AbstractContextManager[list[Bound]]:
     return _collected(_preparing)
 
 
+def is_preparing() -> bool:
+    """Whether calls are only being prepared."""
+    return _preparing.get() is not None
+
+
 class Bound:
     """One call whose slots are filled in."""
 

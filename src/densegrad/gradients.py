@@ -8,9 +8,9 @@ from typing import Any, Generic, Literal, SupportsFloat, overload
 
 from typing_extensions import NamedTuple
 
-from . import tuned
-from .calls import Recipe, call, recipe_of
-from .errors import PlanError, ShapeError
+from . import containers, tuned
+from .calls import Recipe, call, is_preparing, recipe_of
+from .errors import PlanError, PrepareError, ShapeError
 from .families import batch_sum, tiling, upstream
 from .families.batch_sum import BatchSumPlan, plan_batch_sum
 from .families.common import check_plan
@@ -51,6 +51,17 @@ class DenseGrads(NamedTuple, Generic[Kind_co]):
     dx: Kind_co = None  # type: ignore[assignment]
     dw: Kind_co = None  # type: ignore[assignment]
     db: Kind_co = None  # type: ignore[assignment]
+
+    @property
+    def reduction(self) -> Any:
+        """Of gradients that are added up over ranks what waits for that, a `densegrad.distributed.Reduction`."""
+        return getattr(self, "_reduction", None)
+
+
+class ReducedGrads(DenseGrads[Any]):
+    """DenseGrads of which dw and db are every rank's when `reduction.wait()` has returned, and undefined until then."""
+
+    _reduction: Any
 
 
 _NO_OUTS: DenseGrads[None] = DenseGrads()
@@ -342,7 +353,8 @@ def dense_grads(x: Array[Kind], w: Array[Kind], dz: Array[Kind], *, activation: 
                 weight_layout: WeightLayout = "in_out", keepdims: bool = False, compensated: bool = False,
                 alpha: SupportsFloat = 1.0, precision: Precision | None = None,
                 out: DenseGrads[Out | None] | None = None, accumulate: bool | Iterable[GradName] = False,
-                plan: DenseGrads[Any] | None = None, stream: Any = None) -> DenseGrads[Kind | Out]: ...
+                plan: DenseGrads[Any] | None = None, stream: Any = None,
+                comm: Any = None) -> DenseGrads[Kind | Out]: ...
 
 
 @overload
@@ -352,7 +364,8 @@ def dense_grads(x: Array[Kind] | None, w: Array[Kind] | None, dz: Array[Kind], *
                 weight_layout: WeightLayout = "in_out", keepdims: bool = False, compensated: bool = False,
                 alpha: SupportsFloat = 1.0, precision: Precision | None = None,
                 out: DenseGrads[Out | None] | None = None, accumulate: bool | Iterable[GradName] = False,
-                plan: DenseGrads[Any] | None = None, stream: Any = None) -> DenseGrads[Kind | Out | None]: ...
+                plan: DenseGrads[Any] | None = None, stream: Any = None,
+                comm: Any = None) -> DenseGrads[Kind | Out | None]: ...
 
 
 @answered
@@ -363,7 +376,8 @@ def dense_grads(x: Array[Kind] | None, w: Array[Kind] | None, dz: Array[Kind], *
                 weight_layout: WeightLayout = "in_out", keepdims: bool = False, compensated: bool = False,
                 alpha: SupportsFloat = 1.0, precision: Precision | None = None,
                 out: DenseGrads[Out | None] | None = None, accumulate: bool | Iterable[GradName] = False,
-                plan: DenseGrads[Any] | None = None, stream: Any = None) -> DenseGrads[Kind | Out | None]:
+                plan: DenseGrads[Any] | None = None, stream: Any = None,
+                comm: Any = None) -> DenseGrads[Kind | Out | None]:
     """All gradients of a dense layer z = x @ w + b, or with an activation a = f(x @ w + b).
 
         dx = dz @ w.T          dw = x.T @ dz          db = dz.sum(axis=0)
@@ -396,16 +410,22 @@ def dense_grads(x: Array[Kind] | None, w: Array[Kind] | None, dz: Array[Kind], *
         that are named. The others are overwritten, and each may have a dtype of its own.
     plan : DenseGrads of plans or None, optional
         How to compute each of them; below an activation or with weights db takes an UpstreamPlan, that of forming dz.
+    comm : communicator or Ranks, optional
+        Over what dw and db are added up, as `densegrad.distributed.all_reduce` takes it: started before dx is launched,
+        and under way when this returns. dx stays this rank's. They cannot be added into `out` then.
 
     Returns
     -------
     DenseGrads
-        `(dx, dw, db)`, each as its own function returns it.
+        `(dx, dw, db)`, each as its own function returns it. With `comm` its `reduction` says whether dw and db are
+        `done`, and has `wait()`, before which they are undefined.
 
     Raises
     ------
     ShapeError, DTypeError, DeviceError, OutError, PlanError, TypeError, ValueError
         As in `bias_grad` and `activation_grad`, before anything is written.
+    DistributedError
+        With `comm`, where `reduction` is waited for.
 
     Notes
     -----
@@ -425,7 +445,60 @@ def dense_grads(x: Array[Kind] | None, w: Array[Kind] | None, dz: Array[Kind], *
     options = (needed, activation, stray_slope(activation, negative_slope), batch_axis, weight_layout, keepdims,
                compensated, precision, as_names(accumulate), plan)
     outs = _NO_OUTS if out is None else accept_tuple("out", out, DenseGrads)
-    return DenseGrads._make(call(_describe_dense, arrays, outs, options, (alpha, parameter_of(negative_slope)), stream))
+    numbers = alpha, parameter_of(negative_slope)
+    if comm is not None:
+        return _over_ranks(comm, arrays, outs, options, numbers, stream)
+    return DenseGrads._make(call(_describe_dense, arrays, outs, options, numbers, stream))
+
+
+def _over_ranks(comm: Any, arrays: tuple, outs: tuple, options: tuple, numbers: tuple, stream: Any) -> DenseGrads:
+    """dense_grads in two calls: of dw and db, whose reduction is started, then of dx.
+
+    Below an activation the first keeps the dz that it forms for the second. The launches are those of one call.
+    """
+    from .distributed import all_reduce, telling_ranks
+
+    need, activation, slope, batch_axis, weight_layout, *others, precision, accumulate, plan = options
+    x, w, dz, z, sample_weight = arrays
+    with telling_ranks(comm):
+        if is_preparing():
+            raise PrepareError("dense_grads(..., comm=) cannot be prepared, since it waits for other ranks (prepare it "
+                               "without comm, and reduce with densegrad.distributed.all_reduce)")
+        if containers.kind_of(dz).handed_over:
+            raise TypeError(f"dense_grads(..., comm=) writes into dw and db again, and arrays of "
+                            f"{containers.kind_of(dz).name} are not written (leave comm out, and pass what it returns "
+                            "to densegrad.distributed.all_reduce)")
+        _describe_dense(arrays, outs, options)  # what is wrong with dx is found before anything is sent
+        parameters = tuple(name for name in ("dw", "db") if name in need)
+        if not parameters:
+            raise ValueError('need must name "dw" or "db" with comm=, which adds them up over ranks; got '
+                             f"{need!r} (leave comm out)")
+        added = DenseGrads._fields if accumulate is True else accumulate or ()
+        if not set(added).isdisjoint(parameters):
+            raise ValueError(f"accumulate={accumulate!r} adds before the ranks' sum, which would count what out holds "
+                             "once a rank (leave out.dw and out.db to be overwritten, and add them afterwards)")
+        plans = accept_tuple("plan", plan, DenseGrads)
+        forms = "dx" in need and (activation is not None or sample_weight is not None)
+        of_parameters = (parameters, activation, slope, batch_axis, weight_layout, *others, precision, (),
+                         plans._replace(dx=None))
+        _, dw, db, formed = call(_describe_parameters, (x if "dw" in need else None, None, dz, z, sample_weight),
+                                 (None, *outs[1:], None), (forms, *of_parameters), numbers, stream)
+        summed: Any = DenseGrads(None, dw, db)
+        reduction = all_reduce(summed, comm, out=summed, async_op=True, stream=stream)
+    dx = None
+    if "dx" in need:
+        dx = input_grad(formed if forms else dz, w, batch_axis=0 if forms else batch_axis, weight_layout=weight_layout,
+                        alpha=numbers[0], precision=precision, out=outs[0], accumulate="dx" in added, plan=plans.dx,
+                        stream=stream)
+    grads = ReducedGrads(dx, dw, db)
+    grads._reduction = reduction
+    return grads
+
+
+def _describe_parameters(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
+    """dw and db, and a new array of the dz that they are made of if one is formed and asked for."""
+    forms, *others = options
+    return _describe_dense(arrays, outs, tuple(others), forms)
 
 
 @lru_cache(maxsize=256)
@@ -439,14 +512,14 @@ def grads_of_layer(arrays: tuple[Any, ...], options: tuple[Any, ...], negative_s
     return call(_describe_dense, arrays, _NO_OUTS, options, (1.0, parameter_of(negative_slope)))
 
 
-def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
+def _describe_dense(arrays: tuple, outs: tuple, options: tuple, keeps_dz: bool = False) -> Recipe:
     need, activation, stray, batch_axis, weight_layout, keepdims, compensated, precision, accumulate, plan = options
     x, w, dz, z, sample_weight = arrays
     needed = _needed(need, x, w)
     compensated = accept_flag("compensated", compensated)
     if compensated and "db" not in needed:
         raise ValueError("compensated is about db, which is not needed (name it in need=, or leave compensated out)")
-    added = accept_outs(DenseGrads(*outs), accumulate, needed)
+    added = accept_outs(DenseGrads(*outs[:3]), accumulate, needed)
     plans = accept_tuple("plan", plan, DenseGrads)
     # Below an activation the plan for db forms dz, which all of them are made of.
     planned = needed | {"db"} if activation or sample_weight is not None else needed
@@ -460,15 +533,19 @@ def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     dx = _input_target("out.dx", outs[0], inputs, "dx" in added) if "dx" in needed else None
     dw = _weight_target("out.dw", outs[1], inputs, weight_layout, "dw" in added) if "dw" in needed else None
     db = accept_bias_out("out.db", outs[2], inputs, keepdims, "db" in added) if "db" in needed else None
-    targets = dx, dw, db
-    check_apart([target for target in targets if target is not None])
+    formed: Target | None = None
 
+    check_apart([target for target in (dx, dw, db) if target is not None])
     launches: tuple[Launch, ...] = ()
     gradient, behind, with_weight, alone, bias_plan = inputs.dz.matrix, 0, None, db, plans.db
     if above.arguments:
         # dZ is formed first, in the order of what it is formed from; its sum is db, unless that is to be compensated.
         gradient = _like(gradient)
         behind, alone, bias_plan = gradient.end, db if compensated else None, None
+        if keeps_dz:
+            formed = Target("formed", (*inputs.batch_shape, inputs.out_features), inputs.dtype, None, False,
+                            gradient.row_stride == 1 and gradient.col_stride != 1)
+            gradient, behind = formed.matrix, 0
         result = Result(scratch(behind, 1, inputs.out_features, inputs.dtype))
         if db is not None and not compensated:
             result = db.result
@@ -487,7 +564,7 @@ def _describe_dense(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     if alone is not None:
         bias_plan = _bias_plan(bias_plan, inputs, compensated, "plan.db")
         launches += batch_sum.launches(bias_plan, gradient, alone.result, ALPHA, behind)
-    return recipe_of(inputs, (inputs.x, inputs.w, inputs.dz, above.z, above.weights), targets, launches,
+    return recipe_of(inputs, (inputs.x, inputs.w, inputs.dz, above.z, above.weights), (dx, dw, db, formed), launches,
                      (above.parameter,))
 
 

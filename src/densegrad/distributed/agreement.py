@@ -423,6 +423,14 @@ def telling(state: State, rounds: Rounds | None, deadline: float,
 
 
 @contextmanager
+def telling_ranks(comm: Any) -> Iterator[None]:
+    """Tell the other ranks of a communicator what is raised in the with block, where there is a way to."""
+    group = group_of(comm)
+    with telling(group.state, group.rounds, DEADLINE):
+        yield
+
+
+@contextmanager
 def together(comm: Any, *, deadline: float = DEADLINE) -> Iterator[None]:
     """A with block that every rank leaves in the same way: if one raises in it, all do.
 
