@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import densegrad
 from densegrad import device, reference
-from densegrad.commands import checks, cli, demo, explain, picture
+from densegrad.commands import checks, cli, demo, explain, picture, streamed
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("demo", "grads", "explain", "info", "check", "ptx", "tune")
@@ -126,11 +126,11 @@ def test_grads_into_standard_output_are_nothing_but_the_archive(layer, tmp_path)
 
 
 def test_grads_that_fails_half_way_leaves_nothing(layer, tmp_path, monkeypatch):
-    def full_disk(file, **arrays):
-        file.write(b"half")
+    def full_disk(entry, rows):
+        entry.file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full_disk)
+    monkeypatch.setattr(streamed.Entry, "write", full_disk)
     out = tmp_path / "out.npz"
     out.write_bytes(b"precious")
     before = sorted(tmp_path.iterdir())

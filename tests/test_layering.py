@@ -17,8 +17,8 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 OF_LAUNCHES = {".errors", ".facts", ".launches", ".signatures"}
 #: module -> those beside it that it may import, and with a dot those beside its folder; kernels are one more of them
 ARROWS = {
-    "__init__": {"calls", "device", "errors", "gradients", "launches", "layers", "losses", "plans", "prepared",
-                 "reference", "output_gradients", "tuned", "typing", "warming"},
+    "__init__": {"accumulator", "calls", "device", "errors", "gradients", "launches", "layers", "losses", "plans",
+                 "prepared", "reference", "output_gradients", "tuned", "typing", "warming"},
     "__main__": {"commands"},
     "errors": set(),
     "slips": set(),
@@ -26,6 +26,7 @@ ARROWS = {
     "activations": set(),
     "reference": {"activations"},
     "layers": set(),
+    "staging": set(),
     "facts": set(),
     "signatures": {"facts"},
     "launches": {"facts", "signatures"},
@@ -51,7 +52,8 @@ ARROWS = {
     "tensors": set(),
     "containers": {"tensors"},
     "packing": {"errors", "facts", "launches"},
-    "device": {"cache", "compiler", "containers", "errors", "estimate", "launches", "packing", "tensors"},
+    "device": {"cache", "compiler", "containers", "errors", "estimate", "launches", "packing",
+               "staging", "tensors"},
     "operands": {"containers", "device", "errors", "facts", "launches", "slips"},
     "tuned": {"__version__", "errors", "families"},
     "calls": {"containers", "device", "errors", "facts", "launches", "operands", "tuned"},
@@ -60,6 +62,8 @@ ARROWS = {
                   "typing"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands", "slips", "typing"},
     "losses": {"calls", "errors", "families", "launches", "operands", "output_gradients", "slips", "typing"},
+    "accumulator": {"calls", "containers", "device", "errors", "facts", "gradients", "launches", "operands",
+                    "output_gradients", "slips", "tensors", "typing"},
     "jax": {"activations", "containers", "device", "errors", "facts", "gradients", "operands", "slips", "typing"},
     "torch/__init__": {"layers", "loss"},
     "torch/common": {".device", ".errors", ".tensors"},
@@ -71,11 +75,11 @@ ARROWS = {
 }
 #: what is not the standard library -> the modules that may import it
 OUTSIDE = {
-    "numpy": {"containers", "device", "operands", "reference", "tensors", "testing", "warming"},
+    "numpy": {"accumulator", "containers", "device", "operands", "reference", "tensors", "testing", "warming"},
     "ml_dtypes": {"containers", "device", "tensors"},
     "cupy": {"device"},
     "cuda": {"cache", "device", "packing"},
-    "numba": {"compiler", "device"},
+    "numba": {"compiler", "device", "staging"},
     "platformdirs": {"cache"},
     "typing_extensions": {"gradients", "losses", "output_gradients", "typing"},
     "jax": {"jax"},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 _IMPORTED = _time()
 
 if TYPE_CHECKING:
+    from . import accumulator as accumulator
     from . import calls as calls
     from . import device as device
     from . import errors as errors
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from . import plans as plans
     from . import reference as reference
     from . import typing as typing
+    from .accumulator import GradientAccumulator
     from .errors import (
+        AccumulatorError,
         DensegradError,
         DeviceError,
         DTypeError,
@@ -58,14 +61,16 @@ else:
         return sorted({*globals(), *__all__, *_MODULES})
 
 #: where the names of __all__ stand, and the modules that are reached as attributes of the package
-_WHERE = ("errors", "gradients", "losses", "output_gradients", "prepared", "tuned", "warming")
+_WHERE = ("accumulator", "errors", "gradients", "losses", "output_gradients", "prepared", "tuned", "warming")
 _MODULES = ("calls", "device", "launches", "layers", "plans", "reference", "typing", *_WHERE)
 
 __all__ = [
+    "AccumulatorError",
     "DTypeError",
     "DenseGrads",
     "DensegradError",
     "DeviceError",
+    "GradientAccumulator",
     "LossGrads",
     "OutDeviceError",
     "OutError",

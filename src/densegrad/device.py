@@ -29,6 +29,7 @@ from .errors import DeviceError
 from .estimate import duration, simulated_seconds
 from .launches import ALIGNMENT, OPERAND_ALIGNMENT, Clear, Launch, Room, Slot, TensorMap
 from .packing import PackedLaunches, result_of
+from .staging import Fields, PinnedStaging, Staging
 
 log = logging.getLogger("densegrad")
 
@@ -245,6 +246,7 @@ class Simulator:
     name = "Numba CUDA simulator"
     array_kinds = "a NumPy array, a CPU tensor of PyTorch, an array of JAX on the CPU or one with __dlpack__"
     tensor_devices: tuple[str, ...] = ("cpu",)
+    is_host = True  # whether its memory is the host's
 
     def memory(self, array: Any) -> Memory | None:
         """Where the array lies, or None if it is no array that kernels can use."""
@@ -291,6 +293,11 @@ class Simulator:
             return array, self.address(array)
 
         return make
+
+    def staging(self, block: int, fields: Fields, on_host: bool) -> Staging:
+        """Memory for blocks of rows on their way to kernels."""
+        aligned = SimulatorOfAlignedResults()
+        return Staging(block, fields, lambda shape, dtype: aligned.maker(shape, dtype, False)()[0])
 
     def deliver(self, array: np.ndarray, like: Any) -> Any:
         """The array as the kind of container that like is."""
@@ -528,6 +535,7 @@ class Gpu:
     array_kinds = ("a CuPy or NumPy array, a tensor of PyTorch, an array of JAX or one with __dlpack__ or "
                    "__cuda_array_interface__")
     tensor_devices: tuple[str, ...] = ("cpu", "cuda")
+    is_host = False
 
     def __init__(self) -> None:
         import cupy
@@ -676,6 +684,12 @@ class Gpu:
             return array, array.data.ptr
 
         return make
+
+    def staging(self, block: int, fields: Fields, on_host: bool) -> Staging | PinnedStaging:
+        """Memory for blocks of rows on their way to kernels, from the host or from the device itself."""
+        if on_host:
+            return PinnedStaging(block, fields, self.cupy, dtype_of)
+        return Staging(block, fields, lambda shape, dtype: self.maker(shape, dtype, False)()[0])
 
     def workspace(self, size: int) -> tuple[Any, int]:
         """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT; and where, for a launch."""

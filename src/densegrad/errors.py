@@ -43,3 +43,7 @@ class DistributedError(DensegradError, RuntimeError):
     def __init__(self, message: str, ranks: tuple[int, ...] = (), agreed: bool = False):
         super().__init__(message)
         self.ranks, self.agreed = ranks, agreed
+
+
+class AccumulatorError(DensegradError, RuntimeError):
+    """A `GradientAccumulator` that takes nothing more: closed, done, or failed half-way."""

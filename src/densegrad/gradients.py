@@ -448,7 +448,7 @@ def dense_grads(x: Array[Kind] | None, w: Array[Kind] | None, dz: Array[Kind], *
     numbers = alpha, parameter_of(negative_slope)
     if comm is not None:
         return _over_ranks(comm, arrays, outs, options, numbers, stream)
-    return DenseGrads._make(call(_describe_dense, arrays, outs, options, numbers, stream))
+    return DenseGrads._make(call(describe_dense, arrays, outs, options, numbers, stream))
 
 
 def _over_ranks(comm: Any, arrays: tuple, outs: tuple, options: tuple, numbers: tuple, stream: Any) -> DenseGrads:
@@ -468,7 +468,7 @@ def _over_ranks(comm: Any, arrays: tuple, outs: tuple, options: tuple, numbers: 
             raise TypeError(f"dense_grads(..., comm=) writes into dw and db again, and arrays of "
                             f"{containers.kind_of(dz).name} are not written (leave comm out, and pass what it returns "
                             "to densegrad.distributed.all_reduce)")
-        _describe_dense(arrays, outs, options)  # what is wrong with dx is found before anything is sent
+        describe_dense(arrays, outs, options)  # what is wrong with dx is found before anything is sent
         parameters = tuple(name for name in ("dw", "db") if name in need)
         if not parameters:
             raise ValueError('need must name "dw" or "db" with comm=, which adds them up over ranks; got '
@@ -498,7 +498,7 @@ def _over_ranks(comm: Any, arrays: tuple, outs: tuple, options: tuple, numbers: 
 def _describe_parameters(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     """dw and db, and a new array of the dz that they are made of if one is formed and asked for."""
     forms, *others = options
-    return _describe_dense(arrays, outs, tuple(others), forms)
+    return describe_dense(arrays, outs, tuple(others), forms)
 
 
 @lru_cache(maxsize=256)
@@ -509,10 +509,11 @@ def options_of_layer(need: tuple[GradName, ...], activation: ActivationName | No
 
 def grads_of_layer(arrays: tuple[Any, ...], options: tuple[Any, ...], negative_slope: float | None) -> list[Any]:
     """dx, dw and db as dense_grads gives them of (x, w, dz, z, None), where x and w may be None if not needed."""
-    return call(_describe_dense, arrays, _NO_OUTS, options, (1.0, parameter_of(negative_slope)))
+    return call(describe_dense, arrays, _NO_OUTS, options, (1.0, parameter_of(negative_slope)))
 
 
-def _describe_dense(arrays: tuple, outs: tuple, options: tuple, keeps_dz: bool = False) -> Recipe:
+def describe_dense(arrays: tuple, outs: tuple, options: tuple, keeps_dz: bool = False) -> Recipe:
+    """What dense_grads does with (x, w, dz, z, sample_weight); it checks all that is no number."""
     need, activation, stray, batch_axis, weight_layout, keepdims, compensated, precision, accumulate, plan = options
     x, w, dz, z, sample_weight = arrays
     needed = _needed(need, x, w)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from difflib import get_close_matches
 from enum import Enum
 from importlib import metadata
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..launches import Launch
-    from ..typing import GradName
     from .checks import Outcome
 
 SIMULATOR = "NUMBA_ENABLE_CUDASIM"
@@ -37,6 +37,14 @@ SIMULATOR = "NUMBA_ENABLE_CUDASIM"
 INTERRUPTED = 130
 _INSTALL = ('pip install "numba-cuda[cu13]" cupy-cuda13x   (with a driver of CUDA 13)',
             'pip install "numba-cuda[cu12]" cupy-cuda12x   (with a driver of CUDA 12)')
+
+
+class Gradient(str, Enum):
+    """What can be computed."""
+
+    dx = "dx"
+    dw = "dw"
+    db = "db"
 
 
 class WeightLayout(str, Enum):
@@ -205,18 +213,28 @@ def grads(
     dz: Annotated[Path, typer.Option("--dz", metavar="DZ.npy", help="dL/dZ, (samples, outputs), or transposed.")],
     out: Annotated[Path, typer.Option("--out", metavar="GRADS.npz", help="Where to write dw, db (and dx).")],
     w: Annotated[Path | None, typer.Option("--w", metavar="W.npy", help="The weights, for dx too.")] = None,
+    need: Annotated[
+        list[Gradient] | None, typer.Option(help="Which to compute, by default all; may be repeated.")] = None,
     batch_axis: Annotated[
         int, typer.Option(min=0, max=1, metavar="AXIS", help="Which axis of dz counts samples.")] = 0,
     weight_layout: Annotated[
         WeightLayout, typer.Option(help="Of w and dw; out_in is PyTorch's.")] = WeightLayout.in_out,
     compensated: Annotated[
         bool, typer.Option("--compensated", help="Make up in db for what its additions round away.")] = False,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Read the arrays block by block, in so much memory.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Compute the gradients of your own arrays.
 
     The arrays are NumPy files of one floating dtype; the result is a NumPy archive with dw, db and, if the weights are
-    given, dx. A file is written whole or not at all; into pipes and devices it is written directly.
+    given, dx, or one array alone if it is named .npy and one is needed. A file is written whole or not at all; into
+    pipes and devices it is written directly.
+
+    With --memory, say 300MB, arrays may be larger than memory: they are mapped and read in blocks, whose gradients are
+    added up in float32 or float64, which dw and db then are. Bits are those of densegrad.GradientAccumulator, whatever
+    the limit.
 
     Examples:
 
@@ -224,37 +242,58 @@ def grads(
         densegrad grads --x x.npy --w w.npy --dz dz.npy --out grads.npz --force
         densegrad grads --x x.npy --dz dz_t.npy --batch-axis 1 --out grads.npz
         densegrad grads --x x.npy --dz dz.npy --compensated --out grads.npz
+        densegrad grads --x x.npy --dz dz.npy --need dw --out dw.npy --memory 300MB
     """
-    import numpy as np
+    from .streamed import Results, bytes_of, write_gradients
 
     if any(path is not None and out.resolve() == path.resolve() for path in (x, w, dz)):
         raise ValueError(f"--out {out} is one of the inputs (choose another name)")
-    arrays = [None if path is None else _load(name, path) for name, path in (("x", x), ("w", w), ("dz", dz))]
-    with written(out, force) as file:
+    limit = None if memory is None else bytes_of(memory)
+    names = tuple(one.value for one in need or ()) or (("dw", "db") if w is None else ("dx", "dw", "db"))
+    alone = out.suffix == ".npy"
+    if alone and len(set(names)) > 1:
+        raise ValueError(f"--out {out} can hold one array; {', '.join(names)} are computed (choose one with --need, or "
+                         "name an archive, .npz)")
+    arrays = {name: None if path is None else _load(name, path, mapped=limit is not None)
+              for name, path in (("x", x), ("w", w), ("dz", dz))}
+    options = {"need": names, "batch_axis": batch_axis, "weight_layout": weight_layout.value,
+               "compensated": compensated}
+    with written(out, force) as file, closing(Results(file, alone)) as found:
         _use_device()
-        with waiting("Computing the gradients"):
-            computed = _gradients(arrays, batch_axis, weight_layout.value, compensated)
-        np.savez(file, **computed)
+        with _speaking_of_options():
+            if limit is None:
+                with waiting("Computing the gradients"):
+                    computed = _gradients(arrays, options)
+                for name, array in computed.items():
+                    found.write(name, array)
+            else:
+                with progress() as bar:
+                    task = bar.add_task("Samples", total=None)
+                    write_gradients(found, arrays, options, limit,
+                                    lambda done, of: bar.update(task, completed=done, total=of))
     made = table(None, ("", "shape", "dtype"), ("largest magnitude",))
-    for name, array in computed.items():
-        made.add_row(name, str(array.shape), str(array.dtype), f"{np.abs(array).max(initial=0):.6g}")
+    for name, entry in found.entries.items():
+        made.add_row(name, str(entry.shape), str(entry.dtype), f"{entry.largest:.6g}")
     console = notes() if is_standard_output(out) else results()
     console.print(str(out), style="bold", markup=False, soft_wrap=True)
     console.print(made)
 
 
-def _gradients(arrays: list[Any], batch_axis: int, weight_layout: Any, compensated: bool) -> dict[str, Any]:
-    """dw, db and, if there are weights, dx, of x, w and dz; errors speak of options."""
+def _gradients(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The gradients that are needed of x, w and dz, by their names."""
     from .. import dense_grads
 
-    x, w, dz = arrays
-    names: tuple[GradName, ...] = ("dw", "db") if w is None else ("dx", "dw", "db")
+    return {name: array for name, array in dense_grads(*arrays.values(), **options)._asdict().items()
+            if array is not None}
+
+
+@contextmanager
+def _speaking_of_options() -> Iterator[None]:
+    """Errors of arrays, said of the options that these come from."""
     try:
-        result = dense_grads(x, w, dz, need=names, batch_axis=batch_axis, weight_layout=weight_layout,
-                             compensated=compensated)
+        yield
     except (errors.ShapeError, errors.DTypeError) as error:
         raise type(error)(_of_options(str(error))) from error
-    return {name: getattr(result, name) for name in names}
 
 
 def _of_options(words: str) -> str:
@@ -265,11 +304,11 @@ def _of_options(words: str) -> str:
     return words
 
 
-def _load(name: str, path: Path) -> np.ndarray:
+def _load(name: str, path: Path, mapped: bool) -> np.ndarray:
     import numpy as np
 
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (ValueError, EOFError) as error:
         why = "" if "pickle" in str(error) else f" ({' '.join(str(error).split())})"
         raise ValueError(f"--{name} {path}: not a NumPy array file of numbers, as numpy.save writes it{why}") from None
