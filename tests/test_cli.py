@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -13,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import densegrad
-from densegrad import device, reference
+from densegrad import accumulator, device, reference
 from densegrad.commands import checks, cli, demo, explain, picture, streamed
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,77 @@ def test_grads_compensates_where_asked(layer, tmp_path):
         with np.load(out) as written:
             assert sorted(written) == ["db", "dw"]
             np.testing.assert_array_equal(written["db"], np.full(5, expected))
+
+
+@pytest.mark.parametrize("options", [(), ("--batch-axis", 1), ("--weight-layout", "out_in"), ("--compensated",)])
+def test_grads_in_little_memory_have_the_accumulators_bits(options, layer, tmp_path, monkeypatch):
+    monkeypatch.setattr(accumulator, "BLOCK_BYTES", 2 * 4 * (layer["x"].shape[1] + layer["dz"].shape[1]))
+    if "--batch-axis" in options:
+        np.save(tmp_path / "dz.npy", layer["dz"].T)
+    if "out_in" in options:
+        np.save(tmp_path / "w.npy", layer["w"].T)
+    result = run("grads", "--x", tmp_path / "x.npy", "--w", tmp_path / "w.npy", "--dz", tmp_path / "dz.npy",
+                 "--out", tmp_path / "out.npz", "--memory", "1MB", *options)
+    assert result.exit_code == 0, result.output
+    one_call = densegrad.dense_grads(layer["x"], layer["w"], layer["dz"])
+    with np.load(tmp_path / "out.npz") as out:
+        assert list(out) == ["dx", "dw", "db"]
+        np.testing.assert_array_equal(out["dx"], one_call.dx)  # of integers, which are exact in any order
+        np.testing.assert_array_equal(out["dw"], one_call.dw.T if "out_in" in options else one_call.dw)
+        np.testing.assert_array_equal(out["db"], one_call.db)
+    for name in ("dx", "dw", "db"):
+        assert re.search(rf"{name} +\(.*float32 +\d", result.output)
+
+
+@pytest.mark.parametrize("memory", [(), ("--memory", "100MB")])
+def test_one_gradient_alone_is_an_array_file(memory, layer, tmp_path):
+    command = ("grads", "--x", tmp_path / "x.npy", "--w", tmp_path / "w.npy", "--dz", tmp_path / "dz.npy", *memory)
+    for name in ("dx", "dw", "db"):
+        result = run(*command, "--need", name, "--out", tmp_path / f"{name}.npy")
+        assert result.exit_code == 0, result.output
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"),
+                                      getattr(densegrad.dense_grads(layer["x"], layer["w"], layer["dz"]), name))
+    assert_one_line_error(run(*command, "--out", tmp_path / "all.npy"), "can hold one array", "dx, dw, db", "--need")
+    assert_one_line_error(run(*command[:3], *command[5:], "--need", "dx", "--out", tmp_path / "x.npz"), "w must be")
+    assert not (tmp_path / "all.npy").exists()
+
+
+@pytest.mark.parametrize(("words", "size"), [("300MB", 300_000_000), ("2 GiB", 2**31), ("500000", 500_000),
+                                             ("1.5k", 1500)])
+def test_sizes_are_read(words, size):
+    assert streamed.bytes_of(words) == size
+
+
+@pytest.mark.parametrize("words", ["much", "-3MB", "3XB", ""])
+def test_what_is_no_size_is_refused(words, layer, tmp_path):
+    result = run("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz.npy", "--out", tmp_path / "out.npz",
+                 "--memory", words)
+    assert_one_line_error(result, "--memory must be a number of bytes, for example 300MB")
+
+
+def test_too_little_memory_is_an_error_that_names_what_is_needed(layer, tmp_path):
+    command = ("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz.npy", "--out", tmp_path / "out.npz", "--memory")
+    result = run(*command, "1kB")
+    assert_one_line_error(result, "--memory must be at least", "blocks", "sums", "whatever the limit")
+    assert not (tmp_path / "out.npz").exists()
+    needed = re.search(r"at least ([\d.]+MB)", result.stderr)[1]
+    assert run(*command, needed).exit_code == 0
+
+
+def test_grads_in_little_memory_that_fail_half_way_leave_nothing(layer, tmp_path, monkeypatch):
+    monkeypatch.setattr(accumulator, "BLOCK_BYTES", 2 * 4 * (layer["x"].shape[1] + layer["dz"].shape[1]))
+    add = accumulator.GradientAccumulator.add
+
+    def fails(self, *arguments, **options):
+        if self.samples:
+            raise OSError(5, "Input/output error")
+        return add(self, *arguments, **options)
+
+    monkeypatch.setattr(accumulator.GradientAccumulator, "add", fails)
+    before = sorted(tmp_path.iterdir())
+    assert_one_line_error(run("grads", "--x", tmp_path / "x.npy", "--w", tmp_path / "w.npy", "--dz",
+                              tmp_path / "dz.npy", "--out", tmp_path / "out.npz", "--memory", "1MB"), "Input/output")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_grads_overwrites_only_by_force(layer, tmp_path):
