@@ -62,7 +62,7 @@ ARROWS = {
                   "typing"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands", "slips", "typing"},
     "losses": {"calls", "errors", "families", "launches", "operands", "output_gradients", "slips", "typing"},
-    "accumulator": {"calls", "containers", "device", "errors", "facts", "gradients", "launches", "operands",
+    "accumulator": {"calls", "containers", "device", "distributed", "errors", "facts", "gradients", "launches", "operands",
                     "output_gradients", "slips", "tensors", "typing"},
     "jax": {"activations", "containers", "device", "errors", "facts", "gradients", "operands", "slips", "typing"},
     "torch/__init__": {"layers", "loss"},

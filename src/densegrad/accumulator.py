@@ -8,7 +8,7 @@ so that its launches, and its bits, do not depend on the chunks. Rows that lie s
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from math import prod
@@ -18,7 +18,7 @@ import numpy as np
 
 from . import containers, device, tensors
 from .calls import Recipe
-from .errors import AccumulatorError, DTypeError, ShapeError
+from .errors import AccumulatorError, DistributedError, DTypeError, ShapeError
 from .facts import ITEM_BYTES, accumulator_of
 from .gradients import DenseGrads, dense_grads, describe_dense
 from .launches import ALIGNMENT
@@ -289,8 +289,72 @@ class GradientAccumulator:
             self._check_open()
             with self._using() as stream:
                 self._complete(stream)
+                for sums in self._kept:
+                    self._state = self._fold(self._state, sums)
+                self._kept = []
                 self._result = self._delivered(self._state, self.samples)
             self._problem = "it has given its result"
+        return self._result
+
+    def all_reduce(self, comm: Any, *, check: bool | None = None, deadline: float = 60.0) -> DenseGrads[Any]:
+        """The gradients of all ranks' samples, with the bits of one process that was given them all; on every rank.
+
+        Every rank adds its shard of the batch, in the order of the ranks, and calls this instead of `result`. The
+        accumulators must have been made with keep_blocks=True.
+
+        Parameters
+        ----------
+        comm, check, deadline
+            As in `densegrad.distributed.all_reduce`.
+
+        Returns
+        -------
+        DenseGrads
+            As `result` gives it. A mean is one over the samples of all ranks. A rank without a chunk gets NumPy's arrays.
+
+        Raises
+        ------
+        DistributedError
+            If a rank raised, does not come within the deadline, has another accumulator, or a shard that is no whole
+            number of blocks: only the last one that is not empty may be. On every rank; it names them.
+        AccumulatorError
+            As `result` does; the other ranks raise DistributedError. So do they if this one keeps no blocks, which is a
+            ValueError here.
+
+        Notes
+        -----
+        The sum goes from rank to rank, each of which adds its blocks to it one by one, in pieces, so that all work at
+        once: `densegrad.distributed.fold_along_ranks`.
+        """
+        from .distributed import SUM, Fold, fold_along_ranks, telling_ranks
+        from .distributed.buckets import opened
+
+        counted: list[int] = []
+
+        def accept_shards(numbers: Any) -> None:
+            counted.extend(numbers.samples)
+            _check_shards(numbers.samples, self.block)
+
+        with telling_ranks(comm, deadline):
+            if not self._keep:
+                raise ValueError("all_reduce adds the blocks of all ranks in one order, and this accumulator keeps none "
+                                 "(make it with keep_blocks=True)")
+            self._check_open()
+            with self._using() as stream:
+                self._complete(stream)
+                addends = [[opened("a sum", one) for one in sums] for sums in self._kept]
+                like = [opened("a sum", self._new(shape, self.sum_dtype)) for _, shape in self._shapes()]
+        fold = Fold(_begin_exactly, _add_exactly, 2) if self._compensated else SUM
+        of = f"blocks of {self.block} samples, {'a mean' * self._mean or 'a sum'} of {', '.join(self._need)}"
+        self._problem = "a sum over ranks failed"
+        planes = fold_along_ranks(comm, addends, like, fold=fold, of=of, samples=self.samples, accept=accept_shards,
+                                  check=check, deadline=deadline)
+        with self._using():
+            self._kept, self._state = [], [self._new(one.shape, self.sum_dtype) for plane in planes for one in plane]
+            for place, one in zip(self._state, (one for plane in planes for one in plane), strict=True):
+                opened("a sum", place)[...] = one
+            self._result = self._delivered(self._state, sum(counted))
+        self._problem = "it has given its result"
         return self._result
 
     def close(self) -> None:
@@ -434,12 +498,9 @@ class GradientAccumulator:
             self._progress(self._computed)
 
     def _complete(self, stream: int) -> None:
-        """Compute what is left of the batch, and add the blocks that were kept."""
+        """Compute what is left of the batch."""
         if self._layout is not None and self._filled:
             self._flush(self._layout, stream)
-        for sums in self._kept:
-            self._state = self._fold(self._state, sums)
-        self._kept = []
 
     def _shapes(self) -> list[tuple[GradName, tuple[int, ...]]]:
         """Those of dw and db that are needed, and their shapes."""
@@ -479,6 +540,34 @@ class GradientAccumulator:
                 array = array / samples
             found[name] = self._where.deliver(array, self._like)
         return DenseGrads(**found)
+
+
+def _check_shards(samples: Sequence[int], block: int) -> None:
+    """Hold the ranks' shards to whole blocks: of all but the last that is not empty.
+
+    Raises
+    ------
+    DistributedError
+        On every rank alike.
+    """
+    *whole, _ = [rank for rank, count in enumerate(samples) if count] or [0]
+    cut = tuple(rank for rank in whole if samples[rank] % block)
+    if cut:
+        shards = ", ".join(f"{samples[rank]} of rank {rank}" for rank in cut)
+        raise DistributedError(f"every shard but the last must be a whole number of blocks of {block} samples, since blocks "
+                               f"are added as one process would cut them; got {shards} (cut the batch at multiples of "
+                               f"{block})", cut, agreed=True)
+
+
+def _begin_exactly(one: Any) -> tuple[Any, Any]:
+    lost = one.copy()
+    lost.fill(0)
+    return one.copy(), lost
+
+
+def _add_exactly(state: tuple[Any, Any], one: Any) -> tuple[Any, Any]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _added_exactly(*state, one)
 
 
 def _added_exactly(total: Any, lost: Any, one: Any) -> tuple[Any, Any]:

@@ -423,10 +423,10 @@ def telling(state: State, rounds: Rounds | None, deadline: float,
 
 
 @contextmanager
-def telling_ranks(comm: Any) -> Iterator[None]:
+def telling_ranks(comm: Any, deadline: float = DEADLINE) -> Iterator[None]:
     """Tell the other ranks of a communicator what is raised in the with block, where there is a way to."""
     group = group_of(comm)
-    with telling(group.state, group.rounds, DEADLINE):
+    with telling(group.state, group.rounds, deadline):
         yield
 
 
