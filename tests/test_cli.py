@@ -152,7 +152,8 @@ def test_what_is_no_size_is_refused(words, layer, tmp_path):
 
 
 def test_too_little_memory_is_an_error_that_names_what_is_needed(layer, tmp_path):
-    command = ("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz.npy", "--out", tmp_path / "out.npz", "--memory")
+    command = ("grads", "--x", tmp_path / "x.npy", "--dz", tmp_path / "dz.npy", "--out", tmp_path / "out.npz",
+               "--memory")
     result = run(*command, "1kB")
     assert_one_line_error(result, "--memory must be at least", "blocks", "sums", "whatever the limit")
     assert not (tmp_path / "out.npz").exists()

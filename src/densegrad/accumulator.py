@@ -310,7 +310,8 @@ class GradientAccumulator:
         Returns
         -------
         DenseGrads
-            As `result` gives it. A mean is one over the samples of all ranks. A rank without a chunk gets NumPy's arrays.
+            As `result` gives it. A mean is one over the samples of all ranks. A rank without a chunk gets NumPy's
+            arrays.
 
         Raises
         ------
@@ -337,8 +338,8 @@ class GradientAccumulator:
 
         with telling_ranks(comm, deadline):
             if not self._keep:
-                raise ValueError("all_reduce adds the blocks of all ranks in one order, and this accumulator keeps none "
-                                 "(make it with keep_blocks=True)")
+                raise ValueError("all_reduce adds the blocks of all ranks in one order, and this accumulator keeps "
+                                 "none (make it with keep_blocks=True)")
             self._check_open()
             with self._using() as stream:
                 self._complete(stream)
@@ -554,9 +555,9 @@ def _check_shards(samples: Sequence[int], block: int) -> None:
     cut = tuple(rank for rank in whole if samples[rank] % block)
     if cut:
         shards = ", ".join(f"{samples[rank]} of rank {rank}" for rank in cut)
-        raise DistributedError(f"every shard but the last must be a whole number of blocks of {block} samples, since blocks "
-                               f"are added as one process would cut them; got {shards} (cut the batch at multiples of "
-                               f"{block})", cut, agreed=True)
+        raise DistributedError(f"every shard but the last must be a whole number of blocks of {block} samples, since "
+                               f"one process would cut the batch there; got {shards} (cut it at multiples of {block})",
+                               cut, agreed=True)
 
 
 def _begin_exactly(one: Any) -> tuple[Any, Any]:
