@@ -57,6 +57,15 @@ class Tensor:
     def detach(self):
         return self
 
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, key):
+        return Tensor(self.array[key])
+
+    def __setitem__(self, key, value):
+        self.array[key] = value.array
+
     def swapaxes(self, one, other):
         return Tensor(self.array.swapaxes(one, other))
 
@@ -242,6 +251,20 @@ def test_a_prepared_call_stays_pytorchs(torch, streams, xp):
     np.testing.assert_array_equal(host(step.result.array), second.sum(axis=0))
     with pytest.raises(dg.PrepareError, match="must have the layout"):
         step.rebind(dz=xp.asarray(second))
+
+
+@pytest.mark.parametrize("cut", [5, 16])
+def test_chunks_are_added_in_pytorchs_memory_on_its_stream(cut, torch, streams, xp):
+    x, dz = drawn((32, 64), (32, 128), dtype="bfloat16")
+    accumulator = dg.GradientAccumulator(64, 128, "bfloat16", block=16)
+    chunks = Tensor(xp.asarray(x)), Tensor(xp.asarray(dz))
+    for rows in (slice(0, cut), slice(cut, 32)):
+        accumulator.add(*(one[rows] for one in chunks))
+    found = accumulator.result()
+    assert {*streams} == {*torch.used} == {torch.own.ptr}
+    assert not torch.copied
+    np.testing.assert_array_equal(host(found.dw.array), x.astype("float32").T @ dz.astype("float32"))
+    np.testing.assert_array_equal(host(found.db.array), dz.astype("float32").sum(axis=0))
 
 
 @pytest.mark.parametrize(("attribute", "value", "cure"), [
