@@ -145,12 +145,13 @@ def test_what_is_infinite_stays_so_in_compensated_sums(place):
     assert np.isfinite(db[2:]).all()
 
 
-@pytest.mark.parametrize("compensated", [False, True])
-def test_blocks_that_are_kept_give_the_same_bits(compensated, place):
-    x, dz, _ = arrays(4 * BLOCK + 1, "bfloat16")
+@pytest.mark.parametrize(("features", "outputs", "compensated"), [
+    (D, M, False), (D, M, True), (64, 128, False)])  # the last by Hopper's own kernel, where there is one
+def test_blocks_that_are_kept_give_the_same_bits(features, outputs, compensated, place):
+    x, dz = normal((4 * BLOCK + 1, features), "bfloat16"), normal((4 * BLOCK + 1, outputs), "bfloat16", 1)
     found = []
     for keep_blocks in (False, True):
-        accumulator = dg.GradientAccumulator(D, M, x.dtype, block=BLOCK, compensated=compensated,
+        accumulator = dg.GradientAccumulator(features, outputs, x.dtype, block=BLOCK, compensated=compensated,
                                              keep_blocks=keep_blocks)
         accumulator.add(place(x), place(dz))
         found.append(accumulator.result())
@@ -344,6 +345,25 @@ def test_whole_blocks_on_the_device_are_read_where_they_are(xp, monkeypatch):
     assert accumulator.samples == 2 * rows
     expected = host(memory["x"]).sum(axis=0, dtype="float64")
     np.testing.assert_allclose(host(accumulator.result().dw)[:, 0], expected, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("other", ["address", "gap", "order"])
+def test_blocks_that_lie_otherwise_are_copied_once(other, xp, monkeypatch):
+    sent, flush = [], dg.GradientAccumulator._flush
+    monkeypatch.setattr(dg.GradientAccumulator, "_flush", lambda self, *arguments: (sent.append(self._filled),
+                                                                                     flush(self, *arguments)))
+    rows, fields = 64, {"x": ((64 + 4 * (other == "gap"),), "float32"), "dz": ((64,), "float32")}
+    memory = device.current().staging(3 * rows, fields, False).rows()
+    x, dz = memory["x"][:2 * rows, :64], memory["dz"][:2 * rows]
+    if other == "address":
+        x = memory["x"].reshape(-1)[4:4 + x.size].reshape(x.shape)
+    x[...], dz[...] = 1, 1
+    if other == "order":
+        x = xp.asfortranarray(x)
+    accumulator = dg.GradientAccumulator(64, 64, "float32", block=rows)
+    accumulator.add(x, dz)
+    assert sent == [rows, rows]
+    assert (host(accumulator.result().dw) == 2 * rows).all()
 
 
 @pytest.mark.only("gpu")
