@@ -205,16 +205,19 @@ def test_maps_of_files_and_tensors_are_chunks(tmp_path):
 
 def test_begun_anew_it_is_as_new_and_earlier_results_stay(place):
     (x, dz, w), (_, other, _) = arrays(2 * BLOCK + 3, "float32"), arrays(2 * BLOCK + 3, "float32", 7)
-    accumulator = dg.GradientAccumulator(D, M, "float32", block=BLOCK, w=place(w))
+    weights = place(w.copy())
+    accumulator = dg.GradientAccumulator(D, M, "float32", block=BLOCK, w=weights)
     dx = place(np.zeros_like(x))
     accumulator.add(place(x), place(other), dx=dx)
     first = accumulator.result()
     before = bits(first.dw)
+    weights *= 2  # as an optimizer does between steps
     accumulator.reset()
     accumulator.add(place(x), place(dz), dx=dx)
     second = accumulator.result()
     np.testing.assert_array_equal(bits(first.dw), before)
     np.testing.assert_array_equal(bits(second.dw), bits(looped(x, None, dz)[1].dw))
+    np.testing.assert_array_equal(bits(dx), bits(np.concatenate(looped(x, 2 * w, dz, need=("dx", "dw", "db"))[0])))
     with pytest.raises(dg.AccumulatorError, match=r"it has given its result \(reset\(\) begins anew\)"):
         accumulator.add(place(x), place(dz), dx=dx)
     assert accumulator.result() is second
