@@ -30,7 +30,7 @@ from rich.table import Table
 
 import densegrad
 from densegrad import device, tensors
-from densegrad.device import Memory, Seen, Simulator, alignment_of, seen_tensor, tensor_maker
+from densegrad.device import Maker, Memory, Seen, Simulator, alignment_of, seen_tensor, tensor_maker
 from densegrad.launches import Launch
 from densegrad.packing import PackedLaunches
 
@@ -76,10 +76,9 @@ class Unlaunched(Simulator):
         kernels = [launch for launch in launches if isinstance(launch, Launch)]
         return (PackedLaunches(kernels, [None] * len(kernels), lambda *arguments: (0,), None),)
 
-    def workspace(self, size: int) -> tuple[Any, Any]:
-        """Undefined bytes."""
-        workspace = np.empty(size, np.uint8)
-        return workspace, self.address(workspace)
+    def workspace(self, size: int) -> Maker:
+        """What makes undefined bytes."""
+        return self.maker((size,), "uint8", False)
 
     def pointer(self, stream: Any) -> int:
         """No stream, whichever is asked for."""
@@ -93,14 +92,9 @@ class UnlaunchedBesideTensors(Unlaunched):
         self.torch = sys.modules["torch"]
         self.torch_device = self.torch.device("cpu")
 
-    def maker(self, shape: Any, dtype: str, features_first: bool) -> Any:
+    def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
         """What makes tensors with undefined elements."""
         return tensor_maker(self.torch, self.torch_device, shape, dtype, features_first)
-
-    def workspace(self, size: int) -> tuple[Any, Any]:
-        """Undefined bytes."""
-        workspace = self.torch.empty_strided((size,), (1,), dtype=self.torch.uint8, device=self.torch_device)
-        return workspace, workspace.data_ptr()
 
     def address(self, array: Any) -> Any:
         """A number, as kernels take it."""
@@ -218,7 +212,7 @@ def _allocating_operator() -> Any:
 
     from densegrad.torch import layers as ours
 
-    def allocate(da: Any, x: Any, weight: Any, z: Any, **options: Any) -> Any:
+    def allocate(da: Any, x: Any, weight: Any, *options: Any) -> Any:
         return [torch.empty_like(x), torch.empty_like(weight), da.new_empty(da.shape[-1:])]
 
     operators = torch.library.Library("densegrad_benchmarks", "DEF")

@@ -144,7 +144,7 @@ def test_a_clear_counts_as_no_launch(xp):
 def prepared_in_garbage(xp, x, byte):
     """(the prepared call, its workspace), which holds this byte everywhere."""
     needed = densegrad.prepare(square_norms, x, plan=IN_PARTS["float32"]).workspace_bytes
-    memory = densegrad.device.current().workspace(needed)[0][:needed]
+    memory = densegrad.device.current().workspace(needed)()[0][:needed]
     memory[...] = byte
     return densegrad.prepare(square_norms, x, plan=IN_PARTS["float32"], workspace=memory), memory
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 from . import containers, device, tuned
@@ -183,7 +182,7 @@ def call(describe: Callable[..., Recipe], arrays: tuple, outs: tuple, options: t
     look = where.seen
     seen = [None if array is None else look(array) or Seen((object(),), 0) for array in arrays + outs]
     key: Any = (where, describe, tuned.active(), options, *map(type, options),
-                *[None if one is None else one[0] for one in seen])
+                *[None if one is None else one.layout for one in seen])
     try:
         kept = _kept.get(key)
     except TypeError:  # an option that has no hash: describing refuses it, or each call describes anew
@@ -386,7 +385,7 @@ def _described(key: Any, recipe: Recipe, operands: tuple[tuple, tuple], numbers:
         new=tuple((made.slot, made.position, where.maker(made.shape, made.dtype,
                                                          made.features_first and not made.given))
                   for made in recipe.made if not made.given or (made.copied and not made.accumulate)),
-        workspace=partial(where.workspace, recipe.workspace_bytes) if recipe.workspace_bytes else None,
+        workspace=where.workspace(recipe.workspace_bytes) if recipe.workspace_bytes else None,
         ranges=tuple((number.slot, LARGEST.get(number.dtype, -1.0)) for number in recipe.numbers))
     if key is not None:
         with _keeping:

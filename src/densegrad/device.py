@@ -17,10 +17,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import accumulate, groupby
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -147,7 +147,8 @@ class Memory:
 Maker = Callable[[], tuple[Any, Any]]
 
 
-class Seen(NamedTuple):
+@dataclass(slots=True)
+class Seen:
     """What a call sees of an array: what its launches follow from, the address of its first element, its stream."""
 
     layout: tuple[Any, ...]
@@ -184,20 +185,16 @@ def seen_tensor(tensor: Any) -> Seen | None:
 
     Of its dtype that says nothing, which is for others to look at.
     """
-    types, strided, kind = tensors.plain()
-    if type(tensor) in types:
-        if tensor.layout is not strided or tensor.is_nested or tensor.is_neg():
-            return None
-    elif tensors.cure(tensor, ("cuda",)):
+    types, kind = tensors.plain()
+    if type(tensor) not in types and tensors.cure(tensor, ("cuda",)):
         return None
     try:
-        address = tensor.data_ptr()
-    except RuntimeError:  # torch.func's tensors have none
+        address, shape, strides = tensor.data_ptr(), tensor.shape, tensor.stride()
+    except RuntimeError:  # sparse, nested and torch.func's tensors lack one of them
         return None
-    if not address and tensor.numel():
+    if tensor.is_neg() or (not address and tensor.numel()):
         return None
-    return Seen((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), False, kind, alignment_of(address)),
-                address)
+    return Seen((shape, strides, tensor.dtype, tensor.get_device(), False, kind, alignment_of(address)), address)
 
 
 def _taken_over(array: Any, takers: dict[int, Callable[[Any], Any]]) -> Any:
@@ -230,13 +227,19 @@ def tensor_maker(torch: Any, where: Any, shape: tuple[int, ...], dtype: str, fea
     if features_first:
         steps = (*steps[1:], *steps[:1])
     # With strides PyTorch takes half the time that empty takes.
-    empty, kind = torch.empty_strided, getattr(torch, dtype)
+    empty = partial(torch.empty_strided, shape, steps, dtype=getattr(torch, dtype), device=where)
 
     def make() -> tuple[Any, int]:
-        tensor = empty(shape, steps, dtype=kind, device=where)
+        tensor = empty()
         return tensor, tensor.data_ptr()
 
     return make
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT."""
+    cells = np.empty(size + ALIGNMENT, np.uint8)
+    return cells[-cells.ctypes.data % ALIGNMENT:][:max(size, 1)]
 
 
 class Simulator:
@@ -273,23 +276,27 @@ class Simulator:
         if not compact:
             return array
         array = containers.host_array(array)
-        copy = self.workspace(array.nbytes)[0][:array.nbytes].view(array.dtype).reshape(array.shape)
+        copy = _aligned(array.nbytes)[:array.nbytes].view(array.dtype).reshape(array.shape)
         copy[...] = array
         return copy
 
     def wait_for(self, memory: Memory | Seen, stream: int) -> None:
         """Let the stream wait for the work that writes this memory."""
 
-    def workspace(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT; and where, for a launch."""
-        cells = np.empty(size + ALIGNMENT, np.uint8)
-        workspace = cells[-cells.ctypes.data % ALIGNMENT:][:max(size, 1)]
-        return workspace, workspace
+    def workspace(self, size: int) -> Maker:
+        """What makes undefined bytes, at least so many, that begin at a multiple of ALIGNMENT."""
+        def make() -> tuple[np.ndarray, np.ndarray]:
+            workspace = _aligned(size)
+            return workspace, workspace
+
+        return make
 
     def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
         """What makes arrays with undefined elements, whose last axis is the first in memory if features_first."""
+        kind = dtype_of(dtype)
+
         def make() -> tuple[Any, Any]:
-            array = _laid_out(np.empty, shape, dtype_of(dtype), features_first)
+            array = _laid_out(np.empty, shape, kind, features_first)
             return array, self.address(array)
 
         return make
@@ -373,12 +380,14 @@ class SimulatorOfAlignedResults(Simulator):
 
     def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
         """What makes arrays with undefined elements, whose last axis is the first in memory if features_first."""
+        kind = dtype_of(dtype)
+
         def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
             size = prod(shape) * dtype.itemsize
-            return self.workspace(size)[0][:size].view(dtype).reshape(shape)
+            return _aligned(size)[:size].view(dtype).reshape(shape)
 
         def make() -> tuple[Any, Any]:
-            array = _laid_out(empty, shape, dtype_of(dtype), features_first)
+            array = _laid_out(empty, shape, kind, features_first)
             return array, self.address(array)
 
         return make
@@ -679,8 +688,10 @@ class Gpu:
 
     def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
         """What makes arrays with undefined elements, whose last axis is the first in memory if features_first."""
+        kind = dtype_of(dtype)
+
         def make() -> tuple[Any, int]:
-            array = _laid_out(self.cupy.empty, shape, dtype_of(dtype), features_first)
+            array = _laid_out(self.cupy.empty, shape, kind, features_first)
             return array, array.data.ptr
 
         return make
@@ -691,10 +702,9 @@ class Gpu:
             return PinnedStaging(block, fields, self.cupy, dtype_of)
         return Staging(block, fields, lambda shape, dtype: self.maker(shape, dtype, False)()[0])
 
-    def workspace(self, size: int) -> tuple[Any, int]:
-        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT; and where, for a launch."""
-        workspace = self.cupy.empty(max(size, 1), np.uint8)
-        return workspace, workspace.data.ptr
+    def workspace(self, size: int) -> Maker:
+        """What makes undefined bytes, at least so many, that begin at a multiple of ALIGNMENT."""
+        return self.maker((max(size, 1),), "uint8", False)
 
     def deliver(self, array: Any, like: Any) -> Any:
         """The array as the kind of container that like is."""
@@ -852,12 +862,6 @@ class GpuOfTensors(Gpu):
     def maker(self, shape: tuple[int, ...], dtype: str, features_first: bool) -> Maker:
         """What makes tensors with undefined elements, whose last axis is the first in memory if features_first."""
         return tensor_maker(self.torch, self.torch_device, shape, dtype, features_first)
-
-    def workspace(self, size: int) -> tuple[Any, int]:
-        """Undefined bytes, at least so many, that begin at a multiple of ALIGNMENT; and where, for a launch."""
-        torch = self.torch
-        workspace = torch.empty_strided((max(size, 1),), (1,), dtype=torch.uint8, device=self.torch_device)
-        return workspace, workspace.data_ptr()
 
     def deliver(self, array: Any, like: Any) -> Any:
         """The tensor, which is one already."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
+from itertools import compress
 from typing import Any, Generic, Literal, SupportsFloat, overload
 
 from typing_extensions import NamedTuple
@@ -502,9 +503,12 @@ def _describe_parameters(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
 
 
 @lru_cache(maxsize=256)
-def options_of_layer(need: tuple[GradName, ...], activation: ActivationName | None) -> tuple[Any, ...]:
-    """The options of dense_grads for weights (M, D), for `grads_of_layer`: made once, since layers are called often."""
-    return need, activation, None, 0, "out_in", False, False, None, False, None
+def options_of_layer(need: tuple[bool, ...], activation: ActivationName | None) -> tuple[Any, ...]:
+    """The options of dense_grads for weights (M, D) and those of dx, dw and db that are needed, for `grads_of_layer`.
+
+    Made once, since layers are called often.
+    """
+    return tuple(compress(DenseGrads._fields, need)), activation, None, 0, "out_in", False, False, None, False, None
 
 
 def grads_of_layer(arrays: tuple[Any, ...], options: tuple[Any, ...], negative_slope: float | None) -> list[Any]:

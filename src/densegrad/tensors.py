@@ -63,10 +63,10 @@ def cure(tensor: Any, devices: tuple[str, ...], *, of_memory: bool = True) -> st
 
 
 @cache
-def plain() -> tuple[frozenset[type], Any, type]:
-    """The types of tensors that are memory and nothing else, the layout of such memory, and torch.Tensor."""
+def plain() -> tuple[frozenset[type], type]:
+    """The types of tensors that say themselves whether they are memory, and torch.Tensor."""
     torch = sys.modules["torch"]
-    return frozenset((torch.Tensor, torch.nn.Parameter)), torch.strided, torch.Tensor
+    return frozenset((torch.Tensor, torch.nn.Parameter)), torch.Tensor
 
 
 def _has_memory(torch: Any, tensor: Any) -> bool:

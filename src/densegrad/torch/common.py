@@ -11,7 +11,8 @@ from .. import device, tensors
 from ..errors import DeviceError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-#: the operators; defined by the library itself, since custom_op takes longer than what it wraps
+#: the operators; defined by the library itself, since custom_op takes longer than what it wraps, and without arguments
+#: by keyword alone, which PyTorch takes longer to pass on
 operators = torch.library.Library("densegrad", "DEF")
 
 

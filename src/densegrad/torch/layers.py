@@ -9,6 +9,7 @@ differentiated in turn: so autograd, torch.func and torch.compile all find what 
 """
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -47,18 +48,18 @@ class MainGrads(NamedTuple):
     bias: Tensor | None = None
 
 
-def _linear_backward_on_device(da, x, weight, z, *, activation, negative_slope, need):
+def _linear_backward_on_device(da, x, weight, z, activation, negative_slope, need):
     """Those of the gradients dx, dw and db that are needed, in this order."""
     if x.dim() > 1:
-        need = tuple(need)
-        arrays = x if "dw" in need else None, weight if "dx" in need else None, da, z, None
-        grads = grads_of_layer(arrays, options_of_layer(need, activation), negative_slope)
+        arrays = x if need[1] else None, weight if need[0] else None, da, z, None
+        grads = grads_of_layer(arrays, options_of_layer(tuple(need), activation), negative_slope)
     else:
-        grads = _dense_grads(da, x, weight, z, activation=activation, negative_slope=negative_slope, need=need)
-    return [grad for grad in grads if grad is not None]
+        grads = _dense_grads(da, x, weight, z, activation=activation, negative_slope=negative_slope,
+                             need=compress(DenseGrads._fields, need))
+    return list(compress(grads, need))
 
 
-def _linear_backward_into_on_device(da, x, weight, z, dw, db, *, activation, negative_slope, need_dx):
+def _linear_backward_into_on_device(da, x, weight, z, dw, db, activation, negative_slope, need_dx):
     """dw and db added into these; dx, or a tensor of no elements where it is not needed."""
     into = {name: out for name, out in (("dw", dw), ("db", db)) if out is not None}
     dx = _dense_grads(da, x, weight, z, activation=activation, negative_slope=negative_slope,
@@ -75,20 +76,20 @@ def _dense_grads(da, x, weight, z, **options):
     return grads if grads.dx is None else grads._replace(dx=grads.dx[0])
 
 
-def _linear_backward_of_shapes(da, x, weight, z, *, activation, negative_slope, need):
-    made = {"dx": (x, x.shape), "dw": (weight, weight.shape), "db": (da, da.shape[-1:])}
-    return [tensor.new_empty(shape) for name, (tensor, shape) in made.items() if name in need]
+def _linear_backward_of_shapes(da, x, weight, z, activation, negative_slope, need):
+    made = (x, x.shape), (weight, weight.shape), (da, da.shape[-1:])
+    return [tensor.new_empty(shape) for tensor, shape in compress(made, need)]
 
 
-def _linear_backward_into_of_shapes(da, x, weight, z, dw, db, *, activation, negative_slope, need_dx):
+def _linear_backward_into_of_shapes(da, x, weight, z, dw, db, activation, negative_slope, need_dx):
     return x.new_empty(x.shape if need_dx else 0)
 
 
 _linear_backward = operator(
-    "linear_backward", "(Tensor da, Tensor x, Tensor weight, Tensor? z, *, str? activation, float? negative_slope, "
-    "str[] need) -> Tensor[]", _linear_backward_on_device, _linear_backward_of_shapes)
+    "linear_backward", "(Tensor da, Tensor x, Tensor weight, Tensor? z, str? activation, float? negative_slope, "
+    "bool[3] need) -> Tensor[]", _linear_backward_on_device, _linear_backward_of_shapes)
 _linear_backward_into = operator(
-    "linear_backward_into", "(Tensor da, Tensor x, Tensor weight, Tensor? z, Tensor(a!)? dw, Tensor(b!)? db, *, "
+    "linear_backward_into", "(Tensor da, Tensor x, Tensor weight, Tensor? z, Tensor(a!)? dw, Tensor(b!)? db, "
     "str? activation, float? negative_slope, bool need_dx) -> Tensor", _linear_backward_into_on_device,
     _linear_backward_into_of_shapes)
 
@@ -139,22 +140,21 @@ class _Linear(torch.autograd.Function):
         if da is None:
             return (None,) * 6
         x, weight, bias, z = ctx.saved_tensors
-        needed, (activation, negative_slope) = ctx.needs_input_grad, ctx.options
+        needed = ctx.needs_input_grad
         if ctx.into_weight is not None or ctx.into_bias is not None:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise NotImplementedError("gradients that are added into main gradients cannot be differentiated again "
                                           "(call backward without create_graph=True)")
             dx = _linear_backward_into(da, x, weight, z, ctx.into_weight if needed[1] else None,
-                                       ctx.into_bias if needed[2] else None, activation=activation,
-                                       negative_slope=negative_slope, need_dx=needed[0])
+                                       ctx.into_bias if needed[2] else None, *ctx.options, needed[0])
             return dx if needed[0] else None, *[None] * 5
-        need = [name for name, wanted in zip(("dx", "dw", "db"), needed, strict=False) if wanted]
+        need = needed[:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _Backward.apply(da, x, weight, bias, z, (ctx.options, need))
         else:
-            grads = _linear_backward(da, x, weight, z, activation=activation, negative_slope=negative_slope, need=need)
+            grads = _linear_backward(da, x, weight, z, *ctx.options, need)
         found = iter(grads)
-        return *[next(found) if wanted else None for wanted in needed[:3]], *[None] * 3
+        return *[next(found) if wanted else None for wanted in need], *[None] * 3
 
 
 class _RefusingJvp(_Linear):
@@ -172,7 +172,7 @@ class _Backward(torch.autograd.Function):
     @with_its_signature
     def forward(da, x, weight, bias, z, how):
         options, need = how
-        return tuple(_linear_backward(da, x, weight, z, **options._asdict(), need=need))
+        return tuple(_linear_backward(da, x, weight, z, *options, need))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -188,7 +188,7 @@ class _Backward(torch.autograd.Function):
 
         def gradients(da, *operands):
             _, back = torch.func.vjp(lambda *given: _activated(functional.linear(*given), options), *operands)
-            return [grad for name, grad in zip(("dx", "dw", "db"), back(da), strict=True) if name in need]
+            return list(compress(back(da), need))
 
         _, back = torch.func.vjp(gradients, da, x, weight, offset)
         *below, of_bias = back(list(cotangents))

@@ -20,11 +20,10 @@ from ..typing import Reduction
 from .common import DTYPES, check_tensors, operator, refusing, unreadable, with_its_signature
 
 
-def _cross_entropy_on_device(z, target, weight, *, ignore_index, reduction, label_smoothing):
+def _cross_entropy_on_device(z, target, weight, ignore_index, reduction, label_smoothing):
     """The loss in the type of the sums, and dz; classes last."""
     if z.dim() == 1:
-        loss, dz = _cross_entropy_on_device(z[None], target[None], weight, ignore_index=ignore_index,
-                                            reduction=reduction, label_smoothing=label_smoothing)
+        loss, dz = _cross_entropy_on_device(z[None], target[None], weight, ignore_index, reduction, label_smoothing)
         return loss.reshape(()), dz[0]
     dz = _gradient_of(z)
     # Probabilities have no label, and none that is ignored.
@@ -45,13 +44,13 @@ def _gradient_of(z: Tensor) -> Tensor:
     return z.new_empty(z.shape, dtype=dtype)
 
 
-def _cross_entropy_of_shapes(z, target, weight, *, ignore_index, reduction, label_smoothing):
+def _cross_entropy_of_shapes(z, target, weight, ignore_index, reduction, label_smoothing):
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     return z.new_empty(z.shape[:-1] if reduction == "none" else (), dtype=wide), _gradient_of(z)
 
 
 _cross_entropy = operator(
-    "cross_entropy", "(Tensor z, Tensor target, Tensor? weight, *, int ignore_index, str reduction, "
+    "cross_entropy", "(Tensor z, Tensor target, Tensor? weight, int ignore_index, str reduction, "
     "float label_smoothing) -> (Tensor, Tensor)", _cross_entropy_on_device, _cross_entropy_of_shapes)
 
 
@@ -113,8 +112,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(input, target, weight, options):
         held = _classes_last(target) if target.is_floating_point() else target
         *numbers, dtype = options
-        loss, dz = _cross_entropy(_classes_last(input), held, weight,
-                                  **dict(zip(_Options._fields, numbers, strict=False)))
+        loss, dz = _cross_entropy(_classes_last(input), held, weight, *numbers)
         return loss.to(dtype), dz
 
     @staticmethod
