@@ -67,7 +67,7 @@ ARROWS = {
     "jax": {"activations", "containers", "device", "errors", "facts", "gradients", "operands", "slips", "typing"},
     "torch/__init__": {"layers", "loss"},
     "torch/common": {".device", ".errors", ".tensors"},
-    "torch/layers": {".activations", ".errors", ".gradients", ".slips", ".typing", "common"},
+    "torch/layers": {".activations", ".errors", ".gradients", ".operands", ".slips", ".typing", "common"},
     "torch/loss": {".errors", ".losses", ".slips", ".typing", "common"},
     "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches",
                 "losses", "output_gradients", "slips", "typing"},

@@ -31,6 +31,8 @@ from tests.docstring_examples import check_example
 torch = pytest.importorskip("torch")
 pytest.importorskip("expecttest")
 
+from torch.nn.utils import prune  # noqa: E402
+
 import densegrad.torch as dt  # noqa: E402
 from densegrad.torch import MainGrads, convert, layers, linear  # noqa: E402
 
@@ -857,11 +859,32 @@ def test_a_weight_that_is_used_twice_or_frozen(draw, place):
     (MainGrads(torch.zeros(3, 4, dtype=torch.bfloat16)), r"into\.weight must be torch\.float32"),
     (MainGrads(torch.zeros(3, 4), torch.zeros(3)), r"into\.bias was given, but there is no bias"),
     (MainGrads(bias=torch.zeros(3)), r"into\.weight is missing, and weight requires a gradient"),
+    (MainGrads(np.zeros((3, 4))), r"into\.weight must be a tensor; got ndarray"),
+    (torch.zeros(3, 4), r"into must be MainGrads\(weight=, bias=\) or a tuple of 2; got Tensor"),
 ])
 def test_main_gradients_that_do_not_fit_are_refused(into, words, draw, place):
-    into = MainGrads(*(one if one is None else one.to(place) for one in into))
+    if isinstance(into, MainGrads):
+        into = MainGrads(*(one.to(place) if isinstance(one, torch.Tensor) else one for one in into))
     with pytest.raises((ValueError, TypeError), match=words):
         linear(*draw((5, 4), (3, 4)), into=into)
+
+
+def test_main_gradients_of_what_is_computed_from_parameters_are_refused(place):
+    # Added to a tensor that the next forward makes anew, they would be lost, and the parameters get none.
+    def pruned():
+        return prune.random_unstructured(torch.nn.Linear(4, 3, device=place), "weight", 0.5)
+
+    model = torch.nn.Sequential(pruned(), torch.nn.Linear(3, 2, device=place))
+    found = convert(model, main_grad=True)
+    assert (found.swapped, list(found.left)) == (["1"], ["0"])
+    assert "computed from parameters" in found.left["0"]
+    model(torch.ones(5, 4, device=place)).sum().backward()
+    assert model[0].weight_orig.grad is not None
+    alone = pruned()
+    assert convert(alone).swapped == [""]
+    alone.main_grad = True
+    with pytest.raises(NotImplementedError, match=r"pruning or spectral_norm.*leave main_grad out"):
+        alone(torch.ones(5, 4, device=place))
 
 
 @pytest.mark.filterwarnings("ignore")

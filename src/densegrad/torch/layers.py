@@ -19,6 +19,7 @@ from torch.nn import functional
 from ..activations import ACTIVATIONS, NEGATIVE_SLOPE
 from ..errors import DensegradError, DTypeError, ShapeError
 from ..gradients import DenseGrads, dense_grads, grads_of_layer, options_of_layer
+from ..operands import accept_tuple
 from ..slips import meant
 from ..typing import ActivationName
 from .common import DTYPES, check_tensors, operator, refusing, unreadable, with_its_signature
@@ -259,7 +260,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
         if not fallback or into is not None:
             raise problem
         return _activated(functional.linear(x, weight, bias), options)
-    into = MainGrads() if into is None else MainGrads(*into)
+    into = accept_tuple("into", into, MainGrads)
     _check_into(into, weight, bias)
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -287,8 +288,9 @@ def _problem(x: Tensor, weight: Tensor, bias: Tensor | None) -> DensegradError |
 
 def _check_into(into: MainGrads, weight: Tensor, bias: Tensor | None) -> None:
     """Hold main gradients to the parameters that they are of."""
-    if into == (None, None):
+    if into.weight is None and into.bias is None:
         return
+    check_tensors(**{f"into.{name}": main for name, main in into._asdict().items()})
     for name, main, parameter in (("weight", into.weight, weight), ("bias", into.bias, bias)):
         if main is None:
             if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():
@@ -363,6 +365,10 @@ def _main_grad(parameter: Any) -> Tensor | None:
     if main is None:
         if torch.compiler.is_compiling():
             raise RuntimeError("a main gradient cannot be made within torch.compile (call the layer once before)")
+        if not parameter.is_leaf:
+            raise NotImplementedError("main gradients are those of parameters, and what is computed from parameters, "
+                                      "by pruning or spectral_norm for example, passes none on to them (leave "
+                                      "main_grad out of this layer)")
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         main = parameter.main_grad = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
     return main
@@ -410,6 +416,8 @@ def convert(model: torch.nn.Module, *, main_grad: bool = False, fallback: bool =
             left[name] = "its forward was replaced"
         elif module.weight.dtype not in DTYPES and not fallback:
             left[name] = f"its weight is {module.weight.dtype}"
+        elif main_grad and not all(isinstance(one, torch.nn.Parameter | None) for one in (module.weight, module.bias)):
+            left[name] = "its weight or bias is computed from parameters, which would get no main gradient"
         else:
             swapped.append(name)
     for name in swapped:
