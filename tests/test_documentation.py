@@ -33,8 +33,9 @@ IN_CI = {
     'pip install -e ".[dev]"': 'pip install -q -e ".[dev]"',
 }
 #: commands that install an extra -> the extra
-EXTRAS = {'pip install -e ".[cuda12]"': "cuda12", 'pip install -e ".[cuda13]"': "cuda13",
-          'pip install -e ".[jax]"': "jax", 'pip install -e ".[torch]"': "torch"}
+EXTRAS = {f'pip install -e ".[{extra}]"': extra for extra in ("cuda12", "cuda13", "jax", "mpi", "nccl", "torch")}
+#: what tests/test_distributed.py runs
+ON_RANKS = {"mpiexec -n 4 python -m mpi4py digits.py"}
 #: command -> the command that is run here, shorter or dry
 HERE = {
     "bash .ci/run": "bash -n .ci/run",
@@ -70,6 +71,7 @@ ON_A_GPU = {
     "densegrad warmup 128,784,512 128,512,10": "densegrad warmup --help",
     "pytest --lane gpu": "pytest --help",
     "python -m benchmarks.counted --ncu": "python -m benchmarks.counted --help",
+    "python -m torch.distributed.run --nproc-per-node 8 -m benchmarks.ranks": "python -m benchmarks.ranks --help",
     "python -m benchmarks.run": "python -m benchmarks.run --help",
     "python -m benchmarks.run --quick": "python -m benchmarks.run --help",
     "python -m benchmarks.run --op cross_entropy cross_entropy_grad --shapes losses --dtype bfloat16 float32":
@@ -99,7 +101,7 @@ def commands(text):
 
 def test_every_command_has_its_row_and_every_row_its_command():
     told = {command for text in PAGES.values() for command, _ in commands(text)}
-    assert told == set(IN_CI) | set(EXTRAS) | set(HERE) | set(ON_A_GPU)
+    assert told == set(IN_CI) | set(EXTRAS) | set(HERE) | set(ON_A_GPU) | ON_RANKS
 
 
 def test_commands_stand_in_marked_blocks_and_use_nothing_from_elsewhere():
@@ -138,11 +140,11 @@ def test_commands_run(command):
 def code(*, gpu):
     """(page, its blocks of Python): those that need a GPU say so by importing CuPy, and stand alone.
 
-    Without the gallery, which .ci/run executes as a notebook, and what tests/test_torch.py and tests/test_jax.py run:
-    the page on PyTorch, and blocks that import JAX.
+    Without the gallery, which .ci/run executes as a notebook, and what tests/test_torch.py, tests/test_distributed.py
+    and tests/test_jax.py run: the pages on PyTorch and on ranks, and blocks that import JAX.
     """
     for name, text in PAGES.items():
-        if name in ("docs/gallery.md", "docs/pytorch.md"):
+        if name in ("docs/distributed.md", "docs/gallery.md", "docs/pytorch.md"):
             continue
         chosen = [block for _, block in blocks(text, "python")
                   if ("import cupy" in block) == gpu and "import jax" not in block]

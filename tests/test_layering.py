@@ -58,16 +58,22 @@ ARROWS = {
     "tuned": {"__version__", "errors", "families"},
     "calls": {"containers", "device", "errors", "facts", "launches", "operands", "tuned"},
     "prepared": {"calls", "errors", "launches", "operands", "typing"},
-    "gradients": {"calls", "errors", "families", "launches", "operands", "output_gradients", "slips", "tuned",
-                  "typing"},
+    "gradients": {"calls", "containers", "distributed", "errors", "families", "launches", "operands",
+                  "output_gradients", "slips", "tuned", "typing"},
     "output_gradients": {"activations", "calls", "errors", "families", "launches", "operands", "slips", "typing"},
     "losses": {"calls", "errors", "families", "launches", "operands", "output_gradients", "slips", "typing"},
     "accumulator": {"calls", "containers", "device", "distributed", "errors", "facts", "gradients", "launches",
                     "operands", "output_gradients", "slips", "tensors", "typing"},
+    "distributed/__init__": {".errors", "agreement", "reductions"},
+    "distributed/engines": {".tensors"},
+    "distributed/agreement": {".__version__", ".errors", "engines"},
+    "distributed/buckets": {".containers", ".device", ".errors", ".facts", ".slips", ".tensors", "engines"},
+    "distributed/reductions": {".device", ".errors", ".facts", ".slips", ".typing", "agreement", "buckets", "engines"},
     "jax": {"activations", "containers", "device", "errors", "facts", "gradients", "operands", "slips", "typing"},
-    "torch/__init__": {"layers", "loss"},
+    "torch/__init__": {"layers", "loss", "main_grads"},
     "torch/common": {".device", ".errors", ".tensors"},
     "torch/layers": {".activations", ".errors", ".gradients", ".operands", ".slips", ".typing", "common"},
+    "torch/main_grads": {".distributed", ".typing"},
     "torch/loss": {".errors", ".losses", ".slips", ".typing", "common"},
     "warming": {"cache", "compiler", "device", "errors", "facts", "families", "gradients", "launches",
                 "losses", "output_gradients", "slips", "typing"},
@@ -75,7 +81,8 @@ ARROWS = {
 }
 #: what is not the standard library -> the modules that may import it
 OUTSIDE = {
-    "numpy": {"accumulator", "containers", "device", "operands", "reference", "tensors", "testing", "warming"},
+    "numpy": {"accumulator", "containers", "device", "distributed/buckets", "distributed/engines", "operands", "reference",
+              "tensors", "testing", "warming"},
     "ml_dtypes": {"containers", "device", "tensors"},
     "cupy": {"device"},
     "cuda": {"cache", "device", "packing"},
@@ -83,7 +90,7 @@ OUTSIDE = {
     "platformdirs": {"cache"},
     "typing_extensions": {"gradients", "losses", "output_gradients", "typing"},
     "jax": {"jax"},
-    "torch": {"torch/__init__", "torch/common", "torch/layers", "torch/loss"},
+    "torch": {"torch/__init__", "torch/common", "torch/layers", "torch/loss", "torch/main_grads"},
 }
 #: the command line may use the whole package, but only `python -m densegrad` uses the command line
 COMMANDS = SOURCE / "commands"
@@ -184,7 +191,7 @@ def test_launches_are_made_without_numba_cupy_and_device():
 
 
 def test_every_module_has_its_arrows():
-    paths = [path for folder in (".", "families", "torch") for path in (SOURCE / folder).glob("*.py")]
+    paths = [path for folder in (".", "distributed", "families", "torch") for path in (SOURCE / folder).glob("*.py")]
     assert {path.relative_to(SOURCE).with_suffix("").as_posix() for path in paths} == ARROWS.keys()
 
 

@@ -898,11 +898,17 @@ def test_main_gradients_are_refused_under_distributed_data_parallel(place):
         parallel(x).sum().backward()
         torch.testing.assert_close(layer.bias.grad, torch.full((3,), 5.0, device=place))
         layer.main_grad = True
-        with pytest.raises(NotImplementedError, match=r"DistributedDataParallel reduces \.grad alone"):
+        with pytest.raises(NotImplementedError, match=r"reduces \.grad alone.*reduce_main_grads\(model\) after"):
             parallel(x)
         layer(x).sum().backward()
+        check_example(dt.reduce_main_grads, {"torch": torch, "reduce_main_grads": dt.reduce_main_grads})
     finally:
         group.destroy_process_group()
+
+
+def test_main_gradients_are_not_reduced_without_a_group():
+    with pytest.raises(ValueError, match=r"no process group yet \(call torch\.distributed\.init_process_group"):
+        dt.reduce_main_grads(torch.nn.Linear(2, 3))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -36,6 +36,8 @@ _MAGIC = b"dgr1"
 _REST = struct.Struct("<QBqq16sH")
 _WORDS = 960
 MESSAGE_BYTES = _FRONT.size + _REST.size + _WORDS
+#: how much before its time a store may say that it is up
+_EARLY_SECONDS = 0.1
 _GOES_ON, _FAILED = 0, 1
 #: attribute of an error: the communicator's state and the round in which the other ranks have heard of it
 _TOLD = "densegrad_told"
@@ -116,28 +118,30 @@ class Answer(NamedTuple):
     round: int
     words: str
     ranks: tuple[int, ...]
+    came: tuple[bool, ...]
     numbers: Numbers
 
     def packed(self) -> bytes:
         """As a message of `answer_bytes(size)` bytes."""
-        size = len(self.numbers.samples)
-        blamed = [int(rank in self.ranks) for rank in range(size)]
+        size = len(self.came)
+        blamed = [rank in self.ranks for rank in range(size)]
         return Descriptor(self.round, self.words, failed=bool(self.words)).packed() + struct.pack(
-            f"<{3 * size}q", *self.numbers.samples, *self.numbers.addends, *blamed)
+            f"<{2 * size}q{2 * size}?", *self.numbers.samples, *self.numbers.addends, *blamed, *self.came)
 
 
 def answer_bytes(size: int) -> int:
     """How long an answer is to so many ranks."""
-    return MESSAGE_BYTES + 24 * size
+    return MESSAGE_BYTES + 18 * size
 
 
 def unpacked_answer(message: bytes) -> Answer:
     """What `Answer.packed` has packed."""
     front = unpacked(message)
-    values = struct.unpack(f"<{(len(message) - MESSAGE_BYTES) // 8}q", message[MESSAGE_BYTES:])
-    size = len(values) // 3
-    blamed = tuple(rank for rank in range(size) if values[2 * size + rank])
-    return Answer(front.round, front.words, blamed, Numbers(values[:size], values[size:2 * size]))
+    size = (len(message) - MESSAGE_BYTES) // 18
+    values = struct.unpack(f"<{2 * size}q{2 * size}?", message[MESSAGE_BYTES:])
+    samples, addends, blamed, came = (values[begin:begin + size] for begin in range(0, 4 * size, size))
+    return Answer(front.round, front.words, tuple(rank for rank in range(size) if blamed[rank]), came,
+                  Numbers(samples, addends))
 
 
 class Line(Protocol):
@@ -146,8 +150,8 @@ class Line(Protocol):
     def submit(self, round: int, message: bytes) -> None:
         """Send this rank's descriptor to rank 0, without waiting."""
 
-    def collect(self, round: int, until: float) -> list[bytes | None]:
-        """The others' descriptors of this round, by rank; None of rank 0 and of those that did not come."""
+    def collect(self, round: int, ranks: Sequence[int], until: float) -> dict[int, bytes]:
+        """The descriptors of this round of these ranks, as far as they come in time."""
 
     def publish(self, round: int, message: bytes) -> None:
         """Send an answer to every other rank, without waiting."""
@@ -200,10 +204,10 @@ class MpiLine:
         self.state.sent = [request for request in self.state.sent if not _is_done(request)]
         self.state.sent.append(self.comm.Isend(bytearray(message), to, tag))
 
-    def collect(self, round: int, until: float) -> list[bytes | None]:
+    def collect(self, round: int, ranks: Sequence[int], until: float) -> dict[int, bytes]:
         """As Line says."""
-        found: list[bytes | None] = [None] * self.size
-        expected = {rank: self._expect(MESSAGE_BYTES, rank, engines.DESCRIPTOR_TAG) for rank in range(1, self.size)}
+        found: dict[int, bytes] = {}
+        expected = {rank: self._expect(MESSAGE_BYTES, rank, engines.DESCRIPTOR_TAG) for rank in ranks}
 
         def all_are_here() -> bool:
             for rank, (request, message) in [*expected.items()]:
@@ -267,9 +271,9 @@ def _cancel(request: Any) -> None:
 class StoreLine:
     """By the store through which a process group of torch.distributed has found its ranks."""
 
-    def __init__(self, group: Any, state: State):
+    def __init__(self, group: Any):
         self.store = sys.modules["torch.distributed"].distributed_c10d._get_default_store()
-        self.rank, self.size, self.state = group.rank(), group.size(), state
+        self.rank = group.rank()
         self.prefix = f"densegrad/{group.group_name}"
 
     def submit(self, round: int, message: bytes) -> None:
@@ -281,14 +285,13 @@ class StoreLine:
         self.store.set(self._answer(round), message)
         self.store.delete_key(self._answer(round - 2))
 
-    def collect(self, round: int, until: float) -> list[bytes | None]:
+    def collect(self, round: int, ranks: Sequence[int], until: float) -> dict[int, bytes]:
         """As Line says."""
-        keys = {rank: self._descriptor(round, rank) for rank in range(1, self.size)}
+        keys = {rank: self._descriptor(round, rank) for rank in ranks}
         if not self._wait([*keys.values()], until):
             keys = {rank: key for rank, key in keys.items() if self.store.check([key])}
-        found: list[bytes | None] = [None] * self.size
-        for rank, key in keys.items():
-            found[rank] = self.store.get(key)
+        found = {rank: self.store.get(key) for rank, key in keys.items()}
+        for key in keys.values():
             self.store.delete_key(key)
         return found
 
@@ -304,9 +307,9 @@ class StoreLine:
             return True
         try:
             self.store.wait(keys, timedelta(seconds=max(until - time.monotonic(), 1e-3)))
-        except RuntimeError as error:
-            if time.monotonic() < until - 0.1:
-                raise Broken(f"the store of torch.distributed says: {error}") from error
+        except RuntimeError:
+            if time.monotonic() < until - _EARLY_SECONDS:
+                raise
             return False
         return True
 
@@ -338,22 +341,31 @@ class Rounds:
         except Late:
             raise DistributedError(f"rank 0 did not answer within {2 * deadline:g} s, twice the deadline, whether all "
                                    "ranks go on (see what it raised, or pass a longer deadline=)", (0,)) from None
-        except Broken as error:
+        except (Broken, RuntimeError) as error:  # RuntimeErrors are those of torch.distributed's stores
             raise DistributedError(f"rank {self.rank} lost the others: {error}") from error
         if answer.words:
+            self.hold([rank for rank, came in enumerate(answer.came) if came], deadline)
             raise DistributedError(answer.words, answer.ranks, agreed=True)
         return answer.numbers
+
+    def hold(self, ranks: Sequence[int], deadline: float) -> None:
+        """Let rank 0 go on when these ranks have heard its answer: it may be what ends next, and the store with it."""
+        self.state.rounds += 1
+        with suppress(Broken, RuntimeError):
+            if self.rank:
+                self.line.submit(self.state.rounds, Descriptor(self.state.rounds, "").packed())
+            else:
+                self.line.collect(self.state.rounds, [rank for rank in ranks if rank], time.monotonic() + deadline)
 
     def _answer(self, descriptor: Descriptor, deadline: float) -> Answer:
         number, begun = descriptor.round, time.monotonic()
         if self.rank:
             self.line.submit(number, descriptor.packed())
             return unpacked_answer(self.line.hear(number, begun + 2 * deadline))
-        messages = self.line.collect(number, begun + deadline)
-        descriptors = [None if message is None else unpacked(message) for message in messages]
-        descriptors[0] = unpacked(descriptor.packed())
+        messages = self.line.collect(number, range(1, self.size), begun + deadline) | {0: descriptor.packed()}
+        descriptors = [unpacked(messages[rank]) if rank in messages else None for rank in range(self.size)]
         said = [one or Descriptor(number, "") for one in descriptors]
-        answer = Answer(number, *problem(descriptors, deadline),
+        answer = Answer(number, *problem(descriptors, deadline), tuple(one is not None for one in descriptors),
                         Numbers(tuple(one.samples for one in said), tuple(one.addends for one in said)))
         self.line.publish(number, answer.packed())
         return answer
@@ -395,6 +407,12 @@ class Group(NamedTuple):
     engine: engines.Engine
     rounds: Rounds | None
     state: State
+
+    @property
+    def calls_mpi(self) -> bool:
+        """Whether anything of it goes through MPI."""
+        return isinstance(self.engine, engines.Mpi) or (
+            self.rounds is not None and isinstance(self.rounds.line, MpiLine))
 
     def checked(self, check: bool | None) -> Rounds | None:
         """The rounds in which the ranks agree, or None if they are not to: as `check` says, which None leaves open.
@@ -457,10 +475,15 @@ def together(comm: Any, *, deadline: float = DEADLINE) -> Iterator[None]:
     """
     group = group_of(comm)
     rounds = group.checked(True)
+
+    def leave() -> None:
+        if rounds is not None:
+            rounds.agree(Descriptor(0, "the end of a block that is left together"), deadline)
+            rounds.hold(range(rounds.size), deadline)
+
     with telling(group.state, rounds, deadline, BaseException):
         yield
-    if rounds is not None:
-        group.state.run(partial(rounds.agree, Descriptor(0, "the end of a block that is left together"), deadline))
+    group.state.run(leave)
 
 
 _of_torch: WeakKeyDictionary[Any, State] = WeakKeyDictionary()
@@ -488,7 +511,7 @@ def group_of(comm: Any) -> Group:
         place = host.Get_rank(), host.Get_size()
     elif engines.is_torch(host):
         state = _of_torch.setdefault(host, State())
-        line = StoreLine(host, state)
+        line = StoreLine(host)
         place = host.rank(), host.size()
     elif ranks.host is not None:
         raise TypeError("host must be a communicator of mpi4py or a process group of torch.distributed; got "

@@ -49,6 +49,19 @@ def opened(name: str, array: Any) -> Any:
     return found
 
 
+def check_own(name: str, array: Any) -> None:
+    """Hold an array to be one of NumPy or CuPy.
+
+    Raises
+    ------
+    TypeError
+        If it is another.
+    """
+    if containers.kind_of(array).name not in ("NumPy", "CuPy"):
+        raise TypeError(f"{name} must hold arrays of NumPy or CuPy; got {type(array).__name__} (convert it with "
+                        "numpy.asarray or cupy.asarray)")
+
+
 def module_of(array: Any) -> Any:
     """NumPy, or CuPy of an array on a GPU."""
     return module_at(place_of(array))
@@ -147,13 +160,13 @@ class Bucket:
         xp, dtype = module_of(self.arrays[0]), device.dtype_of(wire)
         flat = xp.empty(self.size, dtype)
         for one, place in zip(self.arrays, spans([one.size for one in self.arrays]), strict=True):
-            flat[place] = one.reshape(-1).astype(dtype)
+            flat[place] = one.reshape(-1).astype(dtype, copy=False)
         return flat
 
     def write(self, flat: Any) -> None:
         """Write what is in a row into the results, each rounded to its dtype."""
         for one, place in zip(self._targets, spans([one.size for one in self._targets]), strict=True):
-            one[...] = flat[place].reshape(one.shape).astype(one.dtype)
+            one[...] = flat[place].reshape(one.shape).astype(one.dtype, copy=False)
 
     def results(self) -> Any:
         """What the user gets: `out`, or new arrays of the kinds that came in."""

@@ -207,10 +207,9 @@ class Torch:
             if place_of(buffer) == HOST:
                 tensor = tensors.host_tensor(buffer)
                 return _Work(function(tensor, *others, group=self.group, **options), tensor)
-            pointer = sys.modules["cupy"].cuda.get_current_stream().ptr
-            tensor = torch.from_dlpack(buffer)
-            with torch.cuda.stream(torch.cuda.ExternalStream(pointer, device=tensor.device)):
-                work = function(tensor, *others, group=self.group, **options)
+            pointer, where = sys.modules["cupy"].cuda.get_current_stream().ptr, torch.device("cuda", buffer.device.id)
+            with torch.cuda.stream(torch.cuda.ExternalStream(pointer, device=where)):
+                work = function(torch.from_dlpack(buffer), *others, group=self.group, **options)
                 work.wait()  # the stream does: what is queued next comes after it
             return Done()
         except RuntimeError as error:

@@ -10,16 +10,14 @@ from math import prod
 from operator import index
 from typing import Any, Generic, Literal, NamedTuple
 
-import numpy as np
-
 from ..device import dtype_of
 from ..errors import DistributedError, DTypeError, ShapeError
 from ..facts import ITEM_BYTES
 from ..slips import answered, meant
 from ..typing import DTypeName, Kind
 from .agreement import DEADLINE, Descriptor, Numbers, group_of, telling
-from .buckets import Bucket, module_at, module_of, queued_at, spans, split
-from .engines import GPU, HOST, Broken, Engine, Late, Pending, is_mpi, place_of
+from .buckets import Bucket, check_own, module_at, module_of, queued_at, spans, split
+from .engines import GPU, HOST, Broken, Engine, Late, Pending, place_of
 
 #: bytes of a sum that are passed on to the next rank at once: see docs/distributed.md
 PIECE_BYTES = 1 << 20
@@ -124,7 +122,7 @@ def all_reduce(grads: Kind, comm: Any, op: Literal["sum", "mean"] = "sum", *, sa
     with telling(group.state, rounds, deadline):
         _check_names(op, order, wire)
         samples = _checked_samples(op, samples)
-        if async_op and is_mpi(getattr(comm, "comm", comm)):
+        if async_op and group.calls_mpi:
             _check_threads()
         bucket = Bucket(grads, out)
         place = _place(group.engine, bucket.place)
@@ -281,7 +279,7 @@ SUM = Fold(_begin, _add)
 
 def fold_along_ranks(comm: Any, addends: Sequence[Sequence[Any]], like: Sequence[Any], *, fold: Fold = SUM,
                      of: str = "", samples: int = 0, accept: Callable[[Numbers], None] | None = None,
-                     check: bool | None = None, deadline: float = DEADLINE) -> list[list[Any]]:
+                     check: bool | None = None, deadline: float = DEADLINE, stream: Any = None) -> list[list[Any]]:
     """Add up what all ranks have, in the order of the ranks and on each in its own order: one left fold.
 
         state = begin(a[0]); state = add(state, a[1]); ...    a: rank 0's addends, then rank 1's, ...
@@ -309,6 +307,8 @@ def fold_along_ranks(comm: Any, addends: Sequence[Sequence[Any]], like: Sequence
         on all ranks or on none.
     check, deadline
         As in `all_reduce`.
+    stream : stream, optional
+        Where the addends are written, if it is not the current stream.
 
     Returns
     -------
@@ -341,7 +341,7 @@ def fold_along_ranks(comm: Any, addends: Sequence[Sequence[Any]], like: Sequence
         for addend in addends:
             _check_addend(addend, shapes, dtype)
         place = _place(group.engine, place_of(like[0]))
-        queued = queued_at(like[0], None)
+        queued = queued_at(like[0], stream)
     parts = [_Parts(addend, place) for addend in addends]
     given = "; ".join(f"{dtype} {shape}" for shape in shapes)
     descriptor = Descriptor(0, f"fold in {fold.planes} planes of {given}{of and f' ({of})'}", samples, len(parts))
@@ -363,7 +363,9 @@ def fold_along_ranks(comm: Any, addends: Sequence[Sequence[Any]], like: Sequence
     return group.state.run(run)
 
 
-def _shapes_and_dtype(like: Sequence[Any]) -> tuple[list[tuple[int, ...]], np.dtype]:
+def _shapes_and_dtype(like: Sequence[Any]) -> tuple[list[tuple[int, ...]], Any]:
+    for one in like:
+        check_own("like", one)
     dtypes = {one.dtype.name for one in like}
     if dtypes != {"float32"} and dtypes != {"float64"}:
         raise DTypeError("like must hold arrays that are all float32 or all float64, as sums are; got "
@@ -371,11 +373,12 @@ def _shapes_and_dtype(like: Sequence[Any]) -> tuple[list[tuple[int, ...]], np.dt
     return [tuple(one.shape) for one in like], dtype_of(dtypes.pop())
 
 
-def _check_addend(addend: Sequence[Any], shapes: list[tuple[int, ...]], dtype: np.dtype) -> None:
+def _check_addend(addend: Sequence[Any], shapes: list[tuple[int, ...]], dtype: Any) -> None:
     found = [tuple(one.shape) for one in addend]
     if found != shapes:
         raise ShapeError(f"every addend must have the shapes of like, {shapes}; got {found}")
     for one in addend:
+        check_own("every addend", one)
         if one.dtype != dtype:
             raise DTypeError(f"every addend must have the dtype of like, {dtype}; got {one.dtype}")
 

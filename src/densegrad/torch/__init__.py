@@ -7,5 +7,6 @@ except ModuleNotFoundError as error:
 
 from .layers import Converted, Linear, MainGrads, convert, linear
 from .loss import cross_entropy
+from .main_grads import reduce_main_grads
 
-__all__ = ["Converted", "Linear", "MainGrads", "convert", "cross_entropy", "linear"]
+__all__ = ["Converted", "Linear", "MainGrads", "convert", "cross_entropy", "linear", "reduce_main_grads"]

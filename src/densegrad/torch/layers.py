@@ -215,7 +215,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation:
     into : MainGrads of Tensors or None, optional
         Main gradients: float32, or float64 of float64, with the shapes of weight and bias. The gradients of both are
         added there by the kernel that makes them, and `.grad` stays None. Not under DistributedDataParallel, which
-        reduces `.grad` alone. What requires no gradient gets none, and may be None here.
+        reduces `.grad` alone: `reduce_main_grads` is for that. What requires no gradient gets none, and may be None
+        here.
     fallback : bool
         Whether what densegrad has no kernel for, a dtype or a device, is left to PyTorch altogether; never with main
         gradients.
@@ -308,8 +309,9 @@ def _check_into(into: MainGrads, weight: Tensor, bias: Tensor | None) -> None:
     # set by DistributedDataParallel for as long as its forward runs
     if getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
         raise NotImplementedError("DistributedDataParallel reduces .grad alone, and main gradients would stay those of "
-                                  "one process (leave main_grad and into out, or reduce main gradients yourself "
-                                  "without DistributedDataParallel)")
+                                  "one process (leave DistributedDataParallel out, and call "
+                                  "densegrad.torch.reduce_main_grads(model) after backward, or leave main_grad and "
+                                  "into out)")
 
 
 class Linear(torch.nn.Linear):
