@@ -308,6 +308,25 @@ def case_dense_grads_start_their_reduction(comm, rank, size):
             words="failed: ShapeError", own=dg.ShapeError)
 
 
+def case_accumulators_have_the_bits_of_one_process(comm, rank, size):
+    """On two ranks: shards of whole blocks, the last block excepted; an empty one; one that is no whole number."""
+    x, dz = normal((15, 3), "float32"), normal((15, 2), "float32", 1)
+
+    def accumulated(rows):
+        accumulator = dg.GradientAccumulator(3, 2, "float32", block=4, compensated=True, keep_blocks=True)
+        if rows.start < rows.stop:
+            accumulator.add(x[rows], dz[rows])
+        return accumulator
+
+    expected = accumulated(slice(0, 15)).result()
+    for border in (8, 15):
+        found = accumulated(slice(0, border) if rank == 0 else slice(border, 15)).all_reduce(comm)
+        for name in ("dw", "db"):
+            assert (bits(getattr(found, name)) == bits(getattr(expected, name))).all(), (border, name)
+    with pytest.raises(DistributedError, match="rank 0"):
+        accumulated(slice(0, 6) if rank == 0 else slice(6, 15)).all_reduce(comm)
+
+
 # What ends a communicator, and so stands alone.
 
 

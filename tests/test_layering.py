@@ -81,8 +81,8 @@ ARROWS = {
 }
 #: what is not the standard library -> the modules that may import it
 OUTSIDE = {
-    "numpy": {"accumulator", "containers", "device", "distributed/buckets", "distributed/engines", "operands", "reference",
-              "tensors", "testing", "warming"},
+    "numpy": {"accumulator", "containers", "device", "distributed/buckets", "distributed/engines", "operands",
+              "reference", "tensors", "testing", "warming"},
     "ml_dtypes": {"containers", "device", "tensors"},
     "cupy": {"device"},
     "cuda": {"cache", "device", "packing"},
