@@ -51,7 +51,6 @@ HERE = {
     "densegrad grads": "densegrad grads --help",
     "densegrad grads --x x.npy --dz dz.npy --out grads.npz --memory 300MB": "densegrad grads --help",
     "densegrad grads --x x.npy --dz dz.npy --w w.npy --need dx --out dx.npy --memory 300MB": "densegrad grads --help",
-    "densegrad grads --memory 300MB": "densegrad grads --help",
     "densegrad info": "densegrad info",
     "densegrad ptx": "densegrad ptx --help",
     "densegrad warmup": "densegrad warmup --help",
