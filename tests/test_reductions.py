@@ -243,6 +243,32 @@ def test_the_reduction_starts_before_dx_is_launched(how, pair, xp, monkeypatch):
     np.testing.assert_array_equal(host(db), 2 * host(own.db))
 
 
+@pytest.mark.parametrize(("dtype", "shape", "order", "how"), [
+    ("float32", (9, 6, 5), "C", {"activation": "gelu", "alpha": 0.3}),
+    ("bfloat16", (16, 8, 8), "C", {"activation": "gelu", "batch_axis": 1}),
+    ("float16", (24, 16, 8), "F", {"activation": "relu", "keepdims": True, "weight_layout": "out_in"}),
+    ("bfloat16", (9, 8, 10), "F", {"activation": "relu", "batch_axis": 1, "compensated": True}),
+    ("float32", (8, 1, 3), "C", {"sample_weight": True}),
+    ("float64", (8, 3, 1), "F", {"batch_axis": 1}),
+])
+def test_over_one_rank_dense_grads_has_the_bits_of_the_plain_call(dtype, shape, order, how, pair, xp):
+    pair.rank, pair.size = 0, 1
+    samples, inputs, outputs = shape
+    turned = how.get("weight_layout") == "out_in"
+    x, w = (xp.asarray(normal(size, dtype, seed)) for seed, size in enumerate(
+        ((samples, inputs), (outputs, inputs) if turned else (inputs, outputs))))
+    given = [normal((samples, outputs), dtype, seed) for seed in (2, 3)]
+    dz, z = (xp.asarray(np.array(one.T if how.get("batch_axis") else one, order=order)) for one in given)
+    how = how | ({"z": z} if "activation" in how else {})
+    if "sample_weight" in how:
+        how["sample_weight"] = xp.asarray(normal((samples,), "float32", 4))
+    grads, plain = dg.dense_grads(x, w, dz, comm=pair, **how), dg.dense_grads(x, w, dz, **how)
+    grads.reduction.wait()
+    for one, other in zip(grads, plain, strict=True):
+        assert (one.shape, one.strides) == (other.shape, other.strides)
+        assert (bits(one) == bits(other)).all()
+
+
 @pytest.mark.only("gpu")
 def test_a_reduction_has_a_stream_of_its_own_between_that_of_its_gradients_and_the_host(pair, xp, monkeypatch):
     order, streams, marks = [], xp.cuda.Stream, device.Gpu.mark
