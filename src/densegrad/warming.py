@@ -218,9 +218,9 @@ class _Foreseen:
         """What makes new results, which lie nowhere."""
         return lambda: (None, 0)
 
-    def workspace(self, size: int) -> tuple[None, int]:
-        """A new workspace, which lies nowhere."""
-        return None, 0
+    def workspace(self, size: int) -> device.Maker:
+        """What makes workspaces, which lie nowhere."""
+        return lambda: (None, 0)
 
     def hands_over(self, like: Any) -> bool:
         """All of them."""
