@@ -269,6 +269,23 @@ def test_over_one_rank_dense_grads_has_the_bits_of_the_plain_call(dtype, shape, 
         assert (bits(one) == bits(other)).all()
 
 
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("rows", [0, 7, 19])
+def test_over_one_rank_an_accumulator_has_the_bits_of_its_result(rows, compensated, pair, xp):
+    pair.rank, pair.size = 0, 1
+    x, dz = xp.asarray(normal((rows, 6), "bfloat16")), xp.asarray(normal((rows, 5), "bfloat16", 1))
+    found = []
+    for keep_blocks in (False, True):
+        accumulator = dg.GradientAccumulator(6, 5, "bfloat16", block=8, reduction="mean", compensated=compensated,
+                                             keep_blocks=keep_blocks)
+        accumulator.add(x, dz)
+        found.append(accumulator.all_reduce(pair) if keep_blocks else accumulator.result())
+        assert accumulator.result() is found[-1]
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        assert isinstance(other, xp.ndarray)
+        assert (bits(one) == bits(other)).all()
+
+
 @pytest.mark.only("gpu")
 def test_a_reduction_has_a_stream_of_its_own_between_that_of_its_gradients_and_the_host(pair, xp, monkeypatch):
     order, streams, marks = [], xp.cuda.Stream, device.Gpu.mark

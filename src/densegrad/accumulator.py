@@ -349,7 +349,7 @@ class GradientAccumulator:
         of = f"blocks of {self.block} samples, {'a mean' * self._mean or 'a sum'} of {', '.join(self._need)}"
         self._problem = "a sum over ranks failed"
         planes = fold_along_ranks(comm, addends, like, fold=fold, of=of, samples=self.samples, accept=accept_shards,
-                                  check=check, deadline=deadline)
+                                  check=check, deadline=deadline, stream=stream)
         with self._using():
             self._kept, self._state = [], [self._new(one.shape, self.sum_dtype) for plane in planes for one in plane]
             for place, one in zip(self._state, (one for plane in planes for one in plane), strict=True):
