@@ -49,8 +49,9 @@ class MainGrads(NamedTuple):
     bias: Tensor | None = None
 
 
-def _linear_backward_on_device(da, x, weight, z, activation, negative_slope, need):
+def _linear_backward_on_device(da, x, weight, z, *how):
     """Those of the gradients dx, dw and db that are needed, in this order."""
+    activation, negative_slope, need = how
     if x.dim() > 1:
         arrays = x if need[1] else None, weight if need[0] else None, da, z, None
         grads = grads_of_layer(arrays, options_of_layer(tuple(need), activation), negative_slope)
@@ -60,8 +61,9 @@ def _linear_backward_on_device(da, x, weight, z, activation, negative_slope, nee
     return list(compress(grads, need))
 
 
-def _linear_backward_into_on_device(da, x, weight, z, dw, db, activation, negative_slope, need_dx):
+def _linear_backward_into_on_device(da, x, weight, z, *how):
     """dw and db added into these; dx, or a tensor of no elements where it is not needed."""
+    dw, db, activation, negative_slope, need_dx = how
     into = {name: out for name, out in (("dw", dw), ("db", db)) if out is not None}
     dx = _dense_grads(da, x, weight, z, activation=activation, negative_slope=negative_slope,
                       need=(*["dx"] * need_dx, *into), out=DenseGrads(**into), accumulate=tuple(into)).dx
@@ -77,12 +79,14 @@ def _dense_grads(da, x, weight, z, **options):
     return grads if grads.dx is None else grads._replace(dx=grads.dx[0])
 
 
-def _linear_backward_of_shapes(da, x, weight, z, activation, negative_slope, need):
+def _linear_backward_of_shapes(da, x, weight, z, *how):
+    *_, need = how
     made = (x, x.shape), (weight, weight.shape), (da, da.shape[-1:])
     return [tensor.new_empty(shape) for tensor, shape in compress(made, need)]
 
 
-def _linear_backward_into_of_shapes(da, x, weight, z, dw, db, activation, negative_slope, need_dx):
+def _linear_backward_into_of_shapes(da, x, weight, z, *how):
+    *_, need_dx = how
     return x.new_empty(x.shape if need_dx else 0)
 
 
@@ -146,8 +150,9 @@ class _Linear(torch.autograd.Function):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise NotImplementedError("gradients that are added into main gradients cannot be differentiated again "
                                           "(call backward without create_graph=True)")
-            dx = _linear_backward_into(da, x, weight, z, ctx.into_weight if needed[1] else None,
-                                       ctx.into_bias if needed[2] else None, *ctx.options, needed[0])
+            how = (ctx.into_weight if needed[1] else None, ctx.into_bias if needed[2] else None, *ctx.options,
+                   needed[0])
+            dx = _linear_backward_into(da, x, weight, z, *how)
             return dx if needed[0] else None, *[None] * 5
         need = needed[:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
