@@ -84,7 +84,7 @@ LEFT, RIGHT, RESULT, MAPS = 0, 1, 2, 3
 @cache
 def make_matmul_hopper(constants):
     """The kernel for these tiles, orientations and results."""
-    (dtype, tile_rows, tile_cols, tile_depth, stages, left_across, right_across, target, accumulate, sums_of,
+    (kind, tile_rows, tile_cols, tile_depth, stages, left_across, right_across, target, accumulate, sums_of,
      adders) = constants
     left_bytes = tile_rows * LINE_BYTES
     stage_bytes = left_bytes + tile_cols * LINE_BYTES
@@ -110,11 +110,11 @@ def make_matmul_hopper(constants):
     copy_box = primitives.copy_box()
     fewer, more = (56, 224) if has_sums else (24, 240)
     fewer_registers, more_registers = primitives.fewer_registers(fewer), primitives.more_registers(more)
-    no_totals, add_lines = primitives.zeros("float32", 8), primitives.add_lines(dtype)
+    no_totals, add_lines = primitives.zeros("float32", 8), primitives.add_lines(kind)
     first_four, last_four = primitives.head("float32", 8, 4), primitives.rotate("float32", 8, 4)
     store_four = primitives.store_vector("float32", 4, "float32")
     zeros = primitives.zeros("float32", tile_cols // 2)
-    multiply = primitives.multiply_tiles(dtype, tile_cols, left_across, right_across)
+    multiply = primitives.multiply_tiles(kind, tile_cols, left_across, right_across)
     before_done, done = primitives.products_before_done(), primitives.products_done(tile_cols // 2)
     alpha_at, scaled = primitives.scale_at("float32", "float32"), primitives.scale("float32", tile_cols // 2)
     stage_first = primitives.stage_sums(target, tile_cols, 0, at_once)

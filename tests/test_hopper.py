@@ -20,6 +20,8 @@ from densegrad.testing import Placed, bits, check_within, expected, host, intege
 #: where an axis of dz counts samples, and the layout of w or dw: every way in which both operands can lie
 ORIENTATIONS = tuple(itertools.product((0, 1), ("in_out", "out_in")))
 DTYPES = ("bfloat16", "float16")
+#: where the kernel reads operands of float32: both contiguous along the depth
+ALONG = (0, "in_out")
 #: the simulator takes seconds for each tile: there the smallest one stands for the others
 TILES = [pytest.param(tile_cols, marks=[] if tile_cols == 128 else pytest.mark.only("gpu"))
          for tile_cols in HOPPER_STAGES]
@@ -34,10 +36,11 @@ def _two_blocks(request, monkeypatch):
 
 
 class Layer:
-    """One layer's arrays as one function takes them, with a plan of Hopper's."""
+    """One layer's arrays as one function takes them, with a plan of Hopper's; "tf32" is float32 multiplied so."""
 
     def __init__(self, function, sizes, dtype="bfloat16", make=integers, orientation=(0, "in_out"), **plan):
         samples, in_features, out_features = sizes
+        dtype, plan["precision"] = ("float32", dtype) if dtype == "tf32" else (dtype, None)
         self.function, self.dtype = function, dtype
         self.x = make((samples, in_features), dtype, 1)
         self.w = make((in_features, out_features), dtype, 2)
@@ -74,11 +77,37 @@ def test_small_integers_are_exact_in_every_orientation(xp, tile_cols, orientatio
         assert (host(found) == layer.exact().astype(found.dtype)).all()
 
 
+@pytest.mark.parametrize("tile_cols", TILES)
+def test_small_integers_are_exact_in_tf32(xp, tile_cols):
+    layer = Layer("input_grad", (136, tile_cols + 4, 100), "tf32", tile_cols=tile_cols)
+    found, kernels = layer.run(xp)
+    assert kernels == ["matmul_hopper"]
+    assert (host(found) == layer.exact()).all()
+
+
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (1, 8, 8), (200, 8, 136), (65, 128, 16)])
 def test_any_size_that_maps_take(xp, sizes):
-    layer = Layer("weight_grad", sizes)
-    found, _ = layer.run(xp)
-    assert (host(found) == layer.exact().astype(found.dtype)).all()
+    for layer in (Layer("weight_grad", sizes), Layer("input_grad", sizes, "tf32")):
+        found, _ = layer.run(xp)
+        assert (host(found) == layer.exact().astype(found.dtype)).all()
+
+
+def test_tf32_is_rounded_to_nearest(xp):
+    """A number times 1: half of the last place kept goes to the even one; what is not finite, and zeros, stay so."""
+    kept, half = 2.0 ** -10, 2.0 ** -11
+    numbers = np.float32([1 + half, 1 + kept + half, 1 + half + 2.0 ** -23, 2 - half, -1 - 1.5 * half, 2.0 ** -126 * (
+        1 + kept), 2.0 ** -130, 2.0 ** 128 * (1 - 2.0 ** -12), np.inf, -np.inf, np.nan, -0.0])
+    rounded = np.float64([1, 1 + 2 * kept, 1 + kept, 2, -1 - kept, 2.0 ** -126 * (
+        1 + kept), 2.0 ** -130, np.inf, np.inf, -np.inf, np.nan, 0])
+    layer = Layer("input_grad", (len(numbers), 8, 4), "tf32")
+    layer.dz[:], layer.dz[:, 1] = 0, numbers
+    layer.w[:] = 0
+    layer.w[3, 1] = 1
+    found = host(layer.run(xp)[0])[:, 3]
+    # Copies of a stand-in for CuPy may leave numbers as they are; products then cut them.
+    cut = (numbers.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+    allowed = [rounded] if xp.__name__ in ("numpy", "cupy") else [rounded, cut]
+    assert any(np.array_equal(found, one, equal_nan=True) for one in allowed)
 
 
 @pytest.mark.parametrize("parts", [2, pytest.param(3, marks=pytest.mark.only("gpu"))])
@@ -226,6 +255,7 @@ def test_the_plan_for_hopper_alone(dtype):
         assert isinstance(plan_product(4096, 4096, 4096, dtype, None, capability), TensorCorePlan)
     assert isinstance(plan_product(4096, 4096, 4096, dtype, None, HOPPER, aligned=False), TensorCorePlan)
     assert isinstance(plan_product(4096, 4096, 4096, "float32", "tf32", HOPPER), TensorCorePlan)
+    assert isinstance(plan_product(4096, 4096, 4096, "float32", "tf32", HOPPER, order="along"), HopperPlan)
     assert not isinstance(plan_product(4096, 4096, 0, dtype, None, HOPPER), HopperPlan)
     assert bias_rides_along(plan_product(4096, 4096, 4096, dtype, None, HOPPER))
 
@@ -239,7 +269,9 @@ def test_explain_says_what_runs_and_that_nothing_was_measured():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"tile_cols": 64}, "tile_cols must be one of 256, 192, 128; got 64"),
-    ({"dtype": "float32"}, "dtype must be one of float16, bfloat16; got 'float32'"),
+    ({"dtype": "float64"}, "dtype must be one of float16, bfloat16, float32; got 'float64'"),
+    ({"dtype": "float32"}, "precision of float32 must be one of tf32, tf32x3; got None"),
+    ({"precision": "tf32"}, "precision of bfloat16 must be None; got 'tf32'"),
     ({"depth": 0}, "rows, cols and depth must be at least 1"),
     ({"depth": 2**31 + 1}, "depth at most 2147483648"),
     ({"rows": 2**31}, "rows and cols must be at most"),

@@ -159,7 +159,8 @@ def map_at():
 def copy_box():
     """(map, across, down, array, index, barrier): the box whose first element has these coordinates comes to the index.
 
-    What lies beyond the matrix comes as zeros. Its bytes arrive at the barrier, which is another index.
+    What lies beyond the matrix comes as zeros. Of "tfloat32" each number is rounded to the nearest tf32. The bytes
+    arrive at the barrier, which is another index.
     """
     code = ("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [$3], [$0, {$1, $2}], "
             "[$4];")
@@ -215,17 +216,19 @@ def show_to_copies():
 
 
 @cache
-def multiply_tiles(dtype, cols, left_across, right_across):
-    """(array, left index, right index, sums) -> sums plus the product of two tiles, 64 deep, once products_done.
+def multiply_tiles(kind, cols, left_across, right_across):
+    """(array, left index, right index, sums) -> sums plus the product of two tiles, a line deep, once products_done.
 
     The left tile has 64 rows, the right one `cols` columns. Each lies as boxes of 64 lines of 128 bytes, swizzled: a
-    line is a depth where the operand is contiguous across it, else a row or column.
+    line is a depth where the operand is contiguous across it, else a row or column. Of "tf32" it is never a depth, and
+    the last 13 bits of a number count as zeros.
     """
-    count, short = cols // 2, {"float16": "f16", "bfloat16": "bf16"}[dtype]
+    count, (depth, short) = cols // 2, {"float16": (16, "f16"), "bfloat16": (16, "bf16"), "tf32": (8, "tf32")}[kind]
+    orders = "" if kind == "tf32" else f", {int(left_across)}, {int(right_across)}"
     fragment, wide = _fragment_type("float32", count), ir.IntType(64)
     names = ", ".join(f"${number}" for number in range(count))
-    code = (f"wgmma.mma_async.sync.aligned.m64n{cols}k16.f32.{short}.{short} {{{names}}}, ${2 * count}, "
-            f"${2 * count + 1}, 1, 1, 1, {int(left_across)}, {int(right_across)};")
+    code = (f"wgmma.mma_async.sync.aligned.m64n{cols}k{depth}.f32.{short}.{short} {{{names}}}, ${2 * count}, "
+            f"${2 * count + 1}, 1, 1, 1{orders};")
     constraints = ",".join(["=f"] * count + [str(number) for number in range(count)] + ["l", "l"])
     function = ir.FunctionType(ir.LiteralStructType([_FLOAT] * count), [_FLOAT] * count + [wide] * 2)
 

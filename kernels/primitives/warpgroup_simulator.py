@@ -189,16 +189,26 @@ def _lines(array, index, count):
 def copy_box():
     """(map, across, down, array, index, barrier): the box whose first element has these coordinates comes to the index.
 
-    What lies beyond the matrix comes as zeros. Its bytes arrive at the barrier, which is another index.
+    What lies beyond the matrix comes as zeros. Of "tfloat32" each number is rounded to the nearest tf32. The bytes
+    arrive at the barrier, which is another index.
     """
 
     def run(there, across, down, array, index, barrier):
         lines = there.read((int(across), int(down)))
+        if there.numbers.dtype == "tfloat32":
+            lines = _nearest_tf32(lines)
         for line, (cells, places) in zip(lines, _lines(array, index, len(lines)), strict=True):
             cells[places] = line.view(np.uint8)
         _barrier(barrier).count(0, arrived=lines.nbytes)
 
     return run
+
+
+def _nearest_tf32(numbers):
+    """Ties go to the even one, infinities and NaN stay what they are."""
+    bits = numbers.view(np.uint32)
+    rounded = (bits + np.uint32(0xFFF) + (bits >> np.uint32(13) & np.uint32(1))) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(numbers), rounded, bits)
 
 
 @cache
@@ -242,11 +252,13 @@ def show_to_copies():
 # -- products of a warpgroup
 
 
-def _tile(array, index, boxes, across, dtype):
-    """A tile (64 * boxes, 64 depths) of numbers, in float64."""
+def _tile(array, index, boxes, across, kind):
+    """A tile (64 * boxes, depths of a line) of numbers, in float64."""
     lines = np.array([cells[places] for cells, places in _lines(array, index, 64 * boxes)])
-    if dtype == "bfloat16":
+    if kind == "bfloat16":
         numbers = (lines.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    elif kind == "tf32":
+        numbers = (lines.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
     else:
         numbers = lines.view(np.float16)
     numbers = numbers.astype(np.float64)
@@ -254,20 +266,21 @@ def _tile(array, index, boxes, across, dtype):
 
 
 @cache
-def multiply_tiles(dtype, cols, left_across, right_across):
-    """(array, left index, right index, sums) -> sums plus the product of two tiles, 64 deep, once products_done.
+def multiply_tiles(kind, cols, left_across, right_across):
+    """(array, left index, right index, sums) -> sums plus the product of two tiles, a line deep, once products_done.
 
     The left tile has 64 rows, the right one `cols` columns. Each lies as boxes of 64 lines of 128 bytes, swizzled: a
-    line is a depth where the operand is contiguous across it, else a row or column.
+    line is a depth where the operand is contiguous across it, else a row or column. Of "tf32" it is never a depth, and
+    the last 13 bits of a number count as zeros.
     """
 
     def product(values):
         array, left_index, right_index, _ = values[0]
-        left = _tile(array, int(left_index), 1, left_across, dtype)
-        right = _tile(array, int(right_index), cols // 64, right_across, dtype)
+        left = _tile(array, int(left_index), 1, left_across, kind)
+        right = _tile(array, int(right_index), cols // 64, right_across, kind)
         sums = _matrix(np.array([sums for *_, sums in values]), cols)
-        for step in range(0, 64, 16):
-            sums = (left[:, step:step + 16] @ right[:, step:step + 16].T + sums).astype(np.float32)
+        for depths in np.split(np.arange(left.shape[1]), 4):
+            sums = (left[:, depths] @ right[:, depths].T + sums).astype(np.float32)
         return _registers(sums, cols)
 
     product = _quiet(product)

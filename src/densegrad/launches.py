@@ -48,7 +48,7 @@ class TensorMap(NamedTuple):
     """
 
     address: Slot | Room
-    dtype: str
+    dtype: str  # "tfloat32" of float32 that is rounded to tf32 on the way
     lengths: tuple[int, ...]  # elements along each axis, the contiguous one first
     steps: tuple[int, ...]  # bytes from one index to the next, of all axes but the first
     box: tuple[int, ...]

@@ -16,7 +16,6 @@ from .families.matmul_tensor_core import (
     FLOAT64_CAPABILITIES,
     TENSOR_CORE_CAPABILITY,
     TENSOR_CORE_TILES,
-    TF32,
     TensorCorePlan,
     plan_of_tile,
 )
@@ -35,7 +34,7 @@ from .families.product import (
     tensor_core_candidates,
     thin_candidates,
 )
-from .families.tiling import Tiling
+from .families.tiling import TF32, Tiling
 from .families.upstream import ACTIVATIONS, CROSS_ENTROPY, UpstreamPlan, log_sum_exp_block, plan_upstream
 
 __all__ = [

@@ -334,7 +334,7 @@ class MatmulArguments(NamedTuple):
 class MatmulHopper(NamedTuple):
     """A product on Hopper's tensor cores."""
 
-    dtype: str  # of the operands
+    kind: str  # what is multiplied: "float16", "bfloat16", "tf32"; see primitives.multiply_tiles
     tile_rows: int  # 64 for each of two warpgroups
     tile_cols: int
     tile_depth: int  # of a stage
@@ -362,7 +362,7 @@ class MatmulHopperArguments(NamedTuple):
     pieces_of_work: Integer  # tiles times parts
     tiles_down: Integer
     tiles_across: Integer
-    steps: Integer  # of 64 depths
+    steps: Integer  # of the depth of a stage
     steps_per_part: Integer
     alpha: Scale
     depth_sums: Address  # rows of sums in the workspace: of each part those of all sharers

@@ -73,7 +73,7 @@ def question_of(plan: Any, order: str | None) -> tuple[tuple[Any, ...], tuple[st
     if isinstance(plan, BatchSumPlan):
         return ((plan.samples, plan.outputs, plan.dtype),
                 (f"layout {plan.layout}", "compensated" if plan.compensated else "not compensated"))
-    precision = "ieee" if plan.dtype == "float64" else getattr(plan, "precision", "ieee")
+    precision = "ieee" if plan.dtype == "float64" else plan.precision
     if isinstance(plan, ThinPlan) and plan.accumulator != plan.dtype:
         precision = None  # of half types, which are thin beside tensor cores alone
     return (plan.rows, plan.cols, plan.depth, plan.dtype), (f"order {order}", f"precision {precision}")

@@ -43,11 +43,14 @@ class HopperPlan(Tiling):
     rows, cols, depth : int
         Sizes, as of a MatmulPlan; none is 0.
     dtype : str
-        Of the operands: float16 or bfloat16.
+        Of the operands: float16, bfloat16 or float32.
     tile_cols : int
         Columns of a tile of 128 rows: 256, 192 or 128.
     parts : int
         How many pieces the depth is cut into, which are added in ascending order afterwards.
+    precision : str or None
+        What float32 is multiplied as: "tf32", where both operands are contiguous along the depth. None for float16 and
+        bfloat16.
 
     Raises
     ------
@@ -61,15 +64,16 @@ class HopperPlan(Tiling):
     dtype: str
     tile_cols: int
     parts: int = 1
+    precision: str | None = None
 
     capability = HOPPER
-    precision = None
     tile_rows = TILE_ROWS
     adders = ADDERS
 
     def __post_init__(self) -> None:
         check_integers(self)
-        check_choice("dtype", self.dtype, HALF_TYPES)
+        check_choice("plan: dtype", self.dtype, (*HALF_TYPES, "float32"))
+        self._check_precision()
         check_sizes(rows=self.rows, cols=self.cols, depth=self.depth)
         if self.tile_cols not in HOPPER_STAGES:
             raise PlanError(f"tile_cols must be one of {', '.join(map(str, HOPPER_STAGES))}; got {self.tile_cols}")
@@ -116,7 +120,7 @@ class HopperPlan(Tiling):
     @property
     def kind(self) -> str:
         """What the operands are multiplied as."""
-        return self.dtype
+        return self.precision or self.dtype
 
     @property
     def unit(self) -> tuple[int, int]:
@@ -135,14 +139,11 @@ class HopperPlan(Tiling):
         """
         return self.stages * (LINE_BYTES * (TILE_ROWS + self.tile_cols) + 16) + 8 * BOX_LINES * LINE_BYTES + 1024
 
-    @property
-    def product_error(self) -> float:
-        """What each product may be off by, of its magnitude: products of half types are exact."""
-        return 0.0
-
     def sums_ride(self, product: Product) -> bool:
-        """Whether the right operand can be added up along the depth on the way: only if it is contiguous across it."""
-        return not side_of(product.right.T, 1)[0].along_depth
+        """Whether the right operand can be added up along the depth on the way: only if it is contiguous across it,
+        and of a half type.
+        """
+        return self.dtype in HALF_TYPES and not side_of(product.right.T, 1)[0].along_depth
 
     def sharers(self, product: Product) -> int:
         """How many of the tiles that read the same part of the summed operand share its steps."""
@@ -181,7 +182,7 @@ class HopperPlan(Tiling):
         """The plan in words, with its reasons and what the model says."""
         return self._explain("tensor cores of compute capability 9.0",
                              f"{self.workers} blocks of {THREADS} threads take pieces in turn, {self.stages} stages; "
-                             "operands aligned to 16 bytes", f"{self.chain + 1} u")
+                             "operands aligned to 16 bytes")
 
     def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments, *,
                free_at: int) -> Launch:
@@ -193,6 +194,9 @@ class HopperPlan(Tiling):
             If an operand has no tensor map.
         """
         for name, operand in (("left", product.left), ("right", product.right.T)):
+            if self.precision and not side_of(operand, 1)[0].along_depth:
+                raise PlanError(f"plan is for operands that are contiguous along the depth, and the {name} one is not "
+                                "(pass another plan or none, or precision=None)")
             if not _has_map(operand):
                 raise PlanError(f"plan is for operands whose rows begin at multiples of {MAP_ALIGNMENT} bytes, and the "
                                 f"{name} one does not (pass another plan or none, or arrays that are aligned so)")
@@ -213,8 +217,9 @@ class HopperPlan(Tiling):
 
 
 def has_maps(product: Product) -> bool:
-    """Whether both operands have tensor maps."""
-    return _has_map(product.left) and _has_map(product.right.T)
+    """Whether both operands have tensor maps by which the kernel can read them."""
+    return all(_has_map(operand) and (operand.dtype != "float32" or side_of(operand, 1)[0].along_depth)
+               for operand in (product.left, product.right.T))
 
 
 def _has_map(operand: Matrix) -> bool:
@@ -227,12 +232,15 @@ def _has_map(operand: Matrix) -> bool:
 
 
 def _map_of(operand: Matrix, outer: int) -> tuple[TensorMap, bool]:
-    """The map of an operand (outer, depth), in boxes of `outer` rows where lines are rows; whether lines are depths."""
+    """The map of an operand (outer, depth), in boxes of `outer` rows where lines are rows; whether lines are depths.
+
+    float32 is rounded to tf32 on the way.
+    """
     side, stride = side_of(operand, 1)
     size = SIZES[operand.dtype]
-    line = LINE_BYTES // size
+    line, rounded = LINE_BYTES // size, {"float32": "tfloat32"}.get(operand.dtype, "")
     if side.along_depth:
-        return _map(operand, (operand.cols, operand.rows), (stride * size,), (line, outer)), False
+        return _map(operand, (operand.cols, operand.rows), (stride * size,), (line, outer), rounded), False
     return _map(operand, (operand.rows, operand.cols), (stride * size,), (line, line)), True
 
 
@@ -243,14 +251,15 @@ def _map_of_result(result: Matrix, rows: int, parts: int) -> TensorMap:
     return _map(result, (result.cols, rows, parts), (step, rows * step), (LINE_BYTES // size, BOX_LINES, 1))
 
 
-def _map(matrix: Matrix, lengths: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...]) -> TensorMap:
+def _map(matrix: Matrix, lengths: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...],
+         rounded: str = "") -> TensorMap:
     """A map; a step of 0, along an axis of length 1, is taken as one that maps may have."""
     address = cast("Slot | Room", matrix.address)
-    return TensorMap(address, matrix.dtype, lengths, tuple(step or MAP_ALIGNMENT for step in steps), box)
+    return TensorMap(address, rounded or matrix.dtype, lengths, tuple(step or MAP_ALIGNMENT for step in steps), box)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:
-    """The kernels for both dtypes, all tiles, orientations and results, by name."""
+    """The kernels for all dtypes, tiles, orientations and results, by name."""
     for dtype in HALF_TYPES:
         for tile_cols in HOPPER_STAGES:
             for along_depth in ORIENTATIONS:
@@ -259,9 +268,13 @@ def variants() -> Iterator[tuple[str, Launch]]:
             yield from _variant(dtype, tile_cols, how={"result": "float32", "accumulate": True})
             yield from _variant(dtype, tile_cols, how={"sums": True})
         yield from _variant(dtype, 256, how={"result": "float32", "accumulate": True, "sums": True})
+    for tile_cols in HOPPER_STAGES:
+        for accumulate in (False, True):
+            yield from _variant("float32", tile_cols, (True, True), {"accumulate": accumulate})
 
 
 def _variant(dtype: str, tile_cols: int, along_depth: tuple[bool, bool] = (False, False),
              how: dict[str, Any] | None = None) -> Iterator[tuple[str, Launch]]:
-    title, found = square(HopperPlan(1024, 1024, 1024, dtype, tile_cols), along_depth, how or {})
-    return named(f"{dtype}-128x{tile_cols}-{title}", found)
+    plan = HopperPlan(1024, 1024, 1024, dtype, tile_cols, precision="tf32" if dtype == "float32" else None)
+    title, found = square(plan, along_depth, how or {})
+    return named(f"{plan.kind}-128x{tile_cols}-{title}", found)

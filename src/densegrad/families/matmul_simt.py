@@ -68,6 +68,8 @@ class MatmulPlan(Tiling):
     thread_cols: int
     parts: int = 1
 
+    precision = "ieee"
+
     def __post_init__(self) -> None:
         check_integers(self)
         check_choice("dtype", self.dtype, ITEM_BYTES)
@@ -166,7 +168,7 @@ class MatmulPlan(Tiling):
     def explain(self) -> str:
         """The plan in words, with its reasons and what the model says."""
         threads = f"{self.thread_rows} x {self.thread_cols} results a thread, {self.threads} threads a block"
-        return self._explain("FMA units", threads, f"{self.chain + 1} u")
+        return self._explain("FMA units", threads)
 
     def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments, *,
                free_at: int) -> Launch:

@@ -12,11 +12,6 @@ from ..signatures import MatmulArguments, MatmulTensorCore
 from .common import check_capability, check_choice, check_integers, check_sizes, constants_of, epilogue_of, named
 from .tiling import FAR, ORIENTATIONS, Product, Tiling, square
 
-#: how float32 can be multiplied on tensor cores
-TF32 = ("tf32", "tf32x3")
-#: the step between tf32's subnormal numbers, and from which power of two on operands lose no more than product_error
-TF32_STEP = 2.0 ** -136
-_SMALLEST = {"tf32": -126, "tf32x3": -114}
 #: (tile_rows, tile_cols, warp_rows, warp_cols, stages), from large to small; their transposes are tried too
 TENSOR_CORE_TILES = (
     (128, 256, 64, 64, 3),
@@ -88,10 +83,7 @@ class TensorCorePlan(Tiling):
     def __post_init__(self) -> None:
         check_integers(self)
         check_choice("plan: dtype", self.dtype, ITEM_BYTES)
-        if self.dtype == "float32":
-            check_choice("plan: precision of float32", self.precision, TF32)
-        elif self.precision is not None:
-            raise PlanError(f"plan: precision of {self.dtype} must be None; got {self.precision!r}")
+        self._check_precision()
         check_sizes(rows=self.rows, cols=self.cols, depth=self.depth)
         for name in ("tile_rows", "tile_cols", "warp_rows", "warp_cols"):
             value = getattr(self, name)
@@ -150,35 +142,6 @@ class TensorCorePlan(Tiling):
         return self.stages * TILE_DEPTH_BYTES * (self.tile_rows + self.tile_cols)
 
     @property
-    def chain(self) -> int:
-        """The longest chain of additions that one result goes through."""
-        return super().chain + (self.precision == "tf32x3")
-
-    @property
-    def product_error(self) -> float:
-        """What each product may be off by, of its magnitude.
-
-        "tf32" rounds each factor by 2⁻¹¹. "tf32x3" rounds what is left of each by 2⁻¹¹ again, and leaves out the
-        product of what is left; the sums of what is left are rounded, too, each addition by 2⁻²⁴ of 2⁻¹⁰.
-        """
-        if self.precision == "tf32":
-            return 2.0 ** -10 + 2.0 ** -22
-        return 3.01 * 2.0 ** -22 + self.chain * 2.0 ** -33 if self.precision == "tf32x3" else 0.0
-
-    @property
-    def smallest_operand(self) -> float:
-        """The smallest magnitude but 0 of operands for which product_error holds; smaller ones are operand_error off.
-
-        What is left of a float32 below 2⁻¹¹⁴ may be less than the smallest normal number, and then has fewer bits.
-        """
-        return 2.0 ** _SMALLEST[self.precision] if self.precision else 0.0
-
-    @property
-    def operand_error(self) -> float:
-        """What an operand below smallest_operand may be off by: the step between tf32's subnormal numbers."""
-        return TF32_STEP if self.precision else 0.0
-
-    @property
     def unit(self) -> tuple[int, int]:
         """The results of a warp."""
         return self.warp_rows, self.warp_cols
@@ -190,17 +153,13 @@ class TensorCorePlan(Tiling):
 
     def explain(self) -> str:
         """The plan in words, with its reasons and what the model says."""
-        error, where = f"{self.chain + 1} u", ""
-        if self.precision is not None:
-            error = f"({error} + {self.product_error:.2g})"
-            where = f" where operands are 0 or at least 2^{_SMALLEST[self.precision]} in magnitude"
         unit = "tensor cores" + (f" in {self.precision}" if self.precision else "")
         if self.capability != TENSOR_CORE_CAPABILITY:
             unit += " of compute capability {}.{}".format(*self.capability)
         unit += " with the bits of FMA units" if self.dtype == "float64" else ""
         return self._explain(unit,
                              f"{self.warp_rows} x {self.warp_cols} results a warp, {self.threads} threads a block, "
-                             f"{self.stages} stages", error, where)
+                             f"{self.stages} stages")
 
     def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments, *,
                free_at: int) -> Launch:

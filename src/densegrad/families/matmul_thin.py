@@ -58,6 +58,8 @@ class ThinPlan(Tiling):
     threads_along: int
     parts: int = 1
 
+    precision = "ieee"
+
     def __post_init__(self) -> None:
         check_integers(self)
         check_choice("dtype", self.dtype, ITEM_BYTES)
@@ -149,7 +151,7 @@ class ThinPlan(Tiling):
         which = "left" if self.rows <= THIN else "right"
         threads = (f"{self.threads_across} threads across the depth and {self.threads_along} along it, which read the "
                    f"{which} operand, the thin one, again for every tile and the other once")
-        return self._explain("FMA units", threads, f"{self.chain + 1} u")
+        return self._explain("FMA units", threads)
 
     def cost(self, order: str) -> ProductCost:
         """What the plan takes by a nominal model: the bytes that a multiprocessor reads, at the rate that those which

@@ -18,13 +18,13 @@ from .matmul_tensor_core import (
     FLOAT64_CAPABILITIES,
     TENSOR_CORE_CAPABILITY,
     TENSOR_CORE_TILES,
-    TF32,
     TensorCorePlan,
     fits,
     plan_of_tile,
 )
 from .matmul_tensor_core import transposed_tile as transposed_warp_tile
 from .matmul_thin import THIN, ThinPlan, threads_of
+from .tiling import TF32
 
 ProductPlan = MatmulPlan | TensorCorePlan | ThinPlan | HopperPlan
 #: the kinds of plans of products
@@ -86,12 +86,13 @@ def plan_thin(rows: int, cols: int, depth: int, dtype: str, order: str = "across
 
 
 @remembered
-def plan_hopper(rows: int, cols: int, depth: int, dtype: str, *, order: str = "across") -> HopperPlan:
+def plan_hopper(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None, *,
+                order: str = "across") -> HopperPlan:
     """The plan with Hopper's own tensor-core instructions, for aligned operands, chosen as by plan_matmul.
 
     This kernel was not measured: the model is a nominal one.
     """
-    return _cheapest(hopper_candidates(rows, cols, depth, dtype), order)
+    return _cheapest(hopper_candidates(rows, cols, depth, dtype, precision), order)
 
 
 def _cheapest(candidates: list[Chosen], order: str) -> Chosen:
@@ -141,8 +142,8 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     if not on_tensor_cores or dtype == "float64":
         plans.append(plan_matmul(rows, cols, depth, dtype, order))
     plan = min(plans, key=lambda plan: _microseconds(plan, order))
-    if _may_be_hopper((rows, cols, depth), dtype, precision, capability) and aligned:
-        hopper = plan_hopper(rows, cols, depth, dtype, order=order)
+    if aligned and _may_be_hopper((rows, cols, depth), dtype, precision, capability, order):
+        hopper = plan_hopper(rows, cols, depth, dtype, precision, order=order)
         if _microseconds(hopper, order) * EXTRAPOLATED < _microseconds(plan, order):
             plan = hopper
     if _may_be_thin(rows, cols, dtype, precision, on_tensor_cores):
@@ -170,18 +171,19 @@ def product_candidates(rows: int, cols: int, depth: int, dtype: str, precision: 
                                         _instructions(dtype, capability))
     if not on_tensor_cores or dtype == "float64":
         plans += matmul_candidates(rows, cols, depth, dtype)
-    if _may_be_hopper((rows, cols, depth), dtype, precision, capability) and aligned:
-        plans += hopper_candidates(rows, cols, depth, dtype)
+    if aligned and _may_be_hopper((rows, cols, depth), dtype, precision, capability, order):
+        plans += hopper_candidates(rows, cols, depth, dtype, precision)
     if _may_be_thin(rows, cols, dtype, precision, on_tensor_cores):
         plans += thin_candidates(rows, cols, depth, dtype, order)
     return plans
 
 
-def _may_be_hopper(sizes: tuple[int, int, int], dtype: str, precision: str | None,
-                   capability: tuple[int, int]) -> bool:
+def _may_be_hopper(sizes: tuple[int, int, int], dtype: str, precision: str | None, capability: tuple[int, int],
+                   order: str) -> bool:
     """Whether a plan with Hopper's own instructions is among the choices."""
     rows, cols, depth = sizes
-    return (capability == HOPPER and dtype in HALF_TYPES and precision is None and min(sizes) > 0
+    able = dtype in HALF_TYPES if precision is None else precision == "tf32" and order == "along"
+    return (capability == HOPPER and able and min(sizes) > 0
             and max(rows, cols) <= MOST_LENGTH and depth <= MOST_DEPTH)
 
 
@@ -242,7 +244,7 @@ def check_precision(plan: ProductPlan, precision: str | None, capability: tuple[
     """
     check_capability(capability)
     _on_tensor_cores(plan.dtype, precision, capability)
-    own = plan.precision if isinstance(plan, (TensorCorePlan, HopperPlan)) and plan.dtype != "float64" else "ieee"
+    own = "ieee" if plan.dtype == "float64" else plan.precision
     if precision not in (None, own):
         how = "exactly on tensor cores" if own is None else f"with precision {own!r}"
         raise PlanError(f"plan multiplies {how}, but precision={precision!r} was asked for (leave one of them out)")
@@ -289,10 +291,10 @@ def _uncut_on_tensor_cores(sizes: tuple[int, int, int], dtype: str, precision: s
             for tile in tiles]
 
 
-def hopper_candidates(rows: int, cols: int, depth: int, dtype: str) -> list[HopperPlan]:
+def hopper_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None) -> list[HopperPlan]:
     """Every plan that plan_hopper chooses from."""
-    return [plan for tile_cols in HOPPER_STAGES
-            for plan in _cut_into_parts(HopperPlan(rows, cols, depth, dtype, tile_cols, _least_parts(depth)))]
+    return [plan for tile_cols in HOPPER_STAGES for plan in _cut_into_parts(
+        HopperPlan(rows, cols, depth, dtype, tile_cols, parts=_least_parts(depth), precision=precision))]
 
 
 def thin_candidates(rows: int, cols: int, depth: int, dtype: str, order: str) -> list[ThinPlan]:

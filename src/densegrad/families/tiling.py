@@ -11,8 +11,14 @@ from ..facts import ITEM_BYTES, accumulator_of
 from ..launches import ALPHA, ONE, Launch, Matrix, Result, Slot, scratch
 from ..signatures import NO_COLUMN, ColumnAt, MatmulArguments, Scale, Side
 from . import add_parts
-from .common import GRID_Y, ceil_div
+from .common import GRID_Y, ceil_div, check_choice
 from .cost import MULTIPROCESSORS, ORDERS, ProductCost, cost_of
+
+#: how float32 can be multiplied on tensor cores
+TF32 = ("tf32", "tf32x3")
+#: the step between tf32's subnormal numbers, and from which power of two on operands lose no more than product_error
+TF32_STEP = 2.0 ** -136
+_SMALLEST = {"tf32": -126, "tf32x3": -114}
 
 
 class Tiling:
@@ -26,6 +32,7 @@ class Tiling:
     tile_cols: int
     tile_depth: int
     parts: int
+    precision: str | None
 
     @property
     def accumulator(self) -> str:
@@ -72,8 +79,32 @@ class Tiling:
 
     @property
     def chain(self) -> int:
-        """The longest chain of additions that one result goes through."""
-        return min(self.depth_per_part, max(self.depth, 1)) + self.parts - 1
+        """The longest chain of additions that one result goes through; "tf32x3" adds its corrections at the end."""
+        return min(self.depth_per_part, max(self.depth, 1)) + self.parts - 1 + (self.precision == "tf32x3")
+
+    @property
+    def product_error(self) -> float:
+        """What each product may be off by, of its magnitude.
+
+        "tf32" rounds each factor by 2⁻¹¹. "tf32x3" rounds what is left of each by 2⁻¹¹ again, and leaves out the
+        product of what is left; the sums of what is left are rounded, too, each addition by 2⁻²⁴ of 2⁻¹⁰.
+        """
+        if self.precision == "tf32":
+            return 2.0 ** -10 + 2.0 ** -22
+        return 3.01 * 2.0 ** -22 + self.chain * 2.0 ** -33 if self.precision == "tf32x3" else 0.0
+
+    @property
+    def smallest_operand(self) -> float:
+        """The smallest magnitude but 0 of operands for which product_error holds; smaller ones are operand_error off.
+
+        What is left of a float32 below 2⁻¹¹⁴ may be less than the smallest normal number, and then has fewer bits.
+        """
+        return 2.0 ** _SMALLEST[self.precision] if self.precision in _SMALLEST else 0.0
+
+    @property
+    def operand_error(self) -> float:
+        """What an operand below smallest_operand may be off by: the step between tf32's subnormal numbers."""
+        return TF32_STEP if self.precision in _SMALLEST else 0.0
 
     @property
     def loaded_bytes(self) -> int:
@@ -121,14 +152,24 @@ class Tiling:
                free_at: int) -> Launch:
         """The launch of the kernel, with these arguments; from the byte free_at on the workspace is not in use."""
 
+    def _check_precision(self) -> None:
+        if self.dtype == "float32":
+            check_choice("plan: precision of float32", self.precision, TF32)
+        elif self.precision is not None:
+            raise PlanError(f"plan: precision of {self.dtype} must be None; got {self.precision!r}")
+
     def _check_parts(self) -> None:
         if not 1 <= self.parts <= GRID_Y:
             raise PlanError(f"parts must be between 1 and {GRID_Y}; got {self.parts}")
         if self.depth_per_part > 2**30:
             raise PlanError(f"a part has at most {2**30} depths; got {self.depth_per_part} (take more parts)")
 
-    def _explain(self, unit: str, threads: str, error: str, where: str = "") -> str:
+    def _explain(self, unit: str, threads: str) -> str:
         tiles = self.tiles
+        error, where = f"{self.chain + 1} u", ""
+        if self.precision in _SMALLEST:
+            error = f"({error} + {self.product_error:.2g})"
+            where = f" where operands are 0 or at least 2^{_SMALLEST[self.precision]} in magnitude"
         used = self.rows * self.cols / (tiles * self.tile_rows * self.tile_cols) if self.rows and self.cols else 0.0
         lines = [
             f"({self.rows}, {self.depth}) @ ({self.depth}, {self.cols}), {self.dtype}, {unit}, "
