@@ -1,4 +1,4 @@
-"""Matrix product on Hopper's tensor cores: dL/dW = Xᵀ dZ and dL/dX = dZ Wᵀ in float16 and bfloat16.
+"""Matrix product on Hopper's tensor cores: dL/dW = Xᵀ dZ and dL/dX = dZ Wᵀ in float16, bfloat16 and TF32.
 
     result[r, c] = alpha * sum over k of left[r, k] right[k, c]      left (rows, depth), right (depth, cols)
 
@@ -10,17 +10,17 @@ How the work is cut
     after part, so that blocks which work at the same time stand at about the same depth and share operands in L2; the
     tiles of a part go down a group of eight tile rows, then across. Parts are added by add_parts.
 Three warpgroups
-    One thread of the first brings tiles, 64 deep: it waits until a stage of shared memory is empty and starts its
-    copies. The two others wait until the stage is full and multiply it, 64 rows of the tile each. No thread computes an
-    address of an element: a copy brings a whole box, named by its first coordinates in a tensor map, and what lies
-    beyond the matrix arrives as zeros. The first warpgroup gives registers up to the others, which hold tile_cols / 2
-    sums a thread.
+    One thread of the first brings tiles, 128 bytes deep: it waits until a stage of shared memory is empty and starts
+    its copies. The two others wait until the stage is full and multiply it, 64 rows of the tile each. No thread
+    computes an address of an element: a copy brings a whole box, named by its first coordinates in a tensor map, and
+    what lies beyond the matrix arrives as zeros. The first warpgroup gives registers up to the others, which hold
+    tile_cols / 2 sums a thread.
 
         first            second, third
         wait empty <---- arrive, when the products that read the stage are done
         expect bytes
         copy boxes ----> wait full (all bytes have arrived)
-                         wgmma: 64 rows x tile_cols x 64
+                         wgmma: 64 rows x tile_cols x 64 (TF32: x 32)
 
 Barriers
     A stage has two in shared memory: full (one arrival, which says how many bytes are to come, and those bytes) and
@@ -28,21 +28,31 @@ Barriers
     parity; the first wait for an empty stage is for the phase before the first, which counts as ended.
 Tiles in shared memory
     Lines of 128 bytes, 64 numbers: along the depth a line is a row (or column) and has 64 depths, across it a line is a
-    depth and has 64 rows (or columns), and 64 lines are a box of 8 KiB. Chunk c of 16 bytes of line l lies at place
+    depth and has 64 rows (or columns), and 64 lines are a box of 8 KiB. Lines of TF32 have 32 numbers, and lie along
+    the depth: wgmma takes it in no other order. Chunk c of 16 bytes of line l lies at place
     c xor (l mod 8) of its line, where tensor cores look for it ("128-byte swizzle").
 
         along the depth                              across the depth
         line r: [k 0..7][k 8..15] ... [k 56..63]      line k: [r 0..7][r 8..15] ... [r 56..63]
 
     A matrix descriptor says where a tile begins, how eight lines follow eight lines (1 KiB on) and, across the depth,
-    how boxes follow one another (8 KiB on). 16 depths further are 32 bytes along the depth, 16 lines across it.
+    how boxes follow one another (8 KiB on). 16 depths further are 32 bytes along the depth, 16 lines across it; 8
+    depths of TF32 are 32 bytes, too.
+TF32
+    wgmma cuts what TF32 has no bits for; so operands are rounded to its 11 significant bits before: by the copies,
+    whose map says so, where float32 lies along the depth, else by turn_operand, which turns such an operand and leaves
+    it in the workspace. For "tf32x3" it leaves two terms of every operand, first + second, line beside line: a stage
+    has the lines of an operand's first terms, then those of its second ones. first * first goes into one set of sums,
+    second * first and first * second into another, which is added at the end; where that is not a number, as beside an
+    infinite operand, it counts as nothing.
 Results
     Sums times alpha are rounded to the type of the result, staged in shared memory as boxes of the same form, and
     stored by bulk copies, which leave out what lies beyond the result; or, into float32, added by bulk reductions. The
     next piece's tiles arrive meanwhile.
 Order of additions
-    A part's sums begin at 0 and take 16 depths at a time, in ascending order, each step as the hardware adds: products
-    and sum are aligned to the largest and cut toward zero. Neither workers nor the order of pieces change a bit.
+    A part's sums begin at 0 and take 16 depths at a time, 8 of TF32, in ascending order, each step as the hardware
+    adds: products and sum are aligned to the largest and cut toward zero. Neither workers nor the order of pieces
+    change a bit.
 dL/db
     May ride along where dZ is contiguous across the depth: three warps of the first warpgroup add its lines up, which
     lie in shared memory anyway. A stage takes them twice as long as its products take, so the tiles that read the same
@@ -57,16 +67,18 @@ Threads
 Grid
     (workers,): as many as there are pieces, 132 at most.
 Shared memory
-    stages * 128 * (128 + tile_cols) bytes, 2 * 64 * tile_cols results staged (float32: at most 128 columns at a time),
-    16 bytes of barriers a stage, and 1 KiB to begin at a multiple of it.
+    stages * 128 * (128 + tile_cols) bytes, twice that of two terms; most_staged boxes of results for each of two
+    warpgroups: four, or of two terms two, which leaves room for a third stage; 16 bytes of barriers a stage, and 1 KiB
+    to begin at a multiple of it.
 Bytes and flops
     Reads each operand once per tile of the other axis: rows * depth * (cols / tile_cols) + depth * cols * (rows / 128)
-    elements; writes rows * cols * parts. 2 * rows * cols * depth flops.
+    elements; writes rows * cols * parts. 2 * rows * cols * depth flops, three times that for "tf32x3".
 Ranges
     Pieces, coordinates and steps are 32-bit integers; a plan holds rows, cols, depth and the number of pieces to that.
 
 Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions", "Tensors", "mbarrier"; CUDA
-C++ Programming Guide, "Using TMA to transfer multi-dimensional arrays".
+C++ Programming Guide, "Using TMA to transfer multi-dimensional arrays"; CUTLASS,
+sm90_mma_tma_gmma_ss_warpspecialized.hpp, whose copies round float32, too.
 """
 
 from numba import cuda, int32, int64
@@ -84,13 +96,16 @@ LEFT, RIGHT, RESULT, MAPS = 0, 1, 2, 3
 @cache
 def make_matmul_hopper(constants):
     """The kernel for these tiles, orientations and results."""
-    (kind, tile_rows, tile_cols, tile_depth, stages, left_across, right_across, target, accumulate, sums_of,
-     adders) = constants
-    left_bytes = tile_rows * LINE_BYTES
-    stage_bytes = left_bytes + tile_cols * LINE_BYTES
+    (kind, tile_rows, tile_cols, tile_depth, stages, most_staged, left_across, right_across, target, accumulate,
+     sums_of, adders) = constants
+    split = kind == "tf32x3"
+    terms = 2 if split else 1
+    left_term, right_term = tile_rows * LINE_BYTES, tile_cols * LINE_BYTES
+    left_bytes = terms * left_term
+    stage_bytes = left_bytes + terms * right_term
     piece_cols = LINE_BYTES // (4 if target == "float32" else 2)
     pieces = tile_cols // piece_cols
-    at_once = min(pieces, 4)
+    at_once = min(pieces, most_staged)
     staged_at, staged_bytes = stages * stage_bytes, at_once * PIECE_BYTES
     full_at = staged_at + 2 * staged_bytes
     empty_at = full_at + 8 * stages
@@ -114,8 +129,10 @@ def make_matmul_hopper(constants):
     first_four, last_four = primitives.head("float32", 8, 4), primitives.rotate("float32", 8, 4)
     store_four = primitives.store_vector("float32", 4, "float32")
     zeros = primitives.zeros("float32", tile_cols // 2)
-    multiply = primitives.multiply_tiles(kind, tile_cols, left_across, right_across)
-    before_done, done = primitives.products_before_done(), primitives.products_done(tile_cols // 2)
+    multiply = primitives.multiply_tiles("tf32" if split else kind, tile_cols, left_across, right_across)
+    before_done = primitives.products_before_done(3 if split else 1)
+    done, join = primitives.products_done(tile_cols // 2), primitives.join("float32", (tile_cols // 2, tile_cols // 2))
+    tidy, settle = (make("float32", tile_cols // 2, True) for make in (primitives.tidy, primitives.settle))
     alpha_at, scaled = primitives.scale_at("float32", "float32"), primitives.scale("float32", tile_cols // 2)
     stage_first = primitives.stage_sums(target, tile_cols, 0, at_once)
     stage_rest = primitives.stage_sums(target, tile_cols, at_once, pieces - at_once)
@@ -154,13 +171,16 @@ def make_matmul_hopper(constants):
             for box in range(tile_rows // 64):
                 copy_box(left_map, int32(row + 64 * box), depth, shared, int32(start + box * PIECE_BYTES), full)
         else:
-            copy_box(left_map, depth, row, shared, start, full)
+            for term in range(terms):
+                copy_box(left_map, int32(depth + term * tile_depth), row, shared, int32(start + term * left_term), full)
         if right_across:
             for box in range(tile_cols // 64):
                 copy_box(right_map, int32(col + 64 * box), depth, shared,
                          int32(start + left_bytes + box * PIECE_BYTES), full)
         else:
-            copy_box(right_map, depth, col, shared, int32(start + left_bytes), full)
+            for term in range(terms):
+                copy_box(right_map, int32(depth + term * tile_depth), col, shared,
+                         int32(start + left_bytes + term * right_term), full)
 
     @cuda.jit(device=True, inline="always")
     def store_staged(shared, staged, result_map, row, col, part, boxes):
@@ -213,7 +233,7 @@ def make_matmul_hopper(constants):
                         full = int32(full_at + 8 * stage)
                         expect_stage(shared, full)
                         copy_stage(shared, int32(stage * stage_bytes), full, left_map, right_map, row, col,
-                                   int32(step * tile_depth))
+                                   int32(step * terms * tile_depth))
                         stage, parity = after(stage, parity)
                     number = int32(number + cuda.gridDim.x)
             elif has_sums and thread >= LANES:
@@ -258,17 +278,23 @@ def make_matmul_hopper(constants):
                 # 4. Products of a stage begin while those of the stage before end, which is empty then.
                 row, col, part, first, end = piece_of_work(number, tiles_down, tiles_across, int32(steps),
                                                            steps_per_part)
-                sums = zeros()
+                sums, corrections = zeros(), zeros()
                 for step in range(first, end):
                     wait(shared, int32(full_at + 8 * stage), parity)
-                    start = int32(stage * stage_bytes)
-                    sums = multiply(shared, int32(start + rows_at), int32(start + left_bytes), sums)
+                    left_at = int32(stage * stage_bytes + rows_at)
+                    right_at = int32(stage * stage_bytes + left_bytes)
+                    sums = multiply(shared, left_at, right_at, sums)
+                    if split:
+                        corrections = multiply(shared, int32(left_at + left_term), right_at, corrections)
+                        corrections = multiply(shared, left_at, int32(right_at + right_term), corrections)
                     before_done()
                     if step > first and chief:
                         arrive(shared, int32(empty_at + 8 * before))
                     before = stage
                     stage, parity = after(stage, parity)
                 sums = done(sums)
+                if split:
+                    sums = settle(tidy(join(sums, done(corrections))))
                 if end > first and chief:
                     arrive(shared, int32(empty_at + 8 * before))
 

@@ -23,7 +23,6 @@ from densegrad.errors import OutError
 from densegrad.plans import (
     ACTIVATIONS,
     CrossEntropyPlan,
-    TensorCorePlan,
     Tiling,
     UpstreamPlan,
     accumulator_of,
@@ -501,7 +500,7 @@ class Call:
         of_dz, of_other = np.abs(dz) + error, None if other is None else np.abs(other)
         exact, magnitude = alpha * meaning(other, dz), abs(alpha) * meaning(of_other, of_dz)
         lost, product_error, plans = meaning(of_other, error), 0.0, self._plans_of(name, plans)
-        if name != "db" and any(isinstance(plan, TensorCorePlan) for plan in plans):
+        if name != "db" and plans:
             plan = max(plans, key=lambda plan: plan.product_error)
             product_error = plan.product_error
 

@@ -11,17 +11,26 @@ from densegrad import reference
 from densegrad.calls import recorded
 from densegrad.errors import PlanError
 from densegrad.families import matmul_hopper, tiling
+from densegrad.families.cost import BYTES_A_MICROSECOND, LAUNCH
 from densegrad.families.product import check_precision
 from densegrad.families.tiling import Product
+from densegrad.families.turn_operand import TurnPlan
 from densegrad.launches import Matrix, Result, Slot
-from densegrad.plans import HOPPER, HOPPER_STAGES, HopperPlan, TensorCorePlan, bias_rides_along, plan_product
+from densegrad.plans import (
+    HOPPER,
+    HOPPER_STAGES,
+    TF32,
+    HopperPlan,
+    MatmulPlan,
+    TensorCorePlan,
+    bias_rides_along,
+    plan_product,
+)
 from densegrad.testing import Placed, bits, check_within, expected, host, integers, normal, poisoned
 
 #: where an axis of dz counts samples, and the layout of w or dw: every way in which both operands can lie
 ORIENTATIONS = tuple(itertools.product((0, 1), ("in_out", "out_in")))
 DTYPES = ("bfloat16", "float16")
-#: where the kernel reads operands of float32: both contiguous along the depth
-ALONG = (0, "in_out")
 #: the simulator takes seconds for each tile: there the smallest one stands for the others
 TILES = [pytest.param(tile_cols, marks=[] if tile_cols == 128 else pytest.mark.only("gpu"))
          for tile_cols in HOPPER_STAGES]
@@ -36,11 +45,11 @@ def _two_blocks(request, monkeypatch):
 
 
 class Layer:
-    """One layer's arrays as one function takes them, with a plan of Hopper's; "tf32" is float32 multiplied so."""
+    """One layer's arrays as one function takes them, with a plan of Hopper's; float32 goes by its precision."""
 
     def __init__(self, function, sizes, dtype="bfloat16", make=integers, orientation=(0, "in_out"), **plan):
         samples, in_features, out_features = sizes
-        dtype, plan["precision"] = ("float32", dtype) if dtype == "tf32" else (dtype, None)
+        dtype, plan["precision"] = ("float32", dtype) if dtype in TF32 else (dtype, None)
         self.function, self.dtype = function, dtype
         self.x = make((samples, in_features), dtype, 1)
         self.w = make((in_features, out_features), dtype, 2)
@@ -60,8 +69,9 @@ class Layer:
         with recorded() as launches:
             found = getattr(densegrad, self.function)(*map(xp.asarray, self.arrays), plan=self.plan, **self.options,
                                                       **more)
-        assert launches[0].kernel == "matmul_hopper"
-        return found, [launch.kernel for launch in launches]
+        kernels = [launch.kernel for launch in launches]
+        assert kernels.count("matmul_hopper") == 1
+        return found, kernels
 
     def exact(self, function=None):
         return getattr(reference, function or self.function)(*self.arrays, **self.options)
@@ -77,14 +87,6 @@ def test_small_integers_are_exact_in_every_orientation(xp, tile_cols, orientatio
         assert (host(found) == layer.exact().astype(found.dtype)).all()
 
 
-@pytest.mark.parametrize("tile_cols", TILES)
-def test_small_integers_are_exact_in_tf32(xp, tile_cols):
-    layer = Layer("input_grad", (136, tile_cols + 4, 100), "tf32", tile_cols=tile_cols)
-    found, kernels = layer.run(xp)
-    assert kernels == ["matmul_hopper"]
-    assert (host(found) == layer.exact()).all()
-
-
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (1, 8, 8), (200, 8, 136), (65, 128, 16)])
 def test_any_size_that_maps_take(xp, sizes):
     for layer in (Layer("weight_grad", sizes), Layer("input_grad", sizes, "tf32")):
@@ -92,7 +94,28 @@ def test_any_size_that_maps_take(xp, sizes):
         assert (host(found) == layer.exact().astype(found.dtype)).all()
 
 
-def test_tf32_is_rounded_to_nearest(xp):
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("precision", TF32)
+def test_small_integers_of_float32_in_every_orientation(xp, precision, orientation):
+    """What does not lie along the depth, and all that is split, is written anew before; it may have any sizes."""
+    for function, along in (("input_grad", (not orientation[0]) + (orientation[1] == "in_out")),
+                            ("weight_grad", orientation[0])):
+        layer = Layer(function, (36, 44, 68) if precision == "tf32" else (33, 45, 67), precision,
+                      orientation=orientation)
+        found, kernels = layer.run(xp)
+        assert kernels.count("turn_operand") == 2 - along * (precision == "tf32")
+        assert (host(found) == layer.exact()).all()
+
+
+@pytest.mark.only("gpu")
+@pytest.mark.parametrize("tile_cols", [256, 192])
+def test_wider_tiles_in_tf32(xp, tile_cols):
+    for function in ("input_grad", "weight_grad"):
+        layer = Layer(function, (136, 72, tile_cols + 4), "tf32", tile_cols=tile_cols)
+        assert (host(layer.run(xp)[0]) == layer.exact()).all()
+
+
+def test_copies_round_tf32_to_nearest(xp):
     """A number times 1: half of the last place kept goes to the even one; what is not finite, and zeros, stay so."""
     kept, half = 2.0 ** -10, 2.0 ** -11
     numbers = np.float32([1 + half, 1 + kept + half, 1 + half + 2.0 ** -23, 2 - half, -1 - 1.5 * half, 2.0 ** -126 * (
@@ -108,6 +131,69 @@ def test_tf32_is_rounded_to_nearest(xp):
     cut = (numbers.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
     allowed = [rounded] if xp.__name__ in ("numpy", "cupy") else [rounded, cut]
     assert any(np.array_equal(found, one, equal_nan=True) for one in allowed)
+
+
+@pytest.mark.parametrize(("precision", "smallest"), [("tf32", -126), ("tf32x3", -114)])
+def test_float32_written_anew_keeps_the_bound(xp, precision, smallest):
+    """Products one by one, of numbers of any magnitude from the smallest operand on, of either sign."""
+    layer = Layer("weight_grad", (1, 52, 36), precision)
+    draw = np.random.default_rng(1)
+    for array, low, high in ((layer.x, smallest, smallest + 14), (layer.dz, -4, 40)):
+        array[:] = np.ldexp(1 + draw.random(array.shape), draw.integers(low, high, array.shape))
+    layer.dz[:, ::2] *= -1
+    layer.x[:, 0], layer.x[:, 1] = 0, 2.0 ** smallest
+    assert layer.plan.smallest_operand == 2.0 ** smallest
+    check_within(layer.run(xp)[0], *expected(layer.function, layer.arrays, {}, layer.plan.chain,
+                                             product_error=layer.plan.product_error))
+
+
+@pytest.mark.parametrize("make", [normal, lambda *arguments: np.abs(normal(*arguments))], ids=["normal", "positive"])
+def test_three_tf32_products_are_as_good_as_float32(xp, make):
+    """At most four times the error of FMA units; one TF32 product is far beyond that."""
+    errors = {}
+    for precision in TF32:
+        layer = Layer("weight_grad", (96, 32, 32), precision, make)
+        magnitude = np.abs(layer.x.astype(np.float64)).T @ np.abs(layer.dz.astype(np.float64))
+        errors[precision] = (np.abs(host(layer.run(xp)[0]) - layer.exact()) / magnitude).max()
+    fused = densegrad.weight_grad(*map(xp.asarray, layer.arrays),
+                                  plan=MatmulPlan(32, 32, 96, "float32", 16, 16, 8, 4, 4))
+    errors["ieee"] = (np.abs(host(fused) - layer.exact()) / magnitude).max()
+    assert errors["tf32x3"] <= 4 * errors["ieee"]
+    assert errors["tf32"] > 16 * errors["ieee"]
+
+
+def test_infinite_operands_of_tf32x3(xp):
+    """Corrections beside them count as nothing: what is finite times infinity is infinite, as of float32."""
+    layer = Layer("input_grad", (36, 40, 36), "tf32x3", lambda *arguments: np.abs(normal(*arguments)))
+    layer.dz[3, 5], layer.dz[7, 0], layer.dz[9, 1] = np.inf, -np.inf, np.nan
+    found = host(layer.run(xp)[0])
+    for row, wanted in ((3, np.inf), (7, -np.inf), (9, np.nan)):
+        np.testing.assert_array_equal(found[row], np.full(40, wanted, np.float32))
+    assert np.isfinite(np.delete(found, (3, 7, 9), axis=0)).all()
+
+
+@pytest.mark.parametrize("precision", TF32)
+def test_results_of_float32(xp, precision):
+    """Added into by the kernel, turned, of other types, and in parts."""
+    for out_dtype, layout, parts, more in (("float32", "C", 1, 0), ("float32", "F", 2, 1), ("float64", "C", 1, 1),
+                                           ("bfloat16", "C", 1, 1)):
+        layer = Layer("weight_grad", (72, 40, 36), precision, parts=parts)
+        before = integers((40, 36), out_dtype, 4)
+        out = Placed(before, layout, xp)
+        _, kernels = layer.run(xp, out=out.array, accumulate=True, alpha=0.5)
+        assert kernels == ["turn_operand"] * 2 + ["matmul_hopper"] + ["add_parts"] * more
+        assert (out.read() == (0.5 * layer.exact() + before.astype(np.float64)).astype(before.dtype)).all()
+
+
+@pytest.mark.parametrize("precision", TF32)
+def test_db_of_float32_is_a_sum_of_its_own(xp, precision):
+    """Of numbers as they are, never of TF32."""
+    layer = Layer("weight_bias_grad", (72, 40, 36), precision)
+    layer.dz[:] = 1 + 2.0 ** -16 * layer.dz
+    (dw, db), kernels = layer.run(xp)
+    assert "sum_flat" in kernels or "sum_columns" in kernels
+    assert (host(db) == layer.dz.astype(np.float64).sum(axis=0)).all()
+    assert np.isfinite(host(dw)).all()
 
 
 @pytest.mark.parametrize("parts", [2, pytest.param(3, marks=pytest.mark.only("gpu"))])
@@ -192,18 +278,25 @@ def test_the_sharers_of_db_take_every_step_once(xp, parts):
 
 
 @pytest.mark.only("gpu")
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(st.data())
 def test_the_bound_holds_for_any_sizes_and_orders(xp, data):
     eights = st.integers(1, 20).map(lambda n: 8 * n)
     sizes = data.draw(eights), data.draw(eights), data.draw(eights)
-    layer = Layer(data.draw(st.sampled_from(["weight_grad", "input_grad"])), sizes, data.draw(st.sampled_from(DTYPES)),
+    kind = data.draw(st.sampled_from((*DTYPES, *TF32)))
+    layer = Layer(data.draw(st.sampled_from(["weight_grad", "input_grad"])), sizes, kind, of_tf32 if kind == "tf32" else
                   normal, data.draw(st.sampled_from(ORIENTATIONS)),
-                  tile_cols=data.draw(st.sampled_from(list(HOPPER_STAGES))),
+                  tile_cols=data.draw(st.sampled_from(list(matmul_hopper.stages_of(kind)))),
                   parts=data.draw(st.integers(1, 3)))
     found, _ = layer.run(xp)
-    exact, bound = expected(layer.function, layer.arrays, layer.options, layer.plan.chain)
+    exact, bound = expected(layer.function, layer.arrays, layer.options, layer.plan.chain,
+                            product_error=layer.plan.product_error if kind == "tf32x3" else 0.0)
     check_within(found, exact, bound)
+
+
+def of_tf32(*arguments):
+    """Normal numbers that tf32 has: their products are exact."""
+    return (normal(*arguments).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def test_values_that_are_not_finite(xp):
@@ -247,17 +340,34 @@ def test_below_an_activation(xp):
 # -- plans
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, *TF32])
 def test_the_plan_for_hopper_alone(dtype):
     """Other GPUs, unaligned operands and other types keep their kernels."""
-    assert isinstance(plan_product(4096, 4096, 4096, dtype, None, HOPPER), HopperPlan)
+    kind = ("float32", dtype) if dtype in TF32 else (dtype, None)
+    for order in ("across", "along"):
+        assert isinstance(plan_product(4096, 4096, 4096, *kind, HOPPER, order=order), HopperPlan)
     for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
-        assert isinstance(plan_product(4096, 4096, 4096, dtype, None, capability), TensorCorePlan)
-    assert isinstance(plan_product(4096, 4096, 4096, dtype, None, HOPPER, aligned=False), TensorCorePlan)
-    assert isinstance(plan_product(4096, 4096, 4096, "float32", "tf32", HOPPER), TensorCorePlan)
-    assert isinstance(plan_product(4096, 4096, 4096, "float32", "tf32", HOPPER, order="along"), HopperPlan)
-    assert not isinstance(plan_product(4096, 4096, 0, dtype, None, HOPPER), HopperPlan)
-    assert bias_rides_along(plan_product(4096, 4096, 4096, dtype, None, HOPPER))
+        assert isinstance(plan_product(4096, 4096, 4096, *kind, capability), TensorCorePlan)
+    assert isinstance(plan_product(4096, 4096, 4096, *kind, HOPPER, aligned=False), TensorCorePlan)
+    assert not isinstance(plan_product(4096, 4096, 0, *kind, HOPPER), HopperPlan)
+    assert not isinstance(plan_product(64, 64, 64, *kind, HOPPER), HopperPlan)
+    assert not isinstance(plan_product(4096, 4096, 4096, "float32", "ieee", HOPPER), HopperPlan)
+
+
+def test_db_rides_along_by_the_model():
+    assert bias_rides_along(plan_product(4096, 4096, 4096, "bfloat16", None, HOPPER))
+
+
+def test_what_float32_takes_beside_the_product():
+    """A first pass takes the time in which memory moves what it reads and writes, and its launches."""
+    costs = {(precision, order): HopperPlan(1024, 2048, 4096, "float32", 128, precision=precision).cost(order)
+             for precision in TF32 for order in ("across", "along")}
+    assert costs["tf32", "along"].memory == 0
+    numbers = (1024 + 2048) * 4096
+    for key, moved in {("tf32", "across"): 2, ("tf32x3", "across"): 3, ("tf32x3", "along"): 3}.items():
+        assert costs[key].memory == pytest.approx(2 * LAUNCH + 4 * moved * numbers / BYTES_A_MICROSECOND)
+    assert costs["tf32x3", "along"].loop == pytest.approx(3 * costs["tf32", "along"].loop)
+    assert not any(cost.measured for cost in costs.values())
 
 
 def test_explain_says_what_runs_and_that_nothing_was_measured():
@@ -265,6 +375,10 @@ def test_explain_says_what_runs_and_that_nothing_was_measured():
     assert "tensor cores of compute capability 9.0" in text
     assert "aligned to 16 bytes" in text
     assert "not measured" in text
+    for precision, words in (("tf32", "those across the depth turned"), ("tf32x3", "each split into two terms")):
+        text = HopperPlan(4096, 4096, 4096, "float32", 128, precision=precision).explain()
+        assert f"tensor cores in {precision} of compute capability 9.0" in text
+        assert words in text
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -272,6 +386,8 @@ def test_explain_says_what_runs_and_that_nothing_was_measured():
     ({"dtype": "float64"}, "dtype must be one of float16, bfloat16, float32; got 'float64'"),
     ({"dtype": "float32"}, "precision of float32 must be one of tf32, tf32x3; got None"),
     ({"precision": "tf32"}, "precision of bfloat16 must be None; got 'tf32'"),
+    ({"dtype": "float32", "precision": "tf32x3", "tile_cols": 256}, "tile_cols must be one of 128; got 256"),
+    ({"dtype": "float32", "precision": "tf32x3", "depth": 2**30 + 1, "parts": 2}, "depth at most 1073741824"),
     ({"depth": 0}, "rows, cols and depth must be at least 1"),
     ({"depth": 2**31 + 1}, "depth at most 2147483648"),
     ({"rows": 2**31}, "rows and cols must be at most"),
@@ -299,6 +415,31 @@ def launches_of(plan):
                    for name, length in (("x", plan.rows), ("dz", plan.cols)))
     result = Matrix(Slot("dw"), plan.dtype, plan.rows, plan.cols, plan.cols, 1)
     return tiling.launches(plan, Product(left.T, right), Result(result))
+
+
+def test_the_ends_of_the_ranges_of_two_terms():
+    """Coordinates of both terms stay within 32 bits, and so do numbers of blocks of the first pass."""
+    plan = HopperPlan(64, 64, 2**30, "float32", 128, parts=2, precision="tf32x3")
+    *before, launch = launches_of(plan)[:3]
+    assert launch.arguments.steps * plan.terms * plan.tile_depth <= 2**31
+    for turned, operand in zip(before, (launch.arguments.left, launch.arguments.right), strict=True):
+        assert operand.lengths == (turned.plan.pitch, 64)
+        assert turned.grid[0] < 2**31
+    with pytest.raises(PlanError, match="an operand is turned by fewer than"):
+        TurnPlan(2**31 - 256, 2**20, 1)
+
+
+@pytest.mark.parametrize("precision", TF32)
+def test_float32_that_is_not_aligned(xp, precision):
+    """It is refused where the kernel reads it itself, not where it is written anew."""
+    for function, refused in (("input_grad", precision == "tf32"), ("weight_grad", False)):
+        layer = Layer(function, (36, 40, 44), precision)
+        given = [Placed(array, "offset", xp).array for array in layer.arrays]
+        if refused:
+            with pytest.raises(PlanError, match="begin at multiples of 16 bytes"):
+                densegrad.input_grad(*given, plan=layer.plan)
+        else:
+            assert (host(getattr(densegrad, function)(*given, plan=layer.plan)) == layer.exact()).all()
 
 
 @pytest.mark.parametrize("name", ["x", "dz"])

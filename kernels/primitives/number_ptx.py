@@ -7,7 +7,7 @@ from numba import types
 from ...activations import ENTRIES
 from . import formulas
 from .factories import cache
-from .ptx import _FLOAT, _NUMBA, _expand, _fragment_type, _from_8_0, _narrowed, _pack, _unpack, _widened
+from .ptx import _FLOAT, _INT32, _NUMBA, _expand, _fragment_type, _from_8_0, _narrowed, _pack, _unpack, _widened
 
 
 class _Number:
@@ -156,6 +156,30 @@ def rounded(dtype, wide, count):
     fragment = _fragment_type(wide, count)
     return _expand(fragment, (fragment,), lambda builder, values: _pack(builder, _widened(
         builder, _narrowed(builder, _unpack(builder, values), wide, dtype), dtype, wide)))
+
+
+@cache
+def round_tf32(count):
+    """(float32 fragment) -> the nearest numbers of tf32's 11 significant bits, ties away from zero."""
+    fragment = _fragment_type("float32", count)
+
+    def body(builder, values):
+        rounded = [_round_tf32(builder, builder.bitcast(value, _INT32)) for value in _unpack(builder, values)]
+        kept = [builder.and_(bits, ir.Constant(_INT32, 0xFFFFE000)) for bits in rounded]
+        return _pack(builder, [builder.bitcast(bits, _FLOAT["float32"]) for bits in kept])
+
+    return _expand(fragment, (fragment,), body)
+
+
+def _round_tf32(builder, bits):
+    """The nearest tf32, ties away from zero, in bits that mma uses: it drops the last 13.
+
+    Half of the last kept place is added, which leaves infinity and NaN what they are. cvt.rna.tf32 takes an
+    instruction more.
+    """
+    code = "{ .reg .b32 place; and.b32 place, $1, 0xff800000; fma.rn.f32 $0, place, 0f3a000000, $1; }"
+    function = ir.FunctionType(_INT32, [_INT32])
+    return builder.asm(function, code, "=r,r", [bits], side_effect=False)
 
 
 @cache

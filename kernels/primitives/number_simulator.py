@@ -28,6 +28,18 @@ def rounded(dtype, wide, count):
     return _quiet(lambda fragment: fragment.astype(_stored(dtype)).astype(_TYPE[wide]))
 
 
+@cache
+def round_tf32(count):
+    """(float32 fragment) -> the nearest numbers of tf32's 11 significant bits, ties away from zero."""
+    return _quiet(lambda values: (_round_tf32(values.view(np.uint32)) & np.uint32(0xFFFFE000)).view(np.float32))
+
+
+def _round_tf32(bits):
+    """The nearest tf32, ties away from zero, in bits of which mma drops the last 13."""
+    half_place = (bits & np.uint32(0xFF800000)).view(np.float32) * np.float32(2.0 ** -11)
+    return (bits.view(np.float32) + half_place).view(np.uint32)
+
+
 def _stored(dtype):
     return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 

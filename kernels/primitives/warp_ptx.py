@@ -7,6 +7,7 @@ from numba import types
 
 from .factories import cache
 from .layout import CHUNK_BYTES, STEP_BYTES
+from .number_ptx import _round_tf32
 from .ptx import (
     _INT16,
     _INT32,
@@ -438,17 +439,6 @@ def _products(builder, kind, left, right, sums, down, across):
                 total[some] = [builder.extract_value(product, part) for part in range(of_sums)]
             totals += total
     return totals
-
-
-def _round_tf32(builder, bits):
-    """The nearest tf32, ties away from zero, in bits that mma uses: it drops the last 13.
-
-    Half of the last kept place is added, which leaves infinity and NaN what they are. cvt.rna.tf32 takes an
-    instruction more.
-    """
-    code = "{ .reg .b32 place; and.b32 place, $1, 0xff800000; fma.rn.f32 $0, place, 0f3a000000, $1; }"
-    function = ir.FunctionType(_INT32, [_INT32])
-    return builder.asm(function, code, "=r,r", [bits], side_effect=False)
 
 
 def _split_tf32(builder, bits):

@@ -10,6 +10,7 @@ import numpy as np
 
 from .factories import cache
 from .layout import CHUNK_BYTES, LANES, STEP_BYTES
+from .number_simulator import _round_tf32
 from .simulator import _TYPE, _quiet
 
 #: seconds after which lanes stop waiting for one that does not come
@@ -300,12 +301,6 @@ def _numbers(registers, kind):
         halves = registers[..., None].view(np.uint16).astype(np.uint32) << np.uint32(16)
         return halves.view(np.float32).astype(np.float64)
     return (registers[..., None] & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
-
-
-def _round_tf32(bits):
-    """The nearest tf32, ties away from zero, in bits of which mma drops the last 13."""
-    half_place = (bits & np.uint32(0xFF800000)).view(np.float32) * np.float32(2.0 ** -11)
-    return (bits.view(np.float32) + half_place).view(np.uint32)
 
 
 def _split_tf32(bits):

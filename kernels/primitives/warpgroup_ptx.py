@@ -256,9 +256,11 @@ def multiply_tiles(kind, cols, left_across, right_across):
 
 
 @cache
-def products_before_done():
-    """(): all products but those begun last have been added, and their tiles may be overwritten."""
-    return _code("wgmma.wait_group.sync.aligned 1;")
+def products_before_done(groups):
+    """(): all products but those of the last calls of multiply_tiles, so many, have been added, and their tiles may be
+    overwritten.
+    """
+    return _code(f"wgmma.wait_group.sync.aligned {groups};")
 
 
 @cache

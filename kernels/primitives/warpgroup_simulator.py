@@ -299,8 +299,10 @@ def _registers(sums, cols):
 
 
 @cache
-def products_before_done():
-    """(): all products but those begun last have been added, and their tiles may be overwritten."""
+def products_before_done(groups):
+    """(): all products but those of the last calls of multiply_tiles, so many, have been added, and their tiles may be
+    overwritten.
+    """
     return _nothing
 
 

@@ -638,7 +638,7 @@ def _product_plan(plan: ProductPlan | None, product: Product, inputs: Inputs, pr
     sizes: dict[str, Any] = {"rows": left.rows, "cols": right.cols, "depth": right.rows, "dtype": inputs.dtype}
     plan = check_plan(plan, PRODUCT_PLANS, sizes, name)
     if plan is None:
-        aligned = has_maps(product)
+        aligned = has_maps(product, precision)
         plan = plan_product(**sizes, precision=precision, capability=capability, order=product.order, aligned=aligned)
         tuned_plan = tuned.instead_of(plan, inputs.device, inputs.place, product.order)
         return plan if isinstance(tuned_plan, HopperPlan) and not aligned else tuned_plan

@@ -334,11 +334,12 @@ class MatmulArguments(NamedTuple):
 class MatmulHopper(NamedTuple):
     """A product on Hopper's tensor cores."""
 
-    kind: str  # what is multiplied: "float16", "bfloat16", "tf32"; see primitives.multiply_tiles
+    kind: str  # what is multiplied: "float16", "bfloat16", "tf32", "tf32x3"
     tile_rows: int  # 64 for each of two warpgroups
     tile_cols: int
     tile_depth: int  # of a stage
     stages: int
+    most_staged: int  # boxes of results that a warpgroup stores at a time
     left_across: bool  # whether it is contiguous across the depth
     right_across: bool
     target: str  # dtype of the result
@@ -368,6 +369,29 @@ class MatmulHopperArguments(NamedTuple):
     depth_sums: Address  # rows of sums in the workspace: of each part those of all sharers
     depth_sums_pitch: Integer  # elements from one row to the next
     sharers: Integer  # tiles that share the steps of a part among them
+
+
+# -- turn_operand
+
+
+class TurnOperand(NamedTuple):
+    """An operand of float32 as Hopper's tensor cores take it, along the depth."""
+
+    along_depth: bool  # whether it lies so already
+    access: int  # depths that may be read at a time
+    terms: int  # 1, or 2 with what is left of the first
+
+
+class TurnOperandArguments(NamedTuple):
+    """result[o, s, t, k] = term t of source[o, 32 s + k]."""
+
+    source: Address
+    stride: Integer  # elements from one outer index to the next, or from one depth to the next
+    result: Address
+    pitch: Integer  # elements of a row of the result
+    outer: Integer
+    depth: Integer
+    steps: Integer  # of 32 depths
 
 
 # -- cross_entropy

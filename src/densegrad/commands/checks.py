@@ -10,7 +10,7 @@ import numpy as np
 from .. import reference
 from ..calls import recorded
 from ..device import dtype_of
-from ..plans import TF32, CrossEntropyPlan, TensorCorePlan, UpstreamPlan
+from ..plans import TF32, CrossEntropyPlan, UpstreamPlan
 from ..testing import ROUNDOFF, activation_roundings, cross_entropy_roundings, dz_bound, error_bound
 
 #: (samples, in_features, out_features): less than a tile, in every dtype
@@ -151,8 +151,8 @@ def _run(case: Case) -> Outcome:
             results.append(outs)
     chain = max(launch.plan.chain for launch in launches)
     # What products may be off by at the precision that was asked for: nothing at any other.
-    product_error = max(launch.plan.product_error if case.precision and isinstance(launch.plan, TensorCorePlan)
-                        and launch.plan.precision == case.precision else 0.0 for launch in launches)
+    product_error = max((launch.plan.product_error for launch in launches if case.precision
+                         and getattr(launch.plan, "precision", None) == case.precision), default=0.0)
     for name in names:
         terms = case.out_features if name == "input_grad" else case.samples
         bounds.append(error_bound(magnitude[name], exact[name], chain, terms, case.dtype, compensated=case.compensated,

@@ -13,5 +13,6 @@ FAMILIES = [
     "densegrad.families.matmul_simt",
     "densegrad.families.matmul_thin",
     "densegrad.families.matmul_tensor_core",
+    "densegrad.families.turn_operand",
     "densegrad.families.matmul_hopper",
 ]

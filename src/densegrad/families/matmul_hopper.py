@@ -11,13 +11,16 @@ from ..launches import Launch, Matrix, Result, Room, Slot, TensorMap
 from ..signatures import MatmulArguments, MatmulHopper, MatmulHopperArguments
 from .common import ceil_div, check_choice, check_integers, check_sizes, constants_of, named
 from .cost import BYTES_A_MICROSECOND, LAUNCH, MULTIPROCESSORS, ProductCost, matrices_bytes
-from .tiling import ORIENTATIONS, Product, Tiling, side_of, square
+from .tiling import ORIENTATIONS, TF32, Product, Tiling, side_of, square
+from .turn_operand import TurnPlan, turned
 
 #: the only compute capability with these instructions
 HOPPER = (9, 0)
 HALF_TYPES = ("float16", "bfloat16")
 #: columns of a tile, and the stages that shared memory has room for beside staged results
 HOPPER_STAGES = {256: 3, 192: 4, 128: 5}
+#: the same of "tf32x3": a stage has two terms of each operand, and a thread two sums for each result
+SPLIT_STAGES = {128: 3}
 #: microseconds in which a block starts its barriers, writes its maps and fills its stages
 START = 2.0
 #: microseconds of a stage where all multiprocessors work, and what share of them it takes where half or fewer do
@@ -36,7 +39,9 @@ MAP_ALIGNMENT, MOST_STEP = 16, 2**40
 class HopperPlan(Tiling):
     """How result (rows, cols) = left (rows, depth) @ right (depth, cols) is computed on Hopper's tensor cores.
 
-    Both operands must begin at multiples of 16 bytes, and so must each of their rows.
+    Both operands must begin at multiples of 16 bytes, and so must each of their rows. Those of float32 are contiguous
+    along the depth: others are turned in a launch before, into the workspace, and all of "tf32x3" are split into two
+    terms there.
 
     Parameters
     ----------
@@ -45,12 +50,11 @@ class HopperPlan(Tiling):
     dtype : str
         Of the operands: float16, bfloat16 or float32.
     tile_cols : int
-        Columns of a tile of 128 rows: 256, 192 or 128.
+        Columns of a tile of 128 rows: 256, 192 or 128; of "tf32x3" 128.
     parts : int
         How many pieces the depth is cut into, which are added in ascending order afterwards.
     precision : str or None
-        What float32 is multiplied as: "tf32", where both operands are contiguous along the depth. None for float16 and
-        bfloat16.
+        What float32 is multiplied as: "tf32" or "tf32x3". None for float16 and bfloat16.
 
     Raises
     ------
@@ -75,14 +79,15 @@ class HopperPlan(Tiling):
         check_choice("plan: dtype", self.dtype, (*HALF_TYPES, "float32"))
         self._check_precision()
         check_sizes(rows=self.rows, cols=self.cols, depth=self.depth)
-        if self.tile_cols not in HOPPER_STAGES:
-            raise PlanError(f"tile_cols must be one of {', '.join(map(str, HOPPER_STAGES))}; got {self.tile_cols}")
+        widths = stages_of(self.precision)
+        if self.tile_cols not in widths:
+            raise PlanError(f"tile_cols must be one of {', '.join(map(str, widths))}; got {self.tile_cols}")
         if not self.rows or not self.cols or not self.depth:
             raise PlanError(f"rows, cols and depth must be at least 1; got {self.rows}, {self.cols} and {self.depth} "
                             "(nothing is to be multiplied: pass no plan)")
-        if max(self.rows, self.cols) > MOST_LENGTH or self.depth > MOST_DEPTH:
-            raise PlanError(f"rows and cols must be at most {MOST_LENGTH}, depth at most {MOST_DEPTH}; got "
-                            f"{self.rows}, {self.cols} and {self.depth}")
+        if not counts((self.rows, self.cols, self.depth), self.precision):
+            raise PlanError(f"rows and cols must be at most {MOST_LENGTH}, depth at most {MOST_DEPTH // self.terms}; "
+                            f"got {self.rows}, {self.cols} and {self.depth}")
         self._check_parts()
         if self.pieces >= 2**31 - MULTIPROCESSORS:
             raise PlanError(f"tiles times parts must be below 2^31 - {MULTIPROCESSORS}; got {self.pieces}")
@@ -93,9 +98,19 @@ class HopperPlan(Tiling):
         return LINE_BYTES // ITEM_BYTES[self.dtype]
 
     @property
+    def terms(self) -> int:
+        """Matrices that stand for an operand."""
+        return terms_of(self.precision)
+
+    @property
     def stages(self) -> int:
         """Slots for tiles in shared memory."""
-        return HOPPER_STAGES[self.tile_cols]
+        return stages_of(self.precision)[self.tile_cols]
+
+    @property
+    def most_staged(self) -> int:
+        """Boxes of results that a warpgroup stores at a time."""
+        return 4 // self.terms
 
     @property
     def pieces(self) -> int:
@@ -134,10 +149,11 @@ class HopperPlan(Tiling):
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: the stages, four boxes of results for each of two warpgroups, two barriers a stage,
-        and what is lost where memory begins between two multiples of 1 KiB.
+        """Shared memory of a block: the stages, boxes of results for each of two warpgroups, two barriers a stage, and
+        what is lost where memory begins between two multiples of 1 KiB.
         """
-        return self.stages * (LINE_BYTES * (TILE_ROWS + self.tile_cols) + 16) + 8 * BOX_LINES * LINE_BYTES + 1024
+        stage = self.terms * LINE_BYTES * (TILE_ROWS + self.tile_cols) + 16
+        return self.stages * stage + 2 * self.most_staged * BOX_LINES * LINE_BYTES + 1024
 
     def sums_ride(self, product: Product) -> bool:
         """Whether the right operand can be added up along the depth on the way: only if it is contiguous across it,
@@ -164,25 +180,45 @@ class HopperPlan(Tiling):
     def cost(self, order: str) -> ProductCost:
         """What the plan takes by a nominal model: waves of pieces, whose steps take less where fewer work at a time.
 
-        Its numbers are those of a prototype of the kernel on an H100, the same for operands of either order.
+        Its numbers are those of a prototype of the kernel on an H100, the same for operands of either order; a step of
+        "tf32x3" counts as three. Operands of float32 that a first pass turns, both of them, take the time that memory
+        moves them in.
         """
         steps = self.depth_per_part // self.tile_depth
         waves, rest = divmod(self.pieces, MULTIPROCESSORS)
         share = rest / MULTIPROCESSORS
         alone = ALONE + (1 - ALONE) * max(2 * share - 1, 0)
-        each = STEP_MICROSECONDS[self.tile_cols]
+        each = STEP_MICROSECONDS[self.tile_cols] * (3 if self.precision == "tf32x3" else 1)
         loop = each * steps * (waves + (alone if rest else 0))
         parts = 0.0
         if self.parts > 1:
             parts = LAUNCH + 2 * self.workspace_bytes / BYTES_A_MICROSECOND
-        return ProductCost(loop, LAUNCH + START + ceil_div(self.pieces, MULTIPROCESSORS), 0.0, parts,
+        before = 0.0
+        if self.precision == "tf32x3" or (self.precision and order != "along"):
+            moved = sum(TurnPlan(outer, self.depth, self.terms).moved_bytes for outer in (self.rows, self.cols))
+            before = 2 * LAUNCH + moved / BYTES_A_MICROSECOND
+        return ProductCost(loop, LAUNCH + START + ceil_div(self.pieces, MULTIPROCESSORS), before, parts,
                            least=matrices_bytes(self) / BYTES_A_MICROSECOND, measured=False, rows=0)
 
     def explain(self) -> str:
         """The plan in words, with its reasons and what the model says."""
-        return self._explain("tensor cores of compute capability 9.0",
+        unit = f"tensor cores in {self.precision}" if self.precision else "tensor cores"
+        first = {"tf32": ", those across the depth turned in a launch before",
+                 "tf32x3": ", each split into two terms in a launch before"}.get(self.kind, "")
+        return self._explain(f"{unit} of compute capability 9.0",
                              f"{self.workers} blocks of {THREADS} threads take pieces in turn, {self.stages} stages; "
-                             "operands aligned to 16 bytes")
+                             f"operands aligned to 16 bytes{first}")
+
+    def first_pass(self, product: Product, free_at: int) -> tuple[Product, tuple[Launch, ...], int]:
+        """Operands of float32 that do not lie along the depth, or are split, as TurnPlans leave them."""
+        before: list[Launch] = []
+        operands = [product.left, product.right.T]
+        for number, operand in enumerate(operands):
+            if self.precision and not _lies_ready(operand, self.precision):
+                operands[number], launch = turned(TurnPlan(operand.rows, self.depth, self.terms), operand, free_at)
+                before.append(launch)
+                free_at = operands[number].end
+        return Product(operands[0], operands[1].T, product.sums_of), tuple(before), free_at
 
     def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments, *,
                free_at: int) -> Launch:
@@ -194,9 +230,6 @@ class HopperPlan(Tiling):
             If an operand has no tensor map.
         """
         for name, operand in (("left", product.left), ("right", product.right.T)):
-            if self.precision and not side_of(operand, 1)[0].along_depth:
-                raise PlanError(f"plan is for operands that are contiguous along the depth, and the {name} one is not "
-                                "(pass another plan or none, or precision=None)")
             if not _has_map(operand):
                 raise PlanError(f"plan is for operands whose rows begin at multiples of {MAP_ALIGNMENT} bytes, and the "
                                 f"{name} one does not (pass another plan or none, or arrays that are aligned so)")
@@ -216,10 +249,31 @@ class HopperPlan(Tiling):
             alone=True)
 
 
-def has_maps(product: Product) -> bool:
-    """Whether both operands have tensor maps by which the kernel can read them."""
-    return all(_has_map(operand) and (operand.dtype != "float32" or side_of(operand, 1)[0].along_depth)
+def terms_of(precision: str | None) -> int:
+    """Matrices that stand for an operand at this precision."""
+    return 2 if precision == "tf32x3" else 1
+
+
+def stages_of(precision: str | None) -> dict[int, int]:
+    """Columns of the tiles that there are at this precision, and their stages."""
+    return SPLIT_STAGES if precision == "tf32x3" else HOPPER_STAGES
+
+
+def counts(sizes: tuple[int, int, int], precision: str | None) -> bool:
+    """Whether 32 bits count rows, cols and depth, which are at least 1."""
+    rows, cols, depth = sizes
+    return min(sizes) > 0 and max(rows, cols) <= MOST_LENGTH and depth <= MOST_DEPTH // terms_of(precision)
+
+
+def has_maps(product: Product, precision: str | None) -> bool:
+    """Whether both operands have tensor maps, or get them where a launch before leaves them in the workspace."""
+    return all(_has_map(operand) or (precision in TF32 and not _lies_ready(operand, precision))
                for operand in (product.left, product.right.T))
+
+
+def _lies_ready(operand: Matrix, precision: str | None) -> bool:
+    """Whether an operand (outer, depth) of float32 lies as it is multiplied: along the depth, in one term."""
+    return precision == "tf32" and side_of(operand, 1)[0].along_depth
 
 
 def _has_map(operand: Matrix) -> bool:
@@ -268,13 +322,14 @@ def variants() -> Iterator[tuple[str, Launch]]:
             yield from _variant(dtype, tile_cols, how={"result": "float32", "accumulate": True})
             yield from _variant(dtype, tile_cols, how={"sums": True})
         yield from _variant(dtype, 256, how={"result": "float32", "accumulate": True, "sums": True})
-    for tile_cols in HOPPER_STAGES:
-        for accumulate in (False, True):
-            yield from _variant("float32", tile_cols, (True, True), {"accumulate": accumulate})
+    for precision in TF32:
+        for tile_cols in stages_of(precision):
+            for accumulate in (False, True):
+                yield from _variant("float32", tile_cols, (True, True), {"accumulate": accumulate}, precision)
 
 
 def _variant(dtype: str, tile_cols: int, along_depth: tuple[bool, bool] = (False, False),
-             how: dict[str, Any] | None = None) -> Iterator[tuple[str, Launch]]:
-    plan = HopperPlan(1024, 1024, 1024, dtype, tile_cols, precision="tf32" if dtype == "float32" else None)
+             how: dict[str, Any] | None = None, precision: str | None = None) -> Iterator[tuple[str, Launch]]:
+    plan = HopperPlan(1024, 1024, 1024, dtype, tile_cols, precision=precision)
     title, found = square(plan, along_depth, how or {})
     return named(f"{plan.kind}-128x{tile_cols}-{title}", found)

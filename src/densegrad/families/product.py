@@ -11,7 +11,7 @@ from ..facts import ITEM_BYTES
 from ..slips import meant
 from .common import GRID_Y, ceil_div, check_capability, check_choice, check_sizes, remembered
 from .cost import BYTES_A_MICROSECOND, LAUNCH, MULTIPROCESSORS, ORDERS
-from .matmul_hopper import HALF_TYPES, HOPPER, HOPPER_STAGES, MOST_DEPTH, MOST_LENGTH, HopperPlan
+from .matmul_hopper import HALF_TYPES, HOPPER, HopperPlan, counts, stages_of
 from .matmul_simt import MATMUL_TILES, UNTRIED_TILES, MatmulPlan, transposed_tile
 from .matmul_tensor_core import (
     FLOAT16_CAPABILITY,
@@ -142,7 +142,7 @@ def plan_product(rows: int, cols: int, depth: int, dtype: str, precision: str | 
     if not on_tensor_cores or dtype == "float64":
         plans.append(plan_matmul(rows, cols, depth, dtype, order))
     plan = min(plans, key=lambda plan: _microseconds(plan, order))
-    if aligned and _may_be_hopper((rows, cols, depth), dtype, precision, capability, order):
+    if aligned and _may_be_hopper((rows, cols, depth), dtype, precision, capability):
         hopper = plan_hopper(rows, cols, depth, dtype, precision, order=order)
         if _microseconds(hopper, order) * EXTRAPOLATED < _microseconds(plan, order):
             plan = hopper
@@ -171,20 +171,18 @@ def product_candidates(rows: int, cols: int, depth: int, dtype: str, precision: 
                                         _instructions(dtype, capability))
     if not on_tensor_cores or dtype == "float64":
         plans += matmul_candidates(rows, cols, depth, dtype)
-    if aligned and _may_be_hopper((rows, cols, depth), dtype, precision, capability, order):
+    if aligned and _may_be_hopper((rows, cols, depth), dtype, precision, capability):
         plans += hopper_candidates(rows, cols, depth, dtype, precision)
     if _may_be_thin(rows, cols, dtype, precision, on_tensor_cores):
         plans += thin_candidates(rows, cols, depth, dtype, order)
     return plans
 
 
-def _may_be_hopper(sizes: tuple[int, int, int], dtype: str, precision: str | None, capability: tuple[int, int],
-                   order: str) -> bool:
+def _may_be_hopper(sizes: tuple[int, int, int], dtype: str, precision: str | None,
+                   capability: tuple[int, int]) -> bool:
     """Whether a plan with Hopper's own instructions is among the choices."""
-    rows, cols, depth = sizes
-    able = dtype in HALF_TYPES if precision is None else precision == "tf32" and order == "along"
-    return (capability == HOPPER and able and min(sizes) > 0
-            and max(rows, cols) <= MOST_LENGTH and depth <= MOST_DEPTH)
+    able = dtype in HALF_TYPES if precision is None else precision in TF32
+    return capability == HOPPER and able and counts(sizes, precision)
 
 
 def _may_be_thin(rows: int, cols: int, dtype: str, precision: str | None, on_tensor_cores: bool) -> bool:
@@ -293,7 +291,7 @@ def _uncut_on_tensor_cores(sizes: tuple[int, int, int], dtype: str, precision: s
 
 def hopper_candidates(rows: int, cols: int, depth: int, dtype: str, precision: str | None = None) -> list[HopperPlan]:
     """Every plan that plan_hopper chooses from."""
-    return [plan for tile_cols in HOPPER_STAGES for plan in _cut_into_parts(
+    return [plan for tile_cols in stages_of(precision) for plan in _cut_into_parts(
         HopperPlan(rows, cols, depth, dtype, tile_cols, parts=_least_parts(depth), precision=precision))]
 
 

@@ -147,6 +147,12 @@ class Tiling:
         """Whether the kernel can write this result, or add to it, if the depth is not cut: else add_parts does."""
         return True
 
+    def first_pass(self, product: Product, free_at: int) -> tuple[Product, tuple[Launch, ...], int]:
+        """The product as the kernel reads it, the launches before that write operands anew, into the workspace from the
+        byte free_at on, and the byte from which it is free then.
+        """
+        return product, (), free_at
+
     @abstractmethod
     def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments, *,
                free_at: int) -> Launch:
@@ -282,7 +288,8 @@ def launches(plan: Tiling, product: Product, result: Result, sums: Result | None
         partial = scratch(free_at, kept, of_sums.pitch, plan.accumulator)
         summed, free_at = Result(partial), partial.end
         later += add_parts.launches(of_sums, partial, sums)
-    return _launch(plan, product, (target, summed), alpha, free_at), *later
+    product, before, free_at = plan.first_pass(product, free_at)
+    return *before, _launch(plan, product, (target, summed), alpha, free_at), *later
 
 
 def _launch(plan: Tiling, product: Product, results: tuple[Result, Result | None], alpha: Scale,
