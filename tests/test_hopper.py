@@ -115,6 +115,14 @@ def test_wider_tiles_in_tf32(xp, tile_cols):
         assert (host(layer.run(xp)[0]) == layer.exact()).all()
 
 
+@pytest.mark.only("gpu")
+@pytest.mark.parametrize("precision", TF32)
+def test_stages_of_float32_are_filled_anew_when_they_were_read(xp, precision):
+    layer = Layer("input_grad", (72, 132, 420), precision)
+    assert layer.plan.depth > 2 * layer.plan.stages * layer.plan.tile_depth
+    assert (host(layer.run(xp)[0]) == layer.exact()).all()
+
+
 def test_copies_round_tf32_to_nearest(xp):
     """A number times 1: half of the last place kept goes to the even one; what is not finite, and zeros, stay so."""
     kept, half = 2.0 ** -10, 2.0 ** -11

@@ -267,8 +267,8 @@ def weight_bias_grad(x: Array[Kind], dz: Array[Kind], *, batch_axis: int = 0,
     of additions follows the plan of dw. By a MatmulPlan thread row r of R adds the samples r, r + R, ... of each part,
     the R sums are added in ascending order, then the parts; of float64 R is 4, by any plan. By a ThinPlan db is added
     as each row of dw is; by a HopperPlan the tiles that read the same columns of dz share its samples in steps of 64.
-    It leaves db of a transposed dz to a sum of its own, with the bits of `bias_grad`; so does a ThinPlan for at most 8
-    outputs and over 8 inputs.
+    It leaves db of float32 and of a transposed dz to a sum of its own, with the bits of `bias_grad`; so does a ThinPlan
+    for at most 8 outputs and over 8 inputs.
 
     Examples
     --------
