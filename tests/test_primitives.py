@@ -52,9 +52,16 @@ FRAGMENTS = {
     "weigh, each": (lambda: primitives.weigh("float32", 4, 4), (4, 4), 4, lambda a, b: a * b),
     "rounded": (lambda: primitives.rounded("float16", "float32", 4), (4,), 4,
                 lambda a: a.astype("float16").astype("float32")),
+    "round tf32": (lambda: primitives.round_tf32(5), (5,), 5, lambda a: nearest_tf32(a)),
     "head": (lambda: primitives.head("float32", 6, 2), (6,), 2, lambda a: a[:2]),
     "rotate": (lambda: primitives.rotate("float32", 6, 2), (6,), 6, lambda a: np.roll(a, -2)),
 }
+
+
+def nearest_tf32(a):
+    """To 11 significant bits, ties away from zero."""
+    mantissa, exponent = np.frexp(a.astype(np.float64))
+    return np.ldexp(np.copysign(np.floor(np.abs(mantissa) * 2 ** 11 + 0.5), a), exponent - 11).astype(np.float32)
 
 
 def two_sum_error(a, b):
