@@ -383,7 +383,7 @@ def test_explain_says_what_runs_and_that_nothing_was_measured():
     assert "tensor cores of compute capability 9.0" in text
     assert "aligned to 16 bytes" in text
     assert "not measured" in text
-    for precision, words in (("tf32", "those across the depth turned"), ("tf32x3", "each split into two terms")):
+    for precision, words in (("tf32", "turned in a launch before"), ("tf32x3", "each operand split into two terms")):
         text = HopperPlan(4096, 4096, 4096, "float32", 128, precision=precision).explain()
         assert f"tensor cores in {precision} of compute capability 9.0" in text
         assert words in text

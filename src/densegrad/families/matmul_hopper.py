@@ -39,9 +39,9 @@ MAP_ALIGNMENT, MOST_STEP = 16, 2**40
 class HopperPlan(Tiling):
     """How result (rows, cols) = left (rows, depth) @ right (depth, cols) is computed on Hopper's tensor cores.
 
-    Both operands must begin at multiples of 16 bytes, and so must each of their rows. Those of float32 are contiguous
-    along the depth: others are turned in a launch before, into the workspace, and all of "tf32x3" are split into two
-    terms there.
+    Both operands must begin at multiples of 16 bytes, and so must each of their rows; not those of float32 that a
+    launch before writes anew into the workspace: "tf32" has those turned that do not lie along the depth, "tf32x3" has
+    each split into two terms.
 
     Parameters
     ----------
@@ -203,11 +203,12 @@ class HopperPlan(Tiling):
     def explain(self) -> str:
         """The plan in words, with its reasons and what the model says."""
         unit = f"tensor cores in {self.precision}" if self.precision else "tensor cores"
-        first = {"tf32": ", those across the depth turned in a launch before",
-                 "tf32x3": ", each split into two terms in a launch before"}.get(self.kind, "")
+        aligned = "operands aligned to 16 bytes"
+        operands = {"tf32": f"{aligned}, or turned in a launch before where they lie across the depth",
+                    "tf32x3": "each operand split into two terms in a launch before"}.get(self.kind, aligned)
         return self._explain(f"{unit} of compute capability 9.0",
                              f"{self.workers} blocks of {THREADS} threads take pieces in turn, {self.stages} stages; "
-                             f"operands aligned to 16 bytes{first}")
+                             f"{operands}")
 
     def first_pass(self, product: Product, free_at: int) -> tuple[Product, tuple[Launch, ...], int]:
         """Operands of float32 that do not lie along the depth, or are split, as TurnPlans leave them."""
