@@ -16,7 +16,15 @@ import pytest
 
 import densegrad as dg
 from densegrad import distributed
-from densegrad.distributed import DistributedError, agreement, all_reduce, fold_along_ranks, reductions, together
+from densegrad.distributed import (
+    DistributedError,
+    Ranks,
+    agreement,
+    all_reduce,
+    fold_along_ranks,
+    reductions,
+    together,
+)
 from densegrad.facts import accumulator_of
 from densegrad.testing import ROUNDOFF, UNDERFLOW, bits, normal
 
@@ -219,7 +227,12 @@ def case_a_rank_that_raises_is_named_on_every_rank(comm, rank, size):
         raising(in_a_block, rank=rank, blamed=blamed, words="failed: KeyError: 'no such file'", own=KeyError)
         raising(behind_the_last_reduction, rank=rank, blamed=blamed, words="no such file", own=KeyError)
         raising(by_an_argument, rank=rank, blamed=blamed, words="failed: DTypeError: grads must be", own=dg.DTypeError)
-    with together(comm):
+        raising(lambda blamed=blamed: all_reduce(np.ones(3), comm, "mean", samples=2**70 if rank == blamed else 1),
+                rank=rank, blamed=blamed, words="failed: ValueError: samples must be", own=ValueError)
+    for deadline, error in (("5", TypeError), (0, ValueError), (float("nan"), ValueError), (float("inf"), ValueError)):
+        with pytest.raises(error, match="deadline must be"):
+            all_reduce(np.ones(1), comm, deadline=deadline)
+    with together(Ranks(comm, deadline=30)):
         assert all_reduce(np.ones(1), comm)[0] == size
 
 
@@ -289,6 +302,10 @@ def case_main_gradients_are_reduced(comm, rank, size):
     assert model[1].bias.grad is None
     model[1].bias.grad = torch.ones(2) if rank == 0 else None
     raising(lambda: dt.reduce_main_grads(model, *given), rank=rank, blamed=1 if size == 2 else 0, words="None")
+    for wrong, error, words in ((torch.nn.Linear(2, 1), ValueError, "neither main gradients"),
+                                (model.parameters(), TypeError, r"must be a torch\.nn\.Module")):
+        with pytest.raises(error, match=words):
+            dt.reduce_main_grads(wrong, *given)
 
 
 def case_dense_grads_start_their_reduction(comm, rank, size):
@@ -312,8 +329,8 @@ def case_accumulators_have_the_bits_of_one_process(comm, rank, size):
     """On two ranks: shards of whole blocks, the last block excepted; an empty one; one that is no whole number."""
     x, dz = normal((15, 3), "float32"), normal((15, 2), "float32", 1)
 
-    def accumulated(rows):
-        accumulator = dg.GradientAccumulator(3, 2, "float32", block=4, compensated=True, keep_blocks=True)
+    def accumulated(rows, **options):
+        accumulator = dg.GradientAccumulator(3, 2, "float32", block=4, compensated=True, keep_blocks=True, **options)
         if rows.start < rows.stop:
             accumulator.add(x[rows], dz[rows])
         return accumulator
@@ -325,22 +342,30 @@ def case_accumulators_have_the_bits_of_one_process(comm, rank, size):
             assert (bits(getattr(found, name)) == bits(getattr(expected, name))).all(), (border, name)
     with pytest.raises(DistributedError, match="rank 0"):
         accumulated(slice(0, 6) if rank == 0 else slice(6, 15)).all_reduce(comm)
+    for name, other in (("activation", "identity"), ("weight_layout", "out_in"), ("reduction", "mean")):
+        options = {name: other} if rank == 1 else {}
+        raising(lambda options=options: accumulated(slice(0, 8), **options).all_reduce(comm), rank=rank, blamed=1,
+                words=f"{name}='{other}'" if name != "weight_layout" else "(2, 3)")
 
 
 # What ends a communicator, and so stands alone.
 
 
 def alone_rank_0_comes_late(comm, rank, size):
-    """The others hear nothing, and raise by themselves; rank 0 then waits for them in vain."""
+    """The others hear nothing, and raise by themselves; rank 0 then waits for them in vain. No sum comes after that."""
     if rank == 0:
         time.sleep(2)
     begun = time.monotonic()
-    try:
+    with pytest.raises(DistributedError) as caught:
         all_reduce(np.ones(2), comm, deadline=0.5)
-    except DistributedError as error:
-        assert time.monotonic() - begun < SECONDS
-        return error.agreed, error.ranks, str(error)
-    return "summed"
+    assert time.monotonic() - begun < SECONDS
+    for use in (lambda: all_reduce(np.ones(2), comm), lambda: fold_along_ranks(comm, [], [np.ones(2)])):
+        with pytest.raises(DistributedError, match=f"rank {rank} has given this communicator up"):
+            use()
+    with pytest.raises(DistributedError, match="has given this communicator up"), together(comm):
+        raise AssertionError
+    assert time.monotonic() - begun < SECONDS
+    return caught.value.agreed, caught.value.ranks, str(caught.value)
 
 
 def alone_a_rank_is_killed(comm, rank, size):

@@ -268,7 +268,8 @@ def test_chunks_lie_all_on_the_host_or_all_on_the_device(xp):
 
 @pytest.mark.parametrize(("arguments", "options", "error", "words"), [
     ((D, M, "float33"), {}, dg.DTypeError, 'did you mean "float32"'),
-    ((D, M, "int32"), {}, dg.DTypeError, "dtype must"),
+    ((D, M, "int32"), {}, dg.DTypeError, "dtype must"), ((D, M, None), {}, dg.DTypeError, "dtype must"),
+    ((D, M, "float32"), {"progress": 3}, TypeError, "progress must be a function"),
     ((-1, M, "float32"), {}, ValueError, "in_features must be an integer, 0 or more; got -1"),
     ((D, 2.5, "float32"), {}, TypeError, "out_features must be an integer"),
     ((D, M, "float32"), {"block": 0}, ValueError, "block must be an integer, 1 or more"),
@@ -301,6 +302,19 @@ def test_after_a_failure_there_is_no_half_result(place):
     for use in (accumulator.result, lambda: accumulator.add(place(x), place(dz))):
         with pytest.raises(dg.AccumulatorError, match="part of a chunk is missing"):
             use()
+
+
+@pytest.mark.parametrize("keep_blocks", [False, True])
+def test_after_an_interrupted_result_there_is_none(keep_blocks, place, monkeypatch):
+    x, dz, _ = arrays(BLOCK + 3, "float32")
+    accumulator = dg.GradientAccumulator(D, M, "float32", block=BLOCK, keep_blocks=keep_blocks)
+    accumulator.add(place(x), place(dz))
+    with monkeypatch.context() as patched:
+        patched.setattr(dg.GradientAccumulator, "_compute", lambda *arguments: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            accumulator.result()
+    with pytest.raises(dg.AccumulatorError, match="taking its result was interrupted"):
+        accumulator.result()
 
 
 def test_progress_is_told_after_every_block(place):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -77,7 +77,8 @@ class GradientAccumulator:
         Samples of a block. By default a power of two that follows from D, M and dtype alone: at most 32 MiB of x and
         dz. Another block gives other bits.
     w : array, (D, M) or (M, D), optional
-        The layer's weights, if dx is needed. It is read whenever a block is computed.
+        The layer's weights, if dx is needed. They must not change before the result is taken; after `reset` they may
+        have.
     need : names among "dx", "dw", "db", optional
         Which gradients to compute: by default dw and db, and dx if there is w.
     activation, negative_slope, batch_axis, weight_layout, precision
@@ -160,6 +161,8 @@ class GradientAccumulator:
             "sum_dtype", sum_dtype, tuple(dict.fromkeys((sums, "float64"))))
         self._w, self._mean, self._progress = w, reduction == "mean", progress
         self._keep = accept_flag("keep_blocks", keep_blocks)
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be a function of a number of samples; got {progress!r}")
         self._compensated = accept_flag("compensated", compensated)
         self._how: dict[str, Any] = {
             "activation": activation, "negative_slope": negative_slope, "weight_layout": weight_layout,
@@ -287,6 +290,7 @@ class GradientAccumulator:
         """
         if self._result is None:
             self._check_open()
+            self._problem = "taking its result was interrupted"
             with self._using() as stream:
                 self._complete(stream)
                 for sums in self._kept:
@@ -296,7 +300,7 @@ class GradientAccumulator:
             self._problem = "it has given its result"
         return self._result
 
-    def all_reduce(self, comm: Any, *, check: bool | None = None, deadline: float = 60.0) -> DenseGrads[Any]:
+    def all_reduce(self, comm: Any, *, check: bool | None = None, deadline: float | None = None) -> DenseGrads[Any]:
         """The gradients of all ranks' samples, with the bits of one process that was given them all; on every rank.
 
         Every rank adds its shard of the batch, in the order of the ranks, and calls this instead of `result`. The
@@ -341,13 +345,14 @@ class GradientAccumulator:
                 raise ValueError("all_reduce adds the blocks of all ranks in one order, and this accumulator keeps "
                                  "none (make it with keep_blocks=True)")
             self._check_open()
+            self._problem = "a sum over ranks failed"
             with self._using() as stream:
                 self._complete(stream)
                 addends = [[opened("a sum", one) for one in sums] for sums in self._kept]
                 like = [opened("a sum", self._new(shape, self.sum_dtype)) for _, shape in self._shapes()]
         fold = Fold(_begin_exactly, _add_exactly, 2) if self._compensated else SUM
-        of = f"blocks of {self.block} samples, {'a mean' * self._mean or 'a sum'} of {', '.join(self._need)}"
-        self._problem = "a sum over ranks failed"
+        how = {**self._how, "dtype": self.dtype, "need": self._need, "reduction": "mean" if self._mean else "sum"}
+        of = f"blocks of {self.block} samples; {', '.join(f'{name}={value!r}' for name, value in how.items())}"
         planes = fold_along_ranks(comm, addends, like, fold=fold, of=of, samples=self.samples, accept=accept_shards,
                                   check=check, deadline=deadline, stream=stream)
         with self._using():
@@ -604,11 +609,10 @@ def _size(name: str, size: Any, least: int) -> int:
 
 def _dtype_name(name: str, dtype: Any, known: tuple[str, ...]) -> str:
     """The name of a dtype of NumPy, PyTorch or of that name."""
-    try:
-        found = str(dtype).removeprefix("torch.") if isinstance(dtype, str) or "torch" in str(dtype) else str(
-            np.dtype(dtype))
-    except TypeError:
-        found = ""
+    found = str(dtype).removeprefix("torch.")
+    if found not in known and dtype is not None:  # which NumPy takes for float64
+        with suppress(TypeError):
+            found = str(np.dtype(dtype))
     if found not in known:
         raise DTypeError(f"{name} must be {' or '.join(known)}; got {dtype!r}{meant(dtype, known)}")
     return found

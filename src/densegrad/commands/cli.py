@@ -267,7 +267,7 @@ def grads(
                 for name, array in computed.items():
                     found.write(name, array)
             else:
-                with progress() as bar:
+                with progress(transient=True) as bar:
                     task = bar.add_task("Samples", total=None)
                     write_gradients(found, arrays, options, limit,
                                     lambda done, of: bar.update(task, completed=done, total=of))
@@ -453,7 +453,7 @@ def check(
     where = device.current()
     cases = checks.cases(where.kind, quick, where.capability(device.HOST) >= TENSOR_CORE_CAPABILITY)
     outcomes: list[Outcome] = []
-    with progress() as bar:
+    with progress(transient=True) as bar:
         task = bar.add_task("Checking", total=len(cases))
         try:
             for case in cases:

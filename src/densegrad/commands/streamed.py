@@ -92,7 +92,11 @@ def write_gradients(results: Results, arrays: Mapping[str, Any], options: Mappin
     x, w, dz = arrays["x"], arrays["w"], arrays["dz"]
     batch_axis, with_dx = options["batch_axis"], "dx" in options["need"]
     inputs = accept(x=x, w=w, dz=dz, batch_axis=batch_axis, weight_layout=options["weight_layout"])
+    if len(inputs.batch_shape) != 1:
+        raise ValueError(f"--memory takes arrays of 2 dimensions, (samples, features); --x has {x.ndim} (save "
+                         "x.reshape(-1, x.shape[-1]), and dz likewise)")
     features, samples = inputs.in_features, inputs.samples
+    progress(0, samples)
     with GradientAccumulator(features, inputs.out_features, inputs.dtype, w=w if with_dx else None,
                              **options) as accumulator:
         block = accumulator.block

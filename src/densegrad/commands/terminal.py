@@ -73,10 +73,11 @@ def waiting(what: str) -> Status:
     return console.status(what, spinner="dots" if console.encoding.startswith("utf") else "line")
 
 
-def progress(*columns: Any) -> Progress:
-    """A bar, and columns of one's own."""
+def progress(*columns: Any, transient: bool = False) -> Progress:
+    """A bar, and columns of one's own; if transient it goes in the end, and where it could not is not shown."""
+    console = notes()
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns, TimeElapsedColumn(),
-                    console=notes())
+                    console=console, transient=transient, disable=transient and not console.is_terminal)
 
 
 def table(title: str | None, left: tuple[str, ...], right: tuple[str, ...], last: tuple[str, ...] = ()) -> Table:

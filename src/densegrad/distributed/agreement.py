@@ -19,6 +19,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -29,6 +31,8 @@ from .engines import Broken, Late
 
 #: seconds that the ranks wait for one another, where nothing else is said
 DEADLINE = 60.0
+#: a week: longer ones stores of torch.distributed do not take
+MOST_SECONDS = 604800
 #: what all ranks must have alike, in front: the form of messages, and the package
 _FRONT = struct.Struct("<4s24s")
 _MAGIC = b"dgr1"
@@ -167,10 +171,11 @@ class Line(Protocol):
 
 
 class State:
-    """What is remembered of a communicator: how many rounds it has had, and what runs on it."""
+    """What is remembered of a communicator: how many rounds it has had, what runs on it, whether it was given up."""
 
     def __init__(self) -> None:
         self.rounds = 0
+        self.given_up = ""  # why this rank takes part in nothing more
         self.sent: list[Any] = []
         self._worker: ThreadPoolExecutor | None = None
 
@@ -178,11 +183,20 @@ class State:
         """Run it on a thread of its own, after what was started before."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "densegrad.distributed")
-        return self._worker.submit(work)
+        return self._worker.submit(self._noting, work)
 
     def run(self, work: Callable[[], Any]) -> Any:
         """Run it after what was started before, and wait for it."""
-        return work() if self._worker is None else self.start(work).result()
+        return self._noting(work) if self._worker is None else self.start(work).result()
+
+    def _noting(self, work: Callable[[], Any]) -> Any:
+        """Do it, and remember an error after which ranks may be out of step: what is still on its way is of before."""
+        try:
+            return work()
+        except DistributedError as error:
+            if not error.agreed:
+                self.given_up = str(error)
+            raise
 
 
 class MpiLine:
@@ -306,7 +320,9 @@ class StoreLine:
         if not keys:
             return True
         try:
-            self.store.wait(keys, timedelta(seconds=max(until - time.monotonic(), 1e-3)))
+            _within(partial(self.store.wait, keys, timedelta(seconds=max(until - time.monotonic(), 1e-3))), until)
+        except Late:
+            return False
         except RuntimeError:
             if time.monotonic() < until - _EARLY_SECONDS:
                 raise
@@ -318,6 +334,33 @@ class StoreLine:
 
     def _answer(self, round: int) -> str:
         return f"{self.prefix}/{round}/answer"
+
+
+def _within(work: Callable[[], Any], until: float) -> None:
+    """Do it on a thread that is left behind if it is not done in time: a store whose host hangs never answers.
+
+    Raises
+    ------
+    Late
+        If it is not.
+    """
+    done: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.put(error)
+        else:
+            done.put(None)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        error = done.get(timeout=max(until - time.monotonic(), 0) + _EARLY_SECONDS)
+    except Empty:
+        raise Late from None
+    if error is not None:
+        raise error
 
 
 class Rounds:
@@ -374,7 +417,10 @@ class Rounds:
         """Let the others raise in their next round, with the words of this rank's error, unless they know."""
         if isinstance(error, DistributedError) or vars(error).get(_TOLD) == (self.state, self.state.rounds):
             return
-        words = f"{type(error).__name__}: {error}"
+        try:
+            words = f"{type(error).__name__}: {error}"
+        except Exception:  # of an error that cannot say what it is
+            words = type(error).__name__
         with suppress(DistributedError):  # what this rank raises is the error itself
             self.agree(Descriptor(0, words, failed=True), deadline)
         vars(error)[_TOLD] = self.state, self.state.rounds
@@ -394,19 +440,23 @@ class Ranks(NamedTuple):
     cuda_aware : bool
         Whether MPI reads and writes the memory of GPUs, which it cannot be asked. Otherwise arrays on a GPU go through
         memory of the host.
+    deadline : float
+        Seconds that ranks wait for one another where a call says nothing else.
     """
 
     comm: Any
     host: Any = None
     cuda_aware: bool = False
+    deadline: float = DEADLINE
 
 
 class Group(NamedTuple):
-    """The ranks of a communicator: its engine, and its rounds if there is a way to have them."""
+    """The ranks of a communicator: its engine, its rounds if there is a way to have them, how long they wait."""
 
     engine: engines.Engine
     rounds: Rounds | None
     state: State
+    deadline: float
 
     @property
     def calls_mpi(self) -> bool:
@@ -435,29 +485,30 @@ def telling(state: State, rounds: Rounds | None, deadline: float,
     try:
         yield
     except errors as error:
-        if rounds is not None:
+        if rounds is not None and not state.given_up:
             state.run(partial(rounds.tell, error, deadline))
         raise
 
 
 @contextmanager
-def telling_ranks(comm: Any, deadline: float = DEADLINE) -> Iterator[None]:
+def telling_ranks(comm: Any, deadline: float | None = None) -> Iterator[None]:
     """Tell the other ranks of a communicator what is raised in the with block, where there is a way to."""
-    group = group_of(comm)
-    with telling(group.state, group.rounds, deadline):
+    group = group_of(comm, deadline)
+    with telling(group.state, group.rounds, group.deadline):
         yield
 
 
 @contextmanager
-def together(comm: Any, *, deadline: float = DEADLINE) -> Iterator[None]:
+def together(comm: Any, *, deadline: float | None = None) -> Iterator[None]:
     """A with block that every rank leaves in the same way: if one raises in it, all do.
 
     Parameters
     ----------
     comm : communicator or Ranks
         As in `all_reduce`. NCCL's needs a host's beside it.
-    deadline : float
-        Seconds that the ranks wait for one another, at the end of the block and where one has raised.
+    deadline : float, optional
+        Seconds that the ranks wait for one another, at the end of the block and where one has raised: by default 60, or
+        those of Ranks.
 
     Raises
     ------
@@ -473,15 +524,15 @@ def together(comm: Any, *, deadline: float = DEADLINE) -> Iterator[None]:
     ...     grads = dense_grads(x, w, dz)
     ...     grads = all_reduce(grads, comm)
     """
-    group = group_of(comm)
+    group = group_of(comm, deadline)
     rounds = group.checked(True)
 
     def leave() -> None:
         if rounds is not None:
-            rounds.agree(Descriptor(0, "the end of a block that is left together"), deadline)
-            rounds.hold(range(rounds.size), deadline)
+            rounds.agree(Descriptor(0, "the end of a block that is left together"), group.deadline)
+            rounds.hold(range(rounds.size), group.deadline)
 
-    with telling(group.state, rounds, deadline, BaseException):
+    with telling(group.state, rounds, group.deadline, BaseException):
         yield
     group.state.run(leave)
 
@@ -490,7 +541,7 @@ _of_torch: WeakKeyDictionary[Any, State] = WeakKeyDictionary()
 _of_mpi: dict[str, int] = {}
 
 
-def group_of(comm: Any) -> Group:
+def group_of(comm: Any, deadline: float | None = None) -> Group:
     """The ranks of a communicator, or of Ranks.
 
     Raises
@@ -498,9 +549,12 @@ def group_of(comm: Any) -> Group:
     TypeError
         If it is none, or the host's communicator cannot be that.
     ValueError
-        If the host's communicator has other ranks.
+        If the host's communicator has other ranks, or the deadline is no number of seconds.
+    DistributedError
+        If the communicator was given up: an error before has left its ranks out of step.
     """
     ranks = comm if isinstance(comm, Ranks) else Ranks(comm)
+    seconds = _seconds(ranks.deadline if deadline is None else deadline)
     engine = engines.engine_of(ranks.comm, ranks.cuda_aware)
     host = ranks.comm if ranks.host is None else ranks.host
     state = State()
@@ -517,11 +571,22 @@ def group_of(comm: Any) -> Group:
         raise TypeError("host must be a communicator of mpi4py or a process group of torch.distributed; got "
                         f"{type(host).__name__}")
     if line is None:
-        return Group(engine, None, state)
+        return Group(engine, None, state, seconds)
     if place != (engine.rank, engine.size):
         raise ValueError(f"host must have the ranks of comm in their order; this is rank {engine.rank} of "
                          f"{engine.size} in comm and rank {place[0]} of {place[1]} in host")
-    return Group(engine, Rounds(line, engine.rank, engine.size, state), state)
+    if state.given_up:
+        raise DistributedError(f"rank {engine.rank} has given this communicator up, since what is still on its way may "
+                               f"be taken for something else (end the job): {state.given_up}", (engine.rank,))
+    return Group(engine, Rounds(line, engine.rank, engine.size, state), state, seconds)
+
+
+def _seconds(deadline: Any) -> float:
+    if isinstance(deadline, bool) or not isinstance(deadline, (int, float)):
+        raise TypeError(f"deadline must be a number of seconds; got {deadline!r}")
+    if not 0 < deadline <= MOST_SECONDS:
+        raise ValueError(f"deadline must be more than 0 seconds and at most {MOST_SECONDS}; got {deadline!r}")
+    return float(deadline)
 
 
 def _state_of_mpi(comm: Any) -> State:

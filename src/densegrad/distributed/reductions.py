@@ -15,7 +15,7 @@ from ..errors import DistributedError, DTypeError, ShapeError
 from ..facts import ITEM_BYTES
 from ..slips import answered, meant
 from ..typing import DTypeName, Kind
-from .agreement import DEADLINE, Descriptor, Numbers, group_of, telling
+from .agreement import Descriptor, Numbers, group_of, telling
 from .buckets import Bucket, check_own, module_at, module_of, queued_at, spans, split
 from .engines import GPU, HOST, Broken, Engine, Late, Pending, place_of
 
@@ -55,7 +55,7 @@ class Reduction(Generic[Kind]):
 @answered
 def all_reduce(grads: Kind, comm: Any, op: Literal["sum", "mean"] = "sum", *, samples: int | None = None,
                wire: DTypeName | None = None, order: Literal["ranks"] | None = None, out: Kind | None = None,
-               check: bool | None = None, deadline: float = DEADLINE, async_op: bool = False,
+               check: bool | None = None, deadline: float | None = None, async_op: bool = False,
                stream: Any = None) -> Any:
     """Sum of every rank's gradients, or their mean over all samples; every rank gets it.
 
@@ -85,8 +85,8 @@ def all_reduce(grads: Kind, comm: Any, op: Literal["sum", "mean"] = "sum", *, sa
         Whether the ranks agree on what they are about to do before anything is sent, so that all of them raise if one
         raised, differs or does not come. By default they do wherever they can: over all but NCCL's own communicators,
         which need `Ranks(comm, host=...)`.
-    deadline : float
-        Seconds that this rank waits for the others to come, and again for the sum.
+    deadline : float, optional
+        Seconds that this rank waits for the others to come, and again for the sum: by default 60, or those of Ranks.
     async_op : bool
         Whether to return at once, and reduce on a thread, and on a GPU on a stream, of its own. Until `wait` returns
         grads must not be written, and nothing else of this communicator be called but reductions of densegrad.
@@ -117,9 +117,9 @@ def all_reduce(grads: Kind, comm: Any, op: Literal["sum", "mean"] = "sum", *, sa
     >>> all_reduce(numpy.ones(2, dtype="float32"), MPI.COMM_SELF)
     array([1., 1.], dtype=float32)
     """
-    group = group_of(comm)
+    group = group_of(comm, deadline)
     rounds = group.checked(check)
-    with telling(group.state, rounds, deadline):
+    with telling(group.state, rounds, group.deadline):
         _check_names(op, order, wire)
         samples = _checked_samples(op, samples)
         if async_op and group.calls_mpi:
@@ -137,8 +137,8 @@ def all_reduce(grads: Kind, comm: Any, op: Literal["sum", "mean"] = "sum", *, sa
     descriptor = Descriptor(0, words, 1 if samples is None else samples, 1)
 
     def run() -> None:
-        numbers = None if rounds is None else rounds.agree(descriptor, deadline)
-        with _waiting(group.engine, deadline) as until, queued(until):
+        numbers = None if rounds is None else rounds.agree(descriptor, group.deadline)
+        with _waiting(group.engine, group.deadline) as until, queued(until):
             flat = bucket.flat(str(wire))
             if op == "mean":
                 share = _share(group.engine, numbers or _counted(group.engine, descriptor, module_at(place), until))
@@ -167,8 +167,8 @@ def _checked_samples(op: str, samples: Any) -> int | None:
     if op == "sum":
         raise ValueError(f'samples weights a mean; got samples={samples!r} with op="sum" (leave it out, or pass '
                          'op="mean")')
-    if isinstance(samples, bool) or not hasattr(samples, "__index__") or index(samples) < 0:
-        raise ValueError(f"samples must be a whole number, 0 or more; got {samples!r}")
+    if isinstance(samples, bool) or not hasattr(samples, "__index__") or not 0 <= index(samples) < 2**62:
+        raise ValueError(f"samples must be a whole number, 0 or more and below 2^62; got {samples!r}")
     return index(samples)
 
 
@@ -279,7 +279,7 @@ SUM = Fold(_begin, _add)
 
 def fold_along_ranks(comm: Any, addends: Sequence[Sequence[Any]], like: Sequence[Any], *, fold: Fold = SUM,
                      of: str = "", samples: int = 0, accept: Callable[[Numbers], None] | None = None,
-                     check: bool | None = None, deadline: float = DEADLINE, stream: Any = None) -> list[list[Any]]:
+                     check: bool | None = None, deadline: float | None = None, stream: Any = None) -> list[list[Any]]:
     """Add up what all ranks have, in the order of the ranks and on each in its own order: one left fold.
 
         state = begin(a[0]); state = add(state, a[1]); ...    a: rank 0's addends, then rank 1's, ...
@@ -334,9 +334,9 @@ def fold_along_ranks(comm: Any, addends: Sequence[Sequence[Any]], like: Sequence
     >>> fold_along_ranks(MPI.COMM_SELF, blocks, blocks[0])
     [[array([2., 2.], dtype=float32)]]
     """
-    group = group_of(comm)
+    group = group_of(comm, deadline)
     rounds = group.checked(check)
-    with telling(group.state, rounds, deadline):
+    with telling(group.state, rounds, group.deadline):
         shapes, dtype = _shapes_and_dtype(like)
         for addend in addends:
             _check_addend(addend, shapes, dtype)
@@ -347,8 +347,8 @@ def fold_along_ranks(comm: Any, addends: Sequence[Sequence[Any]], like: Sequence
     descriptor = Descriptor(0, f"fold in {fold.planes} planes of {given}{of and f' ({of})'}", samples, len(parts))
 
     def run() -> list[list[Any]]:
-        numbers = None if rounds is None else rounds.agree(descriptor, deadline)
-        with _waiting(group.engine, deadline) as until, queued(until):
+        numbers = None if rounds is None else rounds.agree(descriptor, group.deadline)
+        with _waiting(group.engine, group.deadline) as until, queued(until):
             numbers = numbers or _counted(group.engine, descriptor, module_at(place), until)
             if accept is not None:
                 accept(numbers)

@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 import torch
 
-from ..distributed import DEADLINE, all_reduce
+from ..distributed import all_reduce, telling_ranks
 from ..typing import DTypeName
 
 
 def reduce_main_grads(model: torch.nn.Module, comm: Any = None, op: Literal["sum", "mean"] = "mean", *,
                       samples: int | None = None, wire: DTypeName | None = None, order: Literal["ranks"] | None = None,
-                      deadline: float = DEADLINE) -> None:
+                      deadline: float | None = None) -> None:
     """Reduce a model's gradients over ranks, in place: after backward, and before the optimizer's step.
 
     Parameters
@@ -31,7 +31,9 @@ def reduce_main_grads(model: torch.nn.Module, comm: Any = None, op: Literal["sum
     DistributedError
         As `densegrad.distributed.all_reduce` raises it, on every rank.
     ValueError
-        If the model has no gradient, or torch.distributed no process group.
+        If the model has no gradient, is wrapped, or torch.distributed has no process group.
+    TypeError
+        If it is no module.
 
     Notes
     -----
@@ -50,8 +52,22 @@ def reduce_main_grads(model: torch.nn.Module, comm: Any = None, op: Literal["sum
             raise ValueError("torch.distributed has no process group yet (call torch.distributed.init_process_group, "
                              "or pass comm=)")
         comm = torch.distributed.group.WORLD
+    with telling_ranks(comm, deadline):
+        grads = _grads_of(model)
+    all_reduce(grads, comm, op, samples=samples, wire=wire, order=order, deadline=deadline, out=grads)
+
+
+def _grads_of(model: Any) -> list[Any]:
+    """The gradient that is reduced of each parameter, or None."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError("model must not be wrapped in DistributedDataParallel, which has reduced .grad already (pass "
+                         "the module that was wrapped, and do not call the wrapper)")
     grads = []
     for parameter in model.parameters():
         main = getattr(parameter, "main_grad", None)
         grads.append(parameter.grad if main is None else main)
-    all_reduce(grads, comm, op, samples=samples, wire=wire, order=order, deadline=deadline, out=grads)
+    if all(grad is None for grad in grads):
+        raise ValueError("model has neither main gradients nor .grad to reduce (call it after backward)")
+    return grads
