@@ -94,8 +94,9 @@ def test_any_size_that_maps_take(xp, sizes):
         assert (host(found) == layer.exact().astype(found.dtype)).all()
 
 
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("precision", TF32)
+@pytest.mark.parametrize(("precision", "orientation"), [
+    pytest.param(precision, orientation, marks=[pytest.mark.only("gpu")] if (number + turn) % 4 else [])
+    for turn, precision in enumerate(TF32) for number, orientation in enumerate(ORIENTATIONS)])
 def test_small_integers_of_float32_in_every_orientation(xp, precision, orientation):
     """What does not lie along the depth, and all that is split, is written anew before; it may have any sizes."""
     for function, along in (("input_grad", (not orientation[0]) + (orientation[1] == "in_out")),
@@ -155,7 +156,8 @@ def test_float32_written_anew_keeps_the_bound(xp, precision, smallest):
                                              product_error=layer.plan.product_error))
 
 
-@pytest.mark.parametrize("make", [normal, lambda *arguments: np.abs(normal(*arguments))], ids=["normal", "positive"])
+@pytest.mark.parametrize("make", [normal, pytest.param(
+    lambda *arguments: np.abs(normal(*arguments)), marks=pytest.mark.only("gpu"))], ids=["normal", "positive"])
 def test_three_tf32_products_are_as_good_as_float32(xp, make):
     """At most four times the error of FMA units; one TF32 product is far beyond that."""
     errors = {}
@@ -180,7 +182,7 @@ def test_infinite_operands_of_tf32x3(xp):
     assert np.isfinite(np.delete(found, (3, 7, 9), axis=0)).all()
 
 
-@pytest.mark.parametrize("precision", TF32)
+@pytest.mark.parametrize("precision", [pytest.param("tf32", marks=pytest.mark.only("gpu")), "tf32x3"])
 def test_results_of_float32(xp, precision):
     """Added into by the kernel, turned, of other types, and in parts."""
     for out_dtype, layout, parts, more in (("float32", "C", 1, 0), ("float32", "F", 2, 1), ("float64", "C", 1, 1),
@@ -226,8 +228,9 @@ def test_an_empty_part_is_zero(xp):
 
 
 @pytest.mark.parametrize(("out_dtype", "accumulate", "stored"), [
-    (None, False, True), (None, True, False), ("float32", False, True), ("float32", True, True),
-    ("float64", False, False), ("float64", True, False)])
+    (None, False, True), ("float32", True, True), ("float64", True, False), *(
+        pytest.param(*case, marks=pytest.mark.only("gpu")) for case in (
+            (None, True, False), ("float32", False, True), ("float64", False, False)))])
 @pytest.mark.parametrize("tile_cols", TILES[1:])
 def test_results_of_every_dtype_overwritten_and_added(xp, out_dtype, accumulate, stored, tile_cols):
     """What the kernel cannot store goes through the workspace, in a launch more."""
