@@ -167,8 +167,10 @@ def _checked_samples(op: str, samples: Any) -> int | None:
     if op == "sum":
         raise ValueError(f'samples weights a mean; got samples={samples!r} with op="sum" (leave it out, or pass '
                          'op="mean")')
-    if isinstance(samples, bool) or not hasattr(samples, "__index__") or not 0 <= index(samples) < 2**62:
-        raise ValueError(f"samples must be a whole number, 0 or more and below 2^62; got {samples!r}")
+    if isinstance(samples, bool) or not hasattr(samples, "__index__") or index(samples) < 0:
+        raise ValueError(f"samples must be a whole number, 0 or more; got {samples!r}")
+    if index(samples) >= 2**62:
+        raise ValueError(f"samples must be below 2^62; got {samples!r}")
     return index(samples)
 
 
