@@ -1,5 +1,6 @@
 """dL/dW, dL/dX and db by Hopper's kernel against float64: tiles, orders, results, options, what a plan promises."""
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import densegrad
-from densegrad import reference
+from densegrad import compiler, reference
 from densegrad.calls import recorded
 from densegrad.errors import PlanError
 from densegrad.families import matmul_hopper, tiling
@@ -469,3 +470,25 @@ def test_other_gpus_refuse_the_plan():
         with pytest.raises(PlanError, match=r"needs a GPU of compute capability 9\.0"):
             check_precision(plan, None, capability)
     check_precision(plan, None, HOPPER)
+
+
+# what no execution shows
+
+
+@pytest.mark.only("gpu")  # where a compiler is at hand
+def test_what_no_execution_shows_stands_in_the_code():
+    """Barriers are seen started, warps have read before they say so, stores have ended before the block does.
+
+    Where warps run one after another and memory is one, as in any execution here, nothing depends on that.
+    """
+    launch = dict(matmul_hopper.variants())["matmul_hopper-bfloat16-128x128-rows-cols-sums"]
+    kinds = r"mbarrier\.init|fence\.mbarrier_init|bar\.warp\.sync|bar\.sync|mbarrier\.arrive(?!\.expect)|" \
+            r"cp\.async\.bulk\.wait_group(?:\.read)?|ret(?=;)"
+    order = re.findall(rf"(?m)^\s*({kinds})\b", compiler.ptx_of(launch, (9, 0)))
+    starts = 2 * launch.plan.stages
+    assert order[:starts + 2] == ["mbarrier.init"] * starts + ["fence.mbarrier_init", "bar.sync"]
+    reads = order.index("bar.warp.sync")
+    assert order[reads + 1] == "mbarrier.arrive"
+    assert order.count("bar.warp.sync") == 1
+    ends = order.index("cp.async.bulk.wait_group")
+    assert order[ends + 1] == "ret"
