@@ -36,8 +36,8 @@ class PrepareError(DensegradError, ValueError):
 class DistributedError(DensegradError, RuntimeError):
     """Ranks that disagree, failed, or did not come in time; the message names them.
 
-    `ranks` has their numbers. `agreed` says whether rank 0 has told this error to all that came: the communicator can be
-    used again then. Otherwise the rank stopped waiting by itself, and takes part in nothing more of that communicator.
+    `ranks` has their numbers. `agreed` says whether rank 0 has told this error to all that came: the communicator can
+    be used again then. Otherwise the rank stopped waiting by itself, and takes part in nothing more of it.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = (), agreed: bool = False):

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -426,7 +427,8 @@ class Rounds:
         vars(error)[_TOLD] = self.state, self.state.rounds
 
 
-class Ranks(NamedTuple):
+@dataclass(frozen=True)
+class Ranks:
     """A communicator, and what is to be known of it that it does not say.
 
     Parameters

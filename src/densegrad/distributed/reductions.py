@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from operator import index
-from typing import Any, Generic, Literal, NamedTuple
+from typing import Any, Generic, Literal
 
 from ..device import dtype_of
 from ..errors import DistributedError, DTypeError, ShapeError
@@ -247,7 +248,8 @@ def _finish(pending: Pending, until: float, whom: str) -> None:
 # Folds along the ranks
 
 
-class Fold(NamedTuple):
+@dataclass(frozen=True)
+class Fold:
     """How a sum goes on: elementwise functions of flat arrays of the sums' dtype, NumPy's or CuPy's.
 
     Parameters
