@@ -79,7 +79,8 @@ class Layer:
 
 
 @pytest.mark.parametrize("tile_cols", TILES)
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("orientation", [ORIENTATIONS[0], *(
+    pytest.param(orientation, marks=pytest.mark.only("gpu")) for orientation in ORIENTATIONS[1:])])
 def test_small_integers_are_exact_in_every_orientation(xp, tile_cols, orientation):
     for function in ("weight_grad", "input_grad"):
         dtype = DTYPES[(orientation[0] + (function == "input_grad")) % 2]
@@ -260,7 +261,7 @@ def test_alpha_on_the_device(xp):
 
 
 @pytest.mark.parametrize("tile_cols", TILES)
-@pytest.mark.parametrize("weight_layout", ["in_out", "out_in"])
+@pytest.mark.parametrize("weight_layout", [pytest.param("in_out", marks=pytest.mark.only("gpu")), "out_in"])
 def test_db_rides_along_on_either_side(xp, tile_cols, weight_layout):
     """dZ is the right operand, or the left one where dW is written transposed."""
     layer = Layer("weight_bias_grad", (136, 136, 40), DTYPES[weight_layout == "in_out"],
