@@ -1,5 +1,6 @@
 """The arrows between modules go one way, and importing the package costs nothing."""
 import ast
+import functools
 import subprocess
 import sys
 import time
@@ -100,6 +101,7 @@ OF_KERNELS = {"math", "numba", "typing"}
 OF_PRIMITIVES = {"factories": {"functools"}, "ptx": {"llvmlite"}, "simulator": {"ml_dtypes", "numpy", "threading"}}
 
 
+@functools.cache
 def imports(path, package):
     """(modules of the package, modules from outside) that a file imports, wherever in it."""
     own, outside = set(), set()
