@@ -34,6 +34,8 @@ class Tensor:
         self.dtype = DType(f"torch.{array.dtype.name}")
 
     def stride(self):
+        if self.layout != "strided" or self.is_nested:
+            raise RuntimeError  # as PyTorch's do, which have none
         return tuple(step // self.array.itemsize for step in self.array.strides)
 
     def data_ptr(self):
