@@ -20,6 +20,7 @@ from . import containers, device, tensors
 from .calls import Recipe
 from .errors import AccumulatorError, DistributedError, DTypeError, ShapeError
 from .facts import ITEM_BYTES, accumulator_of
+from .folds import COMPENSATED, SUM, total_of
 from .gradients import DenseGrads, dense_grads, describe_dense
 from .launches import ALIGNMENT
 from .operands import accept, accept_flag, accept_out, as_names, given
@@ -164,6 +165,7 @@ class GradientAccumulator:
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be a function of a number of samples; got {progress!r}")
         self._compensated = accept_flag("compensated", compensated)
+        self._fold = COMPENSATED if self._compensated else SUM
         self._how: dict[str, Any] = {
             "activation": activation, "negative_slope": negative_slope, "weight_layout": weight_layout,
             "precision": precision, "compensated": self._compensated and "db" in self._need}
@@ -213,7 +215,7 @@ class GradientAccumulator:
         self._filled = 0  # rows of the block that is not complete
         self._pieces: list[_Piece] = []
         self._computed = 0  # samples of complete blocks
-        self._state: list[Any] = []  # the sums of dw and db, those that are needed, and if compensated what they lost
+        self._state: list[tuple[Any, ...]] = []  # of the sums of dw and db, those that are needed
         self._kept: list[list[Any]] = []
         self._result: DenseGrads[Any] | None = None
         self._problem = ""
@@ -294,9 +296,9 @@ class GradientAccumulator:
             with self._using() as stream:
                 self._complete(stream)
                 for sums in self._kept:
-                    self._state = self._fold(self._state, sums)
+                    self._go_on(sums)
                 self._kept = []
-                self._result = self._delivered(self._state, self.samples)
+                self._result = self._delivered(self.samples)
             self._problem = "it has given its result"
         return self._result
 
@@ -331,7 +333,7 @@ class GradientAccumulator:
         The sum goes from rank to rank, each of which adds its blocks to it one by one, in pieces, so that all work at
         once: `densegrad.distributed.fold_along_ranks`.
         """
-        from .distributed import SUM, Fold, fold_along_ranks, telling_ranks
+        from .distributed import fold_along_ranks, telling_ranks
         from .distributed.buckets import opened
 
         counted: list[int] = []
@@ -339,6 +341,12 @@ class GradientAccumulator:
         def accept_shards(numbers: Any) -> None:
             counted.extend(numbers.samples)
             _check_shards(numbers.samples, self.block)
+
+        def own(array: Any) -> Any:
+            """In the memory of the library whose arrays came."""
+            made = self._new(array.shape, self.sum_dtype)
+            opened("a sum", made)[...] = array
+            return made
 
         with telling_ranks(comm, deadline):
             if not self._keep:
@@ -350,16 +358,13 @@ class GradientAccumulator:
                 self._complete(stream)
                 addends = [[opened("a sum", one) for one in sums] for sums in self._kept]
                 like = [opened("a sum", self._new(shape, self.sum_dtype)) for _, shape in self._shapes()]
-        fold = Fold(_begin_exactly, _add_exactly, 2) if self._compensated else SUM
         how = {**self._how, "dtype": self.dtype, "need": self._need, "reduction": "mean" if self._mean else "sum"}
         of = f"blocks of {self.block} samples; {', '.join(f'{name}={value!r}' for name, value in how.items())}"
-        planes = fold_along_ranks(comm, addends, like, fold=fold, of=of, samples=self.samples, accept=accept_shards,
-                                  check=check, deadline=deadline, stream=stream)
+        planes = fold_along_ranks(comm, addends, like, fold=self._fold, of=of, samples=self.samples,
+                                  accept=accept_shards, check=check, deadline=deadline, stream=stream)
         with self._using():
-            self._kept, self._state = [], [self._new(one.shape, self.sum_dtype) for plane in planes for one in plane]
-            for place, one in zip(self._state, (one for plane in planes for one in plane), strict=True):
-                opened("a sum", place)[...] = one
-            self._result = self._delivered(self._state, sum(counted))
+            self._kept, self._state = [], [tuple(map(own, state)) for state in zip(*planes, strict=True)]
+            self._result = self._delivered(sum(counted))
         self._problem = "it has given its result"
         return self._result
 
@@ -383,6 +388,7 @@ class GradientAccumulator:
         sums = sum(prod(shape) for _, shape in self._shapes()) * ITEM_BYTES[self.sum_dtype]
         if where.is_host:
             launches = self._describe(0).workspace_bytes
+            # Beside a compensated sum: what it lost, a block's, and three temporaries of its addition.
             return {"blocks": self.block * row * items, "sums": sums * (6 if self._compensated else 1),
                     "launches": launches}
         return {"blocks": 2 * self.block * row * items, "sums": sums, "launches": 0}
@@ -480,7 +486,8 @@ class GradientAccumulator:
         names, dx = [name for name, _ in self._shapes()], None
         apart = self._keep or self._compensated  # whether the block's sums are results of their own
         added = bool(self._state) and not apart
-        sums = self._state if added else [self._new(shape, self.sum_dtype) for _, shape in self._shapes()]
+        sums = [total for total, in self._state] if added else [
+            self._new(shape, self.sum_dtype) for _, shape in self._shapes()]
         if "dx" in self._need:
             direct = len(pieces) == 1 and not on_host
             dx = pieces[0].dx if direct else self._new((samples, self.in_features), layout.dx)
@@ -492,8 +499,8 @@ class GradientAccumulator:
                     **self._how)
         if self._keep:
             self._kept.append(sums)
-        else:
-            self._state = self._fold(self._state, sums) if apart else sums
+        elif not added:
+            self._go_on(sums)
         if dx is not None and dx is not pieces[0].dx:
             if on_host:
                 dx = self._where.deliver(dx, pieces[0].dx)
@@ -524,24 +531,19 @@ class GradientAccumulator:
         zeros[...] = 0
         return zeros
 
-    def _fold(self, state: list[Any], sums: list[Any]) -> list[Any]:
-        """The sums so far with those of the next block added."""
-        if not state:
-            return [*sums, *(self._zeros(shape) for _, shape in self._shapes())] if self._compensated else sums
-        with np.errstate(over="ignore", invalid="ignore"):
-            if not self._compensated:
-                return [total + one for total, one in zip(state, sums, strict=True)]
-            count = len(sums)
-            folded = [_added_exactly(*three) for three in zip(state[:count], state[count:], sums, strict=True)]
-        return [total for total, _ in folded] + [lost for _, lost in folded]
+    def _go_on(self, sums: list[Any]) -> None:
+        """Add the sums of the next block, which are this object's own from now on."""
+        if self._state:
+            self._state = [self._fold.add(state, one) for state, one in zip(self._state, sums, strict=True)]
+        else:
+            self._state = [(one, *(self._zeros(shape) for _ in range(1, self._fold.planes)))
+                           for one, (_, shape) in zip(sums, self._shapes(), strict=True)]
 
-    def _delivered(self, state: list[Any], samples: int) -> DenseGrads[Any]:
+    def _delivered(self, samples: int) -> DenseGrads[Any]:
         """dw and db, of so many samples, as the kind of container that the chunks were."""
-        count, found, sums = len(self._shapes()), {}, state
-        if self._compensated:
-            sums = [total + _finite(lost) for total, lost in zip(state[:count], state[count:], strict=True)]
+        found = {}
         for position, (name, shape) in enumerate(self._shapes()):
-            array = sums[position] if sums else self._zeros(shape)
+            array = total_of(self._state[position]) if self._state else self._zeros(shape)
             if self._mean and samples:
                 array = array / samples
             found[name] = self._where.deliver(array, self._like)
@@ -563,30 +565,6 @@ def _check_shards(samples: Sequence[int], block: int) -> None:
         raise DistributedError(f"every shard but the last must be a whole number of blocks of {block} samples, since "
                                f"one process would cut the batch there; got {shards} (cut it at multiples of {block})",
                                cut, agreed=True)
-
-
-def _begin_exactly(one: Any) -> tuple[Any, Any]:
-    lost = one.copy()
-    lost.fill(0)
-    return one.copy(), lost
-
-
-def _add_exactly(state: tuple[Any, Any], one: Any) -> tuple[Any, Any]:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return _added_exactly(*state, one)
-
-
-def _added_exactly(total: Any, lost: Any, one: Any) -> tuple[Any, Any]:
-    """total + one, and lost with exactly what that addition rounds away (Knuth's two-sum)."""
-    new = total + one
-    back = new - total
-    return new, lost + ((total - (new - back)) + (one - back))
-
-
-def _finite(lost: Any) -> Any:
-    """What was lost, which beside a sum that is infinite or NaN says nothing."""
-    lost[lost != lost] = 0
-    return lost
 
 
 def _rows(array: Any, batch_axis: int = 0) -> Any:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from operator import index
 from typing import Any, Generic, Literal
@@ -14,6 +13,7 @@ from typing import Any, Generic, Literal
 from ..device import dtype_of
 from ..errors import DistributedError, DTypeError, ShapeError
 from ..facts import ITEM_BYTES
+from ..folds import SUM, Fold
 from ..slips import answered, meant
 from ..typing import DTypeName, Kind
 from .agreement import Descriptor, Numbers, group_of, telling
@@ -246,39 +246,6 @@ def _finish(pending: Pending, until: float, whom: str) -> None:
 
 
 # Folds along the ranks
-
-
-@dataclass(frozen=True)
-class Fold:
-    """How a sum goes on: elementwise functions of flat arrays of the sums' dtype, NumPy's or CuPy's.
-
-    Parameters
-    ----------
-    begin : function
-        From the first addend to the state of a sum of it alone: a tuple of new arrays.
-    add : function
-        From (state, addend) to the state of the sum with it. The arrays of the state may be changed and returned.
-    planes : int
-        How many arrays a state has: 1 for a plain sum, 2 for a sum and what its additions have lost.
-    """
-
-    begin: Callable[[Any], tuple[Any, ...]]
-    add: Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
-    planes: int = 1
-
-
-def _begin(addend: Any) -> tuple[Any, ...]:
-    return (addend.copy(),)
-
-
-def _add(state: tuple[Any, ...], addend: Any) -> tuple[Any, ...]:
-    total, = state
-    total += addend
-    return state
-
-
-#: a plain sum
-SUM = Fold(_begin, _add)
 
 
 def fold_along_ranks(comm: Any, addends: Sequence[Sequence[Any]], like: Sequence[Any], *, fold: Fold = SUM,
