@@ -9,8 +9,9 @@ import pytest
 
 import densegrad as dg
 from densegrad import calls, device, distributed
-from densegrad.distributed import agreement, buckets, engines, reductions
-from densegrad.distributed.agreement import Answer, Descriptor, Numbers, State
+from densegrad.distributed import buckets, engines, messages, reductions
+from densegrad.distributed.agreement import State
+from densegrad.distributed.messages import Answer, Descriptor, Numbers
 from densegrad.facts import ITEM_BYTES
 from densegrad.testing import bits, host, normal
 from tests import ranks_model
@@ -59,21 +60,21 @@ def pair(lane, monkeypatch):
 
 
 def said(*words, **options):
-    return [None if one is None else agreement.unpacked(Descriptor(3, one, version="1", **options).packed())
+    return [None if one is None else messages.unpacked(Descriptor(3, one, version="1", **options).packed())
             for one in words]
 
 
 def test_messages_have_one_size_and_come_back():
     for words in ("", "sum of float32 (3, 4)", "ß" * 5000):
         message = Descriptor(7, words, 11, 2, True, "0.1.0").packed()
-        assert len(message) == agreement.MESSAGE_BYTES
-        found = agreement.unpacked(message)
+        assert len(message) == messages.MESSAGE_BYTES
+        found = messages.unpacked(message)
         assert found[:1] + found[2:6] == (7, 11, 2, True, "0.1.0")
         assert words.startswith(found.words.rstrip("\N{REPLACEMENT CHARACTER}"))
     numbers = Numbers((5, 0, 2 ** 40), (1, 0, 3))
     answer = Answer(9, "rank 2 failed", (2,), (True, False, True), numbers)
-    assert len(answer.packed()) == agreement.answer_bytes(3)
-    assert agreement.unpacked_answer(answer.packed()) == answer
+    assert len(answer.packed()) == messages.answer_bytes(3)
+    assert messages.unpacked_answer(answer.packed()) == answer
 
 
 @pytest.mark.parametrize(("descriptors", "words", "blamed"), [
@@ -88,7 +89,7 @@ def test_messages_have_one_size_and_come_back():
      (2,)),
 ])
 def test_the_rank_that_is_the_reason_is_named(descriptors, words, blamed):
-    found, ranks = agreement.problem(descriptors, 2)
+    found, ranks = messages.problem(descriptors, 2)
     assert ranks == blamed
     assert words in found
     assert bool(found) == bool(blamed)
@@ -96,8 +97,8 @@ def test_the_rank_that_is_the_reason_is_named(descriptors, words, blamed):
 
 def test_a_message_of_another_form_is_another_version():
     message = b"dgr9" + Descriptor(1, "").packed()[4:]
-    assert "differ in what is reduced" in agreement.problem(
-        [agreement.unpacked(Descriptor(1, "a").packed()), agreement.unpacked(message)], 1)[0]
+    assert "differ in what is reduced" in messages.problem(
+        [messages.unpacked(Descriptor(1, "a").packed()), messages.unpacked(message)], 1)[0]
 
 
 # -- what is refused

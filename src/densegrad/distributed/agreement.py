@@ -2,173 +2,35 @@
 
     every rank --descriptor--> rank 0 --answer--> every rank
 
-Descriptors have a fixed size, so that ranks which are about to do different things still understand one another. Rank 0
-waits for them until the deadline, and answers in any case: that all go on, or which rank raised, differs or is missing.
-So either all ranks go on or all raise, with the same words. Rounds are numbered: what came too late for one is not
-taken for another. A rank that hears no answer in twice the deadline raises by itself.
+Rank 0 waits for the others until the deadline, and answers in any case: that all go on, or which rank raised, differs
+or is missing. So either all ranks go on or all raise, with the same words. Rounds are numbered: what came too late for
+one is not taken for another. A rank that hears no answer in twice the deadline raises by itself, and takes part in
+nothing more.
 """
 from __future__ import annotations
 
-import hashlib
-import struct
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
-from queue import Empty, SimpleQueue
-from threading import Thread
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from .. import __version__
 from ..errors import DistributedError
 from . import engines
 from .engines import Broken, Late
+from .lines import Line, MpiLine, StoreLine
+from .messages import Answer, Descriptor, Numbers, problem, unpacked, unpacked_answer
 
 #: seconds that the ranks wait for one another, where nothing else is said
 DEADLINE = 60.0
 #: a week: longer ones stores of torch.distributed do not take
 MOST_SECONDS = 604800
-#: what all ranks must have alike, in front: the form of messages, and the package
-_FRONT = struct.Struct("<4s24s")
-_MAGIC = b"dgr1"
-#: of a round: its number, whether the rank goes on, two numbers of the rank's, a digest of its words, their length
-_REST = struct.Struct("<QBqq16sH")
-_WORDS = 960
-MESSAGE_BYTES = _FRONT.size + _REST.size + _WORDS
-#: how much before its time a store may say that it is up
-_EARLY_SECONDS = 0.1
-_GOES_ON, _FAILED = 0, 1
 #: attribute of an error: the communicator's state and the round in which the other ranks have heard of it
 _TOLD = "densegrad_told"
-
-
-class Descriptor(NamedTuple):
-    """What a rank says in a round, or what rank 0 answers."""
-
-    round: int
-    words: str
-    samples: int = 0
-    addends: int = 0
-    failed: bool = False
-    version: str = ""
-    digest: bytes = b""
-
-    def packed(self) -> bytes:
-        """As MESSAGE_BYTES bytes; words beyond their room count in the digest alone."""
-        words = self.words.encode()
-        digest, shown = hashlib.blake2b(words, digest_size=16).digest(), words[:_WORDS]
-        return (_FRONT.pack(_MAGIC, self.version.encode()[:24])
-                + _REST.pack(self.round, _FAILED if self.failed else _GOES_ON, self.samples, self.addends, digest,
-                             len(shown)) + shown.ljust(_WORDS, b"\0"))
-
-
-def unpacked(message: bytes) -> Descriptor:
-    """What `packed` has packed; of another form of message the version alone, in round -1."""
-    magic, version = _FRONT.unpack_from(message)
-    name = version.rstrip(b"\0").decode(errors="replace")
-    if magic != _MAGIC:
-        return Descriptor(-1, "", version=name)
-    number, status, samples, addends, digest, length = _REST.unpack_from(message, _FRONT.size)
-    words = message[_FRONT.size + _REST.size:][:length].decode(errors="replace")
-    return Descriptor(number, words, samples, addends, status == _FAILED, name, digest)
-
-
-def problem(descriptors: Sequence[Descriptor | None], deadline: float) -> tuple[str, tuple[int, ...]]:
-    """Why the ranks cannot go on, and which ranks are the reason; nothing if they can. None is who did not come."""
-    failed = [rank for rank, one in enumerate(descriptors) if one is not None and one.failed]
-    if failed:
-        one = descriptors[failed[0]]
-        return f"{_named(failed)} failed: {one.words if one else ''}", tuple(failed)
-    missing = [rank for rank, one in enumerate(descriptors) if one is None]
-    if missing:
-        return (f"{_named(missing)} did not come within {deadline:g} s (call the same functions on every rank, or pass "
-                "a longer deadline=)", tuple(missing))
-    come = [one for one in descriptors if one is not None]
-    for what, key, cure in (
-            ("densegrad's version", lambda one: one.version, "install the same everywhere"),
-            ("what is reduced", lambda one: one.digest, "pass the same shapes, dtypes and options on every rank")):
-        keys = [key(one) for one in come]
-        usual = Counter(keys).most_common(1)[0][0]  # of equally many that of the lowest rank
-        others = [rank for rank, one in enumerate(keys) if one != usual]
-        if others:
-            most, other = keys.index(usual), others[0]
-            said = [come[rank].words or "nothing readable" for rank in (most, other)]
-            if what != "what is reduced":
-                said = [come[rank].version for rank in (most, other)]
-            return (f"the ranks differ in {what}: {_named(others)} has {said[1]}; rank {most} has {said[0]} ({cure})",
-                    tuple(others))
-    return "", ()
-
-
-def _named(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-class Numbers(NamedTuple):
-    """What every rank said in a round, by rank."""
-
-    samples: tuple[int, ...]
-    addends: tuple[int, ...]
-
-
-class Answer(NamedTuple):
-    """What rank 0 answers: that all go on, with every rank's numbers, or the words of what all raise."""
-
-    round: int
-    words: str
-    ranks: tuple[int, ...]
-    came: tuple[bool, ...]
-    numbers: Numbers
-
-    def packed(self) -> bytes:
-        """As a message of `answer_bytes(size)` bytes."""
-        size = len(self.came)
-        blamed = [rank in self.ranks for rank in range(size)]
-        return Descriptor(self.round, self.words, failed=bool(self.words)).packed() + struct.pack(
-            f"<{2 * size}q{2 * size}?", *self.numbers.samples, *self.numbers.addends, *blamed, *self.came)
-
-
-def answer_bytes(size: int) -> int:
-    """How long an answer is to so many ranks."""
-    return MESSAGE_BYTES + 18 * size
-
-
-def unpacked_answer(message: bytes) -> Answer:
-    """What `Answer.packed` has packed."""
-    front = unpacked(message)
-    size = (len(message) - MESSAGE_BYTES) // 18
-    values = struct.unpack(f"<{2 * size}q{2 * size}?", message[MESSAGE_BYTES:])
-    samples, addends, blamed, came = (values[begin:begin + size] for begin in range(0, 4 * size, size))
-    return Answer(front.round, front.words, tuple(rank for rank in range(size) if blamed[rank]), came,
-                  Numbers(samples, addends))
-
-
-class Line(Protocol):
-    """How descriptors and answers go between ranks. Rank 0 collects and publishes, the others submit and hear."""
-
-    def submit(self, round: int, message: bytes) -> None:
-        """Send this rank's descriptor to rank 0, without waiting."""
-
-    def collect(self, round: int, ranks: Sequence[int], until: float) -> dict[int, bytes]:
-        """The descriptors of this round of these ranks, as far as they come in time."""
-
-    def publish(self, round: int, message: bytes) -> None:
-        """Send an answer to every other rank, without waiting."""
-
-    def hear(self, round: int, until: float) -> bytes:
-        """The answer of this round.
-
-        Raises
-        ------
-        Late
-            If there is none at the time `until`.
-        """
 
 
 class State:
@@ -198,170 +60,6 @@ class State:
             if not error.agreed:
                 self.given_up = str(error)
             raise
-
-
-class MpiLine:
-    """By messages of MPI, on tags of their own."""
-
-    def __init__(self, comm: Any, state: State):
-        self.comm, self.state, self.size = comm, state, comm.Get_size()
-
-    def submit(self, round: int, message: bytes) -> None:
-        """As Line says."""
-        self._send(message, 0, engines.DESCRIPTOR_TAG)
-
-    def publish(self, round: int, message: bytes) -> None:
-        """As Line says."""
-        for rank in range(1, self.size):
-            self._send(message, rank, engines.ANSWER_TAG)
-
-    def _send(self, message: bytes, to: int, tag: int) -> None:
-        self.state.sent = [request for request in self.state.sent if not _is_done(request)]
-        self.state.sent.append(self.comm.Isend(bytearray(message), to, tag))
-
-    def collect(self, round: int, ranks: Sequence[int], until: float) -> dict[int, bytes]:
-        """As Line says."""
-        found: dict[int, bytes] = {}
-        expected = {rank: self._expect(MESSAGE_BYTES, rank, engines.DESCRIPTOR_TAG) for rank in ranks}
-
-        def all_are_here() -> bool:
-            for rank, (request, message) in [*expected.items()]:
-                if _is_done(request):
-                    if _is_of_before(message, round):
-                        expected[rank] = self._expect(MESSAGE_BYTES, rank, engines.DESCRIPTOR_TAG)
-                    else:
-                        found[rank] = bytes(message)
-                        del expected[rank]
-            return not expected
-
-        try:
-            engines.poll(all_are_here, until)
-        except Late:
-            for request, _ in expected.values():
-                _cancel(request)
-        return found
-
-    def hear(self, round: int, until: float) -> bytes:
-        """As Line says."""
-        expected = [self._expect(answer_bytes(self.size), 0, engines.ANSWER_TAG)]
-
-        def it_is_here() -> bool:
-            request, message = expected[0]
-            if not _is_done(request):
-                return False
-            if not _is_of_before(message, round):
-                return True
-            expected[0] = self._expect(answer_bytes(self.size), 0, engines.ANSWER_TAG)
-            return False
-
-        try:
-            engines.poll(it_is_here, until)
-        except Late:
-            _cancel(expected[0][0])
-            raise
-        return bytes(expected[0][1])
-
-    def _expect(self, size: int, source: int, tag: int) -> tuple[Any, bytearray]:
-        message = bytearray(size)
-        return self.comm.Irecv(message, source, tag), message
-
-
-def _is_done(request: Any) -> bool:
-    """Whether a request of MPI is done; Broken if MPI says that it never will be."""
-    try:
-        return request.Test()
-    except sys.modules["mpi4py.MPI"].Exception as error:
-        raise Broken(f"MPI says: {error}") from error
-
-
-def _is_of_before(message: bytes | bytearray, round: int) -> bool:
-    return 0 <= unpacked(bytes(message)).round < round
-
-
-def _cancel(request: Any) -> None:
-    request.Cancel()
-    request.Wait()  # of a receive that is cancelled, or done after all: at once
-
-
-class StoreLine:
-    """By the store through which a process group of torch.distributed has found its ranks."""
-
-    def __init__(self, group: Any):
-        self.store = sys.modules["torch.distributed"].distributed_c10d._get_default_store()
-        self.rank = group.rank()
-        self.prefix = f"densegrad/{group.group_name}"
-
-    def submit(self, round: int, message: bytes) -> None:
-        """As Line says."""
-        self.store.set(self._descriptor(round, self.rank), message)
-
-    def publish(self, round: int, message: bytes) -> None:
-        """As Line says; what two rounds before was published every rank has heard, or never will."""
-        self.store.set(self._answer(round), message)
-        self.store.delete_key(self._answer(round - 2))
-
-    def collect(self, round: int, ranks: Sequence[int], until: float) -> dict[int, bytes]:
-        """As Line says."""
-        keys = {rank: self._descriptor(round, rank) for rank in ranks}
-        if not self._wait([*keys.values()], until):
-            keys = {rank: key for rank, key in keys.items() if self.store.check([key])}
-        found = {rank: self.store.get(key) for rank, key in keys.items()}
-        for key in keys.values():
-            self.store.delete_key(key)
-        return found
-
-    def hear(self, round: int, until: float) -> bytes:
-        """As Line says."""
-        if not self._wait([self._answer(round)], until):
-            raise Late
-        return self.store.get(self._answer(round))
-
-    def _wait(self, keys: list[str], until: float) -> bool:
-        """Whether all of them are there in time."""
-        if not keys:
-            return True
-        try:
-            _within(partial(self.store.wait, keys, timedelta(seconds=max(until - time.monotonic(), 1e-3))), until)
-        except Late:
-            return False
-        except RuntimeError:
-            if time.monotonic() < until - _EARLY_SECONDS:
-                raise
-            return False
-        return True
-
-    def _descriptor(self, round: int, rank: int) -> str:
-        return f"{self.prefix}/{round}/{rank}"
-
-    def _answer(self, round: int) -> str:
-        return f"{self.prefix}/{round}/answer"
-
-
-def _within(work: Callable[[], Any], until: float) -> None:
-    """Do it on a thread that is left behind if it is not done in time: a store whose host hangs never answers.
-
-    Raises
-    ------
-    Late
-        If it is not.
-    """
-    done: SimpleQueue[BaseException | None] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            done.put(error)
-        else:
-            done.put(None)
-
-    Thread(target=run, daemon=True).start()
-    try:
-        error = done.get(timeout=max(until - time.monotonic(), 0) + _EARLY_SECONDS)
-    except Empty:
-        raise Late from None
-    if error is not None:
-        raise error
 
 
 class Rounds:
@@ -563,7 +261,7 @@ def group_of(comm: Any, deadline: float | None = None) -> Group:
     line: Line | None = None
     if engines.is_mpi(host):
         state = _state_of_mpi(host)
-        line = MpiLine(host, state)
+        line = MpiLine(host, state.sent)
         place = host.Get_rank(), host.Get_size()
     elif engines.is_torch(host):
         state = _of_torch.setdefault(host, State())

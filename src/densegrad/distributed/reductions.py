@@ -16,9 +16,10 @@ from ..facts import ITEM_BYTES
 from ..folds import SUM, Fold
 from ..slips import answered, meant
 from ..typing import DTypeName, Kind
-from .agreement import Descriptor, Numbers, group_of, telling
+from .agreement import group_of, telling
 from .buckets import Bucket, check_own, module_at, module_of, queued_at, spans, split
 from .engines import GPU, HOST, Broken, Engine, Late, Pending, place_of
+from .messages import Descriptor, Numbers
 
 #: bytes of a sum that are passed on to the next rank at once: see docs/distributed.md
 PIECE_BYTES = 1 << 20
