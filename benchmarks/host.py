@@ -236,17 +236,22 @@ def peers(module: Any) -> dict[str, Callable[[], Any] | None]:
     return found
 
 
-def microseconds(call: Callable[[], Any], rounds: int, repeats: int) -> list[float]:
-    """Microseconds a call, the mean of each round, in ascending order."""
-    for _ in range(repeats):  # kernels are made and plans found
-        call()
-    found = []
-    for _ in range(rounds):
-        begun = time.thread_time()
-        for _ in range(repeats):
+def microseconds(timed: Sequence[Callable[[], Any]], rounds: int, repeats: int) -> list[list[float]]:
+    """Microseconds a call of each, the mean of each round, in ascending order.
+
+    All take turns in each round, so that a slower minute of the processor is in every row.
+    """
+    for call in timed:
+        for _ in range(repeats):  # kernels are made and plans found
             call()
-        found.append((time.thread_time() - begun) / repeats * 1e6)
-    return sorted(found)
+    found: list[list[float]] = [[] for _ in timed]
+    for _ in range(rounds):
+        for call, samples in zip(timed, found, strict=True):
+            begun = time.thread_time()
+            for _ in range(repeats):
+                call()
+            samples.append((time.thread_time() - begun) / repeats * 1e6)
+    return [sorted(samples) for samples in found]
 
 
 def _of_another_state(python: str, checkout: str, rounds: int, repeats: int) -> dict[str, float]:
@@ -274,13 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.beside:
         python, checkout = options.beside
         old = _of_another_state(python, checkout, options.rounds, options.repeats)
-    new, open_rows = [], []
+    new = []
     with somewhere() as (module, name):
-        for label, call in (calls(module) | backwards() | peers(module)).items():
-            if call is None:
-                open_rows.append(label)
-                continue
-            found = microseconds(call, options.rounds, options.repeats)
+        listed = calls(module) | backwards() | peers(module)
+        timed = {label: call for label, call in listed.items() if call is not None}
+        rows = microseconds(list(timed.values()), options.rounds, options.repeats)
+        for label, found in zip(timed, rows, strict=True):
             fifth = len(found) // 5
             new.append({"call": label, "device": name, "processor": records.processor(),
                         "python": platform.python_version(), "date": records.today(), "commit": records.commit(),
@@ -294,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before = old.get(row["call"])
         share = () if before is None else (f"{before:.1f}", f"{float(row['median_us']) / before:.2f}")
         table.add_row(row["call"], row["median_us"], row["p20_us"], row["p80_us"], *share)
-    for label in open_rows:
+    for label in listed.keys() - timed.keys():
         table.add_row(label, "open", "", "")
     Console().print(table)
     if options.save:

@@ -1,7 +1,7 @@
 """The public functions, and how a call of each is described: accept the user's arrays, plan, list the launches."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import compress
@@ -502,18 +502,21 @@ def _describe_parameters(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     return describe_dense(arrays, outs, tuple(others), forms)
 
 
-@lru_cache(maxsize=256)
-def options_of_layer(need: tuple[bool, ...], activation: ActivationName | None) -> tuple[Any, ...]:
-    """The options of dense_grads for weights (M, D) and those of dx, dw and db that are needed, for `grads_of_layer`.
+def grads_of_layer(arrays: tuple[Any, ...], need: tuple[bool, ...], activation: ActivationName | None,
+                   negative_slope: float | None) -> list[Any]:
+    """dx, dw and db as dense_grads gives them of (x, w, dz, z, None) with weights (M, D).
 
-    Made once, since layers are called often.
+    need says which of the three are made; x and w may be None where none needs them.
     """
-    return tuple(compress(DenseGrads._fields, need)), activation, None, 0, "out_in", False, False, None, False, None
+    return call(_layer(need, activation), arrays, _NO_OUTS, (), (1.0, parameter_of(negative_slope)))
 
 
-def grads_of_layer(arrays: tuple[Any, ...], options: tuple[Any, ...], negative_slope: float | None) -> list[Any]:
-    """dx, dw and db as dense_grads gives them of (x, w, dz, z, None), where x and w may be None if not needed."""
-    return call(describe_dense, arrays, _NO_OUTS, options, (1.0, parameter_of(negative_slope)))
+@lru_cache(maxsize=256)
+def _layer(need: tuple[bool, ...], activation: ActivationName | None) -> Callable[..., Recipe]:
+    """What describes the calls of such a layer: made once, so that later ones are told apart by it alone."""
+    needed = tuple(compress(DenseGrads._fields, need))
+    options = needed, activation, None, 0, "out_in", False, False, None, False, None
+    return lambda arrays, outs, _: describe_dense(arrays, outs, options)
 
 
 def describe_dense(arrays: tuple, outs: tuple, options: tuple, keeps_dz: bool = False) -> Recipe:

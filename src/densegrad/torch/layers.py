@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..activations import ACTIVATIONS, NEGATIVE_SLOPE
 from ..errors import DensegradError, DTypeError, ShapeError
-from ..gradients import DenseGrads, dense_grads, grads_of_layer, options_of_layer
+from ..gradients import DenseGrads, dense_grads, grads_of_layer
 from ..operands import accept_tuple
 from ..slips import meant
 from ..typing import ActivationName
@@ -54,7 +54,7 @@ def _linear_backward_on_device(da, x, weight, z, *how):
     activation, negative_slope, need = how
     if x.dim() > 1:
         arrays = x if need[1] else None, weight if need[0] else None, da, z, None
-        grads = grads_of_layer(arrays, options_of_layer(tuple(need), activation), negative_slope)
+        grads = grads_of_layer(arrays, tuple(need), activation, negative_slope)
     else:
         grads = _dense_grads(da, x, weight, z, activation=activation, negative_slope=negative_slope,
                              need=compress(DenseGrads._fields, need))
