@@ -55,10 +55,12 @@ Order of additions
     change a bit.
 dL/db
     May ride along where dZ is contiguous across the depth: three warps of the first warpgroup add its lines up, which
-    lie in shared memory anyway. A stage takes them twice as long as its products take, so the tiles that read the same
-    columns of dZ share its steps: sharer s of n takes the steps s, s + n, ... of each part. A thread adds a chunk of
-    eight columns in the lines 8 g .. 8 g + 7 of its share's g = share, share + shares, ..., in ascending order, into a
-    row of the workspace: row (part * n + s) * shares + share. add_parts adds the rows in ascending order.
+    lie in shared memory anyway. A thread adds a chunk of eight columns in eight lines a round: in round i of a step in
+    the lines 8 g .. 8 g + 7 of g = i * shares + share, if there are so many, in ascending order. All rounds of a stage
+    take twice as long as its products. So the tiles that read the same columns of dZ share the rounds: sharer s of n
+    takes the rounds s, s + n, ... of each part, counted through its steps, and no stage is held up for long. What a
+    thread has added goes into a row of the workspace: row (part * n + s) * shares + share. add_parts adds the rows in
+    ascending order.
 Tensor maps
     Arrive as arguments, 16 integers each. The first thread of each block writes them to its own place of the workspace,
     since copies read them from global memory.
@@ -114,6 +116,7 @@ def make_matmul_hopper(constants):
     summed_size, summed_at = (tile_rows, 0) if of_left else (tile_cols, left_bytes)
     chunks = summed_size // 8
     shares = adders // chunks
+    rounds = -(-8 // shares)
 
     shared_tiles = primitives.shared_tiles(empty_at + 8 * stages)
     quotient = primitives.quotient()
@@ -123,7 +126,7 @@ def make_matmul_hopper(constants):
     expect_stage = primitives.expect_bytes(stage_bytes)
     write_map, maps_written, map_at = primitives.write_map(), primitives.maps_written(), primitives.map_at()
     copy_box = primitives.copy_box()
-    fewer, more = (56, 224) if has_sums else (24, 240)
+    fewer, more = (72, 216) if has_sums else (24, 240)
     fewer_registers, more_registers = primitives.fewer_registers(fewer), primitives.more_registers(more)
     no_totals, add_lines = primitives.zeros("float32", 8), primitives.add_lines(kind)
     first_four, last_four = primitives.head("float32", 8, 4), primitives.rotate("float32", 8, 4)
@@ -237,8 +240,8 @@ def make_matmul_hopper(constants):
                         stage, parity = after(stage, parity)
                     number = int32(number + cuda.gridDim.x)
             elif has_sums and thread >= LANES:
-                # 3. The other warps add the summed operand up in every sharers-th step: a thread a chunk of eight
-                #    columns in some of the lines, into a row of its own.
+                # 3. The other warps add the summed operand up in every sharers-th round, of a few in each step: a thread
+                #    a chunk of eight columns in eight of the lines, into a row of its own.
                 chunk, share = int32((thread - LANES) % chunks), int32((thread - LANES) // chunks)
                 box_at = int32(summed_at + chunk // 8 * PIECE_BYTES)
                 parity = int32(0)
@@ -250,13 +253,14 @@ def make_matmul_hopper(constants):
                     totals = no_totals()
                     for _ in range(first, end):
                         wait(shared, int32(full_at + 8 * stage), parity)
-                        if until == 0:
-                            start = int32(stage * stage_bytes + box_at)
-                            for group in range(share, 8, shares):
-                                totals = add_lines(shared, int32(start + group * 8 * LINE_BYTES), int32(chunk % 8),
-                                                   totals)
-                            until = int32(sharers)
-                        until = int32(until - 1)
+                        start = int32(stage * stage_bytes + box_at)
+                        for group in range(share, rounds * shares, shares):
+                            if until == 0:
+                                if group < 8:
+                                    totals = add_lines(shared, int32(start + group * 8 * LINE_BYTES), int32(chunk % 8),
+                                                       totals)
+                                until = int32(sharers)
+                            until = int32(until - 1)
                         meet_warp()
                         if thread % LANES == 0:
                             arrive(shared, int32(empty_at + 8 * stage))

@@ -368,7 +368,7 @@ class MatmulHopperArguments(NamedTuple):
     alpha: Scale
     depth_sums: Address  # rows of sums in the workspace: of each part those of all sharers
     depth_sums_pitch: Integer  # elements from one row to the next
-    sharers: Integer  # tiles that share the steps of a part among them
+    sharers: Integer  # tiles that share the rounds of a part among them
 
 
 # -- turn_operand

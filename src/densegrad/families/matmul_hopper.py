@@ -25,7 +25,7 @@ SPLIT_STAGES = {128: 3}
 START = 2.0
 #: microseconds of a stage where all multiprocessors work, and what share of them it takes where half or fewer do
 STEP_MICROSECONDS, ALONE = {256: 0.82, 192: 0.63, 128: 0.43}, 0.78
-#: how many tiles share the steps of sums along the depth at the most, and the threads of each that add
+#: how many tiles share the rounds of sums along the depth at the most, and the threads of each that add
 MOST_SHARERS, ADDERS = 32, 96
 #: three warpgroups, of which two multiply 64 rows of a tile each
 THREADS, TILE_ROWS = 384, 128
@@ -162,7 +162,7 @@ class HopperPlan(Tiling):
         return self.dtype in HALF_TYPES and not side_of(product.right.T, 1)[0].along_depth
 
     def sharers(self, product: Product) -> int:
-        """How many of the tiles that read the same part of the summed operand share its steps."""
+        """How many of the tiles that read the same part of the summed operand share its rounds."""
         others = ceil_div(self.cols, self.tile_cols) if product.sums_of == "left" else ceil_div(self.rows, TILE_ROWS)
         return min(others, MOST_SHARERS)
 

@@ -38,6 +38,9 @@ MOST_WORKSPACE = 2**26
 #: what counts for a plan whose depth is cut further than in any row, and for a thin one beside others, which no row
 #: covers: it has to promise a tenth
 EXTRAPOLATED = 1.1
+#: how long Hopper's warps add a tile's columns up, of the time of its products, and for what share of that time tiles
+#: are held up of which 32 share the adding: figures of a prototype of the kernel on an H100
+ADDING, SHARED = 2.0, 0.03
 
 
 @remembered
@@ -337,9 +340,9 @@ def bias_rides_along(plan: ProductPlan) -> bool:
     """Whether adding dZ up within dL/dW's blocks is cheaper than reading it once more, by the model.
 
     The blocks of the first tile row spend about 2 % more instructions on it on FMA units, 10 % on tensor cores, and
-    end up to that much later. By Hopper's kernel each tile row of n adds every nth step, which takes twice as long
-    then, and a second launch adds the rows of sums. Of float64 it always rides along, whatever kernel runs: so db's
-    bits follow from the sizes.
+    end up to that much later. Hopper's kernel has warps for it, which would take twice as long as the products do: n
+    tile rows share it, and a second launch adds the rows of sums. Of float64 it always rides along, whatever kernel
+    runs: so db's bits follow from the sizes.
     """
     if isinstance(plan, ThinPlan) and plan.rows > THIN:
         return False
@@ -348,7 +351,10 @@ def bias_rides_along(plan: ProductPlan) -> bool:
     cost = plan.cost("across")
     if cost is None:
         return True
-    share = {TensorCorePlan: 0.1, HopperPlan: 1.0}.get(type(plan), 0.02)
-    extra = share * cost.loop / ceil_div(max(plan.rows, 1), plan.tile_rows) + LAUNCH * isinstance(plan, HopperPlan)
+    tile_rows = ceil_div(max(plan.rows, 1), plan.tile_rows)
+    if isinstance(plan, HopperPlan):
+        extra = cost.loop * max(ADDING / tile_rows - 1, SHARED) + LAUNCH
+    else:
+        extra = cost.loop * (0.1 if isinstance(plan, TensorCorePlan) else 0.02) / tile_rows
     again = plan.depth * plan.cols * ITEM_BYTES[plan.dtype] / BYTES_A_MICROSECOND
     return extra < again + LAUNCH
