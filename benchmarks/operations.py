@@ -1,7 +1,7 @@
 """What is measured: the operations, their cases and their data. An operation is added here, in one place.
 
-An operation is named by the function of densegrad that does it, or is one of layers in PyTorch; what it reads and
-writes says how many bytes and flops it takes, and what its results should be.
+An operation is named by the function of densegrad that does it, names that beside, or is one of layers in PyTorch; what
+it reads and writes says how many bytes and flops it takes, and what its results should be.
 """
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ class Result:
     rows: tuple[str, int] | None = None  # of a product: which axis of which argument its rows follow
     # of the arguments, the sum of magnitudes where it is not the meaning of the arguments' own
     magnitude: Callable[..., np.ndarray] | None = None
+    added: bool = False  # whether it is added to what is there, which is 1 everywhere, in place of NaN
 
 
 #: Inputs of a trained layer are about normal, weights are smaller the more inputs there are, gradients are small.
@@ -95,6 +96,9 @@ RESULTS = {
 }
 RESULTS |= {f"main {name}": replace(RESULTS[name], array=replace(RESULTS[name].array, main=True))
             for name in ("dw", "db")}
+RESULTS["main dw, added"] = replace(
+    RESULTS["main dw"], meaning=lambda x, dz: 1 + reference.weight_grad(x, dz), added=True,
+    magnitude=lambda x, dz: 1 + reference.weight_grad(np.abs(x), np.abs(dz)))
 #: of the operations on losses, what becomes of those of the samples
 REDUCTIONS = {"cross_entropy": "mean", "cross_entropy_grad": "sum"}
 
@@ -144,6 +148,12 @@ class Operation:
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
     # (case, inputs) -> all results, where they are worked out together
     expected: Callable[..., Mapping[str, Expected]] | None = None
+    function: str = ""  # of densegrad, where the operation is not named by it
+
+    @property
+    def added(self) -> bool:
+        """Whether results are added to what is there."""
+        return any(RESULTS[name].added for name in self.results)
 
 
 #: how many parts of the batch go one after another into main gradients
@@ -159,6 +169,10 @@ OPERATIONS = {
                                     expected=_below_cross_entropy),
     "cross_entropy": Operation(("z", "labels"), ("loss", "dz below cross-entropy", "db below cross-entropy"),
                                expected=_below_cross_entropy),
+    # Main gradients: float32 of half types, overwritten, or added to in place.
+    "weight_grad_float32": Operation(("x", "dz"), ("main dw",), dtypes=("float16", "bfloat16"), function="weight_grad"),
+    "weight_grad_added": Operation(("x", "dz"), ("main dw, added",), dtypes=("float16", "bfloat16"),
+                                   function="weight_grad"),
     # Of layers in PyTorch, through autograd: one backward, and micro-batches of one batch into main gradients.
     "layer_backward": Operation(("x", "w", "dz"), ("dx", "dw", "db"), in_pytorch=True),
     "micro_batches": Operation(("x", "dz"), ("main dw", "main db"), in_pytorch=True, in_parts=True,
@@ -248,7 +262,7 @@ class Truth:
         product_error : float
             What each product may be off by, of its magnitude.
         """
-        depth = RESULTS[result].depth(*self.case.sizes)
+        depth = RESULTS[result].depth(*self.case.sizes) + RESULTS[result].added
         if got.shape != RESULTS[result].array.shape(*self.case.sizes):
             return float("inf")
         if self.case.does.expected:
@@ -260,7 +274,8 @@ class Truth:
         exact, magnitude = self._known[result]
         if exact.shape != got.shape:
             got = got[checked_rows(len(got))]
-        bound = testing.error_bound(magnitude, exact, depth if chain is None else chain, depth, self.case.dtype,
+        longest = depth if chain is None else chain + RESULTS[result].added
+        bound = testing.error_bound(magnitude, exact, longest, depth, self.case.dtype,
                                     RESULTS[result].array.dtype(self.case.dtype).name, product_error=product_error)
         return checks.compare(got, exact, bound)[2]
 
@@ -294,6 +309,10 @@ SHAPES = {
     "layers": tuple(LAYERS.values()),
     "tall": (*((samples, 64, outputs) for outputs in (1, 3, 10, 33, 128)
                for samples in (1_000, 10_000, 100_000, 1_000_003)), (1_000_003, 128, 128)),
+    # what products on Hopper's tensor cores are raced on; the first two are over too soon to tell much
+    "hopper": ((1024, 1024, 1024), (2056, 1000, 1032), (2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192),
+               (8192, 768, 3072), (8192, 3072, 768), (16384, 4096, 14336), (16384, 4096, 4096), (65536, 1024, 1024),
+               (2048, 768, 32000), (16384, 1024, 4096)),
     "losses": tuple((samples, 1, classes) for samples, classes in (
         (2048, 32000), (8192, 3072), (2048, 16000), (65536, 1000), (2048, 50257))),
     "square": tuple((size, size, size) for size in (512, 1024, 2048, 4096, 8192)),

@@ -70,6 +70,7 @@ def implementation(name: str, *operations: str, requires: tuple[str, ...] = (),
 
 
 PRODUCTS = ("weight_grad", "input_grad", "weight_bias_grad", "dense_grads")
+MAIN_GRADIENTS = ("weight_grad_float32", "weight_grad_added")
 
 
 def _densegrad(precision: str | None) -> Prepare:
@@ -79,7 +80,8 @@ def _densegrad(precision: str | None) -> Prepare:
             raise NotApplicable("precision is a choice for float32")
         if case.does.in_pytorch:
             raise NotApplicable("densegrad in PyTorch does it")
-        function, does = getattr(densegrad, case.operation), case.does
+        does = case.does
+        function = getattr(densegrad, does.function or case.operation)
         inputs = [arrays[name] for name in does.inputs]
         given = {name: arrays[name] for name in does.results}
         out: Any = next(iter(given.values()))
@@ -93,6 +95,7 @@ def _densegrad(precision: str | None) -> Prepare:
         elif case.operation == "cross_entropy":
             out = densegrad.LossGrads(*given.values())
         options = {"batch_axis": case.batch_axis, "out": out} | ({"precision": precision} if precision else {})
+        options |= {"accumulate": True} if does.added else {}
 
         def call() -> tuple:
             results = function(*inputs, **options)
@@ -144,10 +147,10 @@ def _cupy(case: Case, arrays: Mapping[str, Any]) -> Call:
     return call
 
 
-@implementation("PyTorch", "bias_grad", "weight_bias_grad", "dense_grads", "activation_grad", "cross_entropy_grad",
+@implementation("PyTorch", "bias_grad", *PRODUCTS, *MAIN_GRADIENTS, "activation_grad", "cross_entropy_grad",
                 requires=("torch",))
 def _torch(case: Case, arrays: Mapping[str, Any]) -> Call:
-    """torch.sum, and backward passes: of relu, of cross_entropy, and of linear, whose weight is (M, D)."""
+    """torch.sum, mm, addmm, and backward passes: of relu, of cross_entropy, and of linear, whose weight is (M, D)."""
     import torch
 
     tensors = _fair_tensors(arrays)
@@ -163,10 +166,24 @@ def _torch(case: Case, arrays: Mapping[str, Any]) -> Call:
             return dz, torch.sum(dz, 0)
 
         return backward
+    if len(case.does.results) == 1:
+        return _product(case, tensors)
     return _linear_backward(case, tensors)
 
 
-@implementation("PyTorch tf32", "weight_bias_grad", "dense_grads", requires=("torch",), precision="tf32")
+def _product(case: Case, tensors: Mapping[str, Any]) -> Call:
+    """One product into its result, which may be float32 of half types, or added there."""
+    import torch
+
+    name, = case.does.results
+    out, factors = tensors[name], ((tensors["dz"], tensors["w"].T) if name == "dx" else (tensors["x"].T, tensors["dz"]))
+    options = {"out": out} | ({} if out.dtype == factors[0].dtype else {"out_dtype": out.dtype})
+    if case.does.added:
+        return lambda: (torch.addmm(out, *factors, **options),)
+    return lambda: (torch.mm(*factors, **options),)
+
+
+@implementation("PyTorch tf32", *PRODUCTS, requires=("torch",), precision="tf32")
 def _torch_tf32(case: Case, arrays: Mapping[str, Any]) -> Call:
     import torch
 

@@ -18,7 +18,7 @@ from densegrad.commands.files import written
 
 from . import plots, records, run, tables
 from .counting import Shown
-from .operations import OPERATIONS
+from .operations import OPERATIONS, SHAPES
 
 Row = Mapping[str, str]
 ROOT = Path(__file__).parents[1]
@@ -348,6 +348,29 @@ def measured_part(measured: Measured) -> list[str]:
     return [*lines, *(["", "Not timed:", "", *failed] if failed else [])]
 
 
+def race_part(measured: Measured) -> list[str]:
+    """What the race on tensor cores came to, if the rows have all of its shapes."""
+    raced: dict[tuple[str, str, str], dict[tuple[int, ...], float]] = {}
+    for key, found in cases(measured.rows).items():
+        timed = timings(found.values())
+        for name in (name for name in timed if name.partition(" ")[0] == OURS):
+            others = [other for other in timed if other.partition(" ")[0] != OURS and
+                      _precision(other) == _precision(name)]
+            sizes = tuple(int(timed[name][size]) for size in "SDM")
+            if others and sizes in SHAPES["hopper"]:
+                ratio = float(timed[others[0]]["median_us"]) / float(timed[name]["median_us"])
+                raced.setdefault((key[0], timed[name]["dtype"], name.removeprefix(OURS)), {})[sizes] = ratio
+    soon, rest = SHAPES["hopper"][:2], SHAPES["hopper"][2:]
+    body = [[operation, f"{dtype}{how}", f"{geometric_mean(ratios[one] for one in rest):.2f}",
+             f"{min(ratios.values()):.2f}", *(f"{ratios[one]:.2f}" for one in soon)]
+            for (operation, dtype, how), ratios in raced.items() if len(ratios) == len(SHAPES["hopper"])]
+    if not body:
+        return []
+    return ["", f"**The race on tensor cores** ({measured.when}, `python -m benchmarks.run --shapes hopper`): speed "
+            "over the fastest peer. The mean is a geometric one, of all shapes but the last two columns'.", "",
+            *table(["operation", "dtype", "mean", "least", *(" x ".join(map(str, one)) for one in soon)], body)]
+
+
 def measured_plots(rows: Sequence[Row]) -> dict[str, str]:
     """File name -> plot, for what there are rows for."""
     made, by_case = {}, cases(rows)
@@ -450,7 +473,7 @@ def section(folder: Path, pictures: str) -> tuple[str, dict[str, str]]:
             file = f"{one.name}-{name}.svg"
             made[file] = plot
             lines += ["", f"![{one.gpu}: {name}]({pictures}/{file})"]
-        lines += products_part(one)
+        lines += race_part(one) + products_part(one)
     lines += host_part(python_rows) + simulator_part(simulator_rows)
     lines += ["", "## Counted and modelled: no times"]
     if by_table.get("batch_sum"):

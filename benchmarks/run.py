@@ -170,9 +170,10 @@ class Bench:
                 }, timed, case.bytes, case.flops, least and least / timed.quantile(0.5))
 
     def _nothing(self, case: Case) -> dict[str, Any]:
-        """Results full of NaN, which an implementation has to replace."""
-        blank = {name: np.full(RESULTS[name].array.shape(*case.sizes), np.nan, RESULTS[name].array.dtype(case.dtype))
-                 for name in case.does.results}
+        """Results full of NaN, which an implementation has to replace, or of 1, which it has to add to."""
+        blank = {name: np.full(result.array.shape(*case.sizes), 1 if result.added else np.nan,
+                               result.array.dtype(case.dtype))
+                 for name, result in ((name, RESULTS[name]) for name in case.does.results)}
         return {name: self.cupy.asarray(array) for name, array in blank.items()}
 
     def _race(self, case: Case, racers: Sequence[Implementation],

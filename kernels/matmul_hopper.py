@@ -240,8 +240,8 @@ def make_matmul_hopper(constants):
                         stage, parity = after(stage, parity)
                     number = int32(number + cuda.gridDim.x)
             elif has_sums and thread >= LANES:
-                # 3. The other warps add the summed operand up in every sharers-th round, of a few in each step: a thread
-                #    a chunk of eight columns in eight of the lines, into a row of its own.
+                # 3. The other warps add the summed operand up in every sharers-th round, of a few in each step: a
+                #    thread a chunk of eight columns in eight of the lines, into a row of its own.
                 chunk, share = int32((thread - LANES) % chunks), int32((thread - LANES) // chunks)
                 box_at = int32(summed_at + chunk // 8 * PIECE_BYTES)
                 parity = int32(0)

@@ -217,3 +217,25 @@ def test_losses_of_peers_are_held_to_bounds_that_they_keep(operation, dtype, in_
             assert truth.worst(result, got, None) < 1
             assert truth.worst(result, got * 1.25, None) > 1
             assert truth.worst(result, np.full_like(got, np.nan), None) > 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("operation", ["weight_grad", "input_grad", *peers.MAIN_GRADIENTS])
+def test_products_of_pytorch_are_held_to_bounds_that_they_keep(operation, dtype, in_pytorch, monkeypatch):
+    """With a stand-in for results of another type, which PyTorch has on GPUs alone."""
+    def widened(of):
+        def function(*given, out, out_dtype=None):
+            return out.copy_(of(*(one.to(out_dtype or one.dtype) for one in given)))
+        return function
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, widened(getattr(torch, name)))
+    case = Case(operation, 27, 30, 13, dtype)
+    data, (name,) = case.data(), case.does.results
+    made = operations.RESULTS[name]
+    into = np.full(made.array.shape(*case.sizes), 1 if made.added else np.nan, made.array.dtype(dtype))
+    (found,) = in_pytorch("PyTorch", case, data | {name: into})
+    truth = Truth(case, data)
+    assert truth.worst(name, found, None) < 1
+    assert truth.worst(name, found * 1.25, None) > 1
+    np.testing.assert_array_equal(found, into.astype(np.float64))

@@ -1,5 +1,6 @@
 """The benchmark scripts: that they run to their end, never time what is wrong, and keep their rows."""
 import csv
+import importlib.util
 import os
 import re
 import subprocess
@@ -67,8 +68,9 @@ def peer(monkeypatch):
 @pytest.mark.only("gpu")
 @pytest.mark.filterwarnings("ignore:.*no current CUDA context:UserWarning")  # torch's, if a backward pass comes first
 def test_every_operation_is_timed_with_its_peers(bench, monkeypatch):
+    torch = importlib.util.find_spec("torch") and importlib.import_module("torch")
     fewer = [replace(one, operations=("weight_grad",)) if one.ours and "tf32" in one.name else one
-             for one in run.IMPLEMENTATIONS]
+             for one in run.IMPLEMENTATIONS if "torch" not in one.requires or (torch and torch.cuda.is_available())]
     monkeypatch.setattr(run, "IMPLEMENTATIONS", fewer)  # executing tensor cores takes long
     status, rows = bench("--dtype", "float32")
     assert status == 0
@@ -79,8 +81,8 @@ def test_every_operation_is_timed_with_its_peers(bench, monkeypatch):
         assert failed.pop(0)["implementation"] == "cuBLAS tf32"
     assert not failed if cublas else {row["implementation"] for row in failed} <= {"cuBLAS", "CuPy"}
     timed = {(row["operation"], row["implementation"]) for row in rows}
-    assert timed >= {(name, who) for name, does in operations.OPERATIONS.items() if not does.in_pytorch
-                     for who in ("densegrad", "CuPy")}
+    assert timed >= {(name, who) for name, does in operations.OPERATIONS.items()
+                     if "float32" in does.dtypes and not does.in_pytorch for who in ("densegrad", "CuPy")}
     assert timed >= {("weight_grad", "densegrad tf32"), ("weight_grad", "densegrad tf32x3")}
     assert timed >= {("weight_grad", "naive"), ("weight_grad", "shared tiles"), ("roof", "device copy"),
                      ("roof", "cuBLAS")}
@@ -178,7 +180,7 @@ def test_shapes_that_are_wrong_are_refused(tmp_path, capsys):
         assert run.main(["--shapes", str(path)]) == 2
         assert "error: " in capsys.readouterr().err
     assert run.main(["--shapes", "round"]) == 2
-    assert "layers, tall, losses, square or a CSV file" in capsys.readouterr().err
+    assert "layers, tall, hopper, losses, square or a CSV file" in capsys.readouterr().err
 
 
 def test_tf32_is_refused(monkeypatch, capsys):
@@ -241,6 +243,24 @@ def test_our_loss_is_timed_into_results_that_are_checked():
         assert np.shares_memory(into, got)
         assert truth.worst(name, got, 1) < 1
         assert truth.worst(name, got * np.float32(1.001), 1) > 1
+
+
+@pytest.mark.only("simulator")
+@pytest.mark.parametrize("operation", peers.MAIN_GRADIENTS)
+def test_main_gradients_are_timed_into_results_that_are_checked(operation):
+    """Overwritten where NaN is, or added to 1; another call adds again."""
+    case = Case(operation, 24, 5, 4, "bfloat16")
+    data, truth = case.data(), Truth(case, case.data())
+    name, = case.does.results
+    main = np.full((5, 4), 1 if case.does.added else np.nan, "float32")
+    ours = next(one for one in peers.IMPLEMENTATIONS if one.name == peers.OURS)
+    call = ours.prepare(case, data | {name: main})
+    worst, plans = run.gate(call, truth, ours)
+    assert worst < 1
+    assert plans
+    assert truth.worst(name, main * np.float32(1.001), 24) > 1
+    call()
+    assert (truth.worst(name, main, 24) > 1) == case.does.added
 
 
 def test_large_results_are_checked_at_rows_from_the_first_to_the_last(monkeypatch):
@@ -514,6 +534,23 @@ def test_measured_rows_make_tables_and_plots(measured):
         assert "Sum Machine 3000" in words
         assert f"(results/{name})" in text
         assert "prefers-color-scheme: dark" in plot
+
+
+def test_a_whole_race_on_tensor_cores_has_its_means(measured):
+    (path,) = measured.glob("*.csv")
+    rows = records.read(path)
+    row = next(dict(row) for row in rows if row["operation"] == "weight_grad")
+    shapes = operations.SHAPES["hopper"]
+    for place, sizes in enumerate(shapes):
+        same = row | dict(zip("SDM", map(str, sizes), strict=True)) | {
+            "operation": "weight_grad_added", "dtype": "float16"}
+        rows += [same | {"median_us": "100.0"},
+                 same | {"implementation": "PyTorch", "median_us": "50.0" if place == 1 else "120.0"}]
+    records.write(path, rows)
+    text, _ = report.section(measured, "results")
+    assert "| weight_grad_added | float16 | 1.20 | 0.50 | 1.20 | 0.50 |" in text
+    records.write(path, rows[:-1])
+    assert "The race on tensor cores" not in report.section(measured, "results")[0]
 
 
 def headline(operation, sizes, dtype="float32", precision=""):

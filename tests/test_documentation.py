@@ -77,6 +77,12 @@ ON_A_GPU = {
         "python -m benchmarks.run --help",
     "python -m benchmarks.run --op layer_backward --dtype float32 bfloat16": "python -m benchmarks.run --help",
     "python -m benchmarks.run --op micro_batches --dtype bfloat16": "python -m benchmarks.run --help",
+    "python -m benchmarks.run --shapes hopper --dtype bfloat16 --op weight_grad weight_grad_float32 weight_grad_added":
+        "python -m benchmarks.run --help",
+    "python -m benchmarks.run --shapes hopper --dtype bfloat16 --op weight_bias_grad input_grad":
+        "python -m benchmarks.run --help",
+    "python -m benchmarks.run --shapes hopper --dtype float32 float64 --op weight_grad input_grad":
+        "python -m benchmarks.run --help",
 }
 PROGRAMS = {"python": [sys.executable], "densegrad": [sys.executable, "-m", "densegrad"],
             "pytest": [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"], "bash": ["bash"]}
