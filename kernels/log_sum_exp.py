@@ -32,11 +32,48 @@ from numba import cuda
 
 from . import primitives
 from .lanes import over_lanes
-from .primitives.factories import cache
+from .primitives.factories import cache, group
 from .primitives.layout import ITEM_BYTES, LANES, SECTOR, WIDEST
 from .weigh_samples import weight_of_sample
 
 LOWEST, NOT_A_NUMBER = float("-inf"), float("nan")
+
+
+def _logits(dtype, accumulator, count):
+    """The logits of a sample: so many at a time, those at its ends, and one alone."""
+    return group(whole=primitives.load_vector(dtype, count, accumulator),
+                 edge=primitives.load_between(dtype, count, accumulator, LOWEST),
+                 one=primitives.load_each(dtype, 1, accumulator))
+
+
+def _targets(dtype, accumulator, count, targets):
+    """What is held against softmax, element by element, and what a sample weighs."""
+    labels, class_weights, weights = targets
+    return group(labelled=primitives.labelled(accumulator, tuple(range(count)), 1),
+                 smooth=primitives.smooth(accumulator, count), fill=primitives.fill(accumulator, count),
+                 between=primitives.between(accumulator, count), weigh=primitives.weigh(accumulator, count, count),
+                 probabilities=primitives.load_between(dtype, count, accumulator, 0.0),
+                 class_weights=primitives.load_between(class_weights or accumulator, count, accumulator, 0.0),
+                 label=primitives.load_integers(labels or "int64", (0,)), kept=primitives.load_integers("bool", (0,)),
+                 weight=primitives.load_each(accumulator if weights in ("", "bool") else weights, 1, accumulator),
+                 weight_of=weight_of_sample(accumulator, targets))
+
+
+def _states(dtype, accumulator, count, over_one_lane):
+    """States are (largest, total), then Q and the sum of q times what z is less than the largest."""
+    merge = primitives.merge_targets(accumulator)
+
+    def others(distance):
+        return primitives.of_lane(accumulator, 4, distance)
+
+    return group(none=primitives.no_exponentials(accumulator), no_targets=primitives.zeros(accumulator, 2),
+                 both=primitives.join(accumulator, (2, 2)), front=primitives.head(accumulator, 4, 2),
+                 turn=primitives.rotate(accumulator, 4, 2), add=primitives.add_exponentials(dtype, accumulator, count),
+                 add_targets=primitives.add_targets(dtype, accumulator, count), merge=merge,
+                 over_warp=over_lanes(merge, others, 0 if over_one_lane else LANES // 2),
+                 load=primitives.load_shared(accumulator, 4), store=primitives.store_shared(accumulator, 4),
+                 log=primitives.log_of_exponentials(accumulator))
+
 
 
 @cache
@@ -49,43 +86,18 @@ def make_log_sum_exp(constants):
     of_labels, of_classes, dense = labels != "", class_weights != "", targets.dense
     weighted, masked, with_loss, each_loss = weights not in ("", "bool"), weights == "bool", loss != "", loss == "each"
     leaves = mean or loss == "sum"
+    logits, target_of = _logits(dtype, accumulator, count), _targets(dtype, accumulator, count, targets)
+    state_of = _states(dtype, accumulator, count, features_first)
     number, fill = primitives.typed(accumulator), primitives.fill(accumulator, 1)
     zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
     divide, subtract = primitives.divide(accumulator), primitives.minus(accumulator, 1, 1)
-    load_all, load_edge = (primitives.load_vector(dtype, count, accumulator),
-                           primitives.load_between(dtype, count, accumulator, LOWEST))
-    load_element = primitives.load_each(dtype, 1, accumulator)
-    between = primitives.between(accumulator, count)
-    # What is held against softmax, element by element.
-    labelled, smooth = (primitives.labelled(accumulator, tuple(range(count)), 1),
-                        primitives.smooth(accumulator, count))
-    load_probabilities = primitives.load_between(dtype, count, accumulator, 0.0)
-    load_classes = primitives.load_between(class_weights or accumulator, count, accumulator, 0.0)
-    weigh_classes = primitives.weigh(accumulator, count, count)
-    fill_all = primitives.fill(accumulator, count)
-    # States are (largest, total), then Q and the sum of q times what z is less than the largest.
-    nothing, no_targets = primitives.no_exponentials(accumulator), primitives.zeros(accumulator, 2)
-    add_values = primitives.add_exponentials(dtype, accumulator, count)
-    add_targets, merge = primitives.add_targets(dtype, accumulator, count), primitives.merge_targets(accumulator)
-    both, front, turn = (primitives.join(accumulator, (2, 2)), primitives.head(accumulator, 4, 2),
-                         primitives.rotate(accumulator, 4, 2))
-
-    def others(distance):
-        return primitives.of_lane(accumulator, 4, distance)
-
-    over_warp = over_lanes(merge, others, 0 if features_first else LANES // 2)
+    store = primitives.store_vector(accumulator, 1, accumulator)
     shares = adders if features_first else adders // LANES
     # One place more a sample, so that samples begin at different banks.
     pitch = 4 * (shares + 1)
     state_array = primitives.shared_array("states", accumulator, samples_of_block * pitch)
-    load_state, store_state = primitives.load_shared(accumulator, 4), primitives.store_shared(accumulator, 4)
     left_array = primitives.shared_array("left", accumulator, 2 * samples_of_block)
     store_left, add_left = primitives.store_shared(accumulator, 1), primitives.add_shared(accumulator, samples_of_block)
-    load_label = primitives.load_integers(labels or "int64", (0,))
-    load_kept = primitives.load_integers("bool", (0,))
-    load_weight = primitives.load_each(weights if weighted else accumulator, 1, accumulator)
-    weight_of, log_of = weight_of_sample(accumulator, targets), primitives.log_of_exponentials(accumulator)
-    store = primitives.store_vector(accumulator, 1, accumulator)
 
     @primitives.jit(threads)
     def log_sum_exp(z, z_down, z_across, probabilities, probabilities_down, probabilities_across, labels, labels_step,
@@ -105,47 +117,48 @@ def make_log_sum_exp(constants):
             inside = sample < samples
             there = 1 if inside else 0
             start = sample * z_down
-            label = load_label(labels, sample * labels_step, 1, there, ignored)[0] if of_labels else 0
+            label = target_of.label(labels, sample * labels_step, 1, there, ignored)[0] if of_labels else 0
             shift = 0 if features_first else (int(z) // item + start) % (SECTOR // item)
-            state = both(nothing(), no_targets())
+            state = state_of.both(state_of.none(), state_of.no_targets())
             for vector in range(adder, (outputs + shift + count - 1) // count if inside else 0, adders):
                 position = vector * count - shift
                 if position >= 0 and position + count <= outputs:
-                    values = load_all(z, start + position * z_across)
+                    values = logits.whole(z, start + position * z_across)
                 else:
-                    values = load_edge(z, start + position * z_across, z_across, position, outputs)
+                    values = logits.edge(z, start + position * z_across, z_across, position, outputs)
                 if dense:
                     if of_labels:
-                        q = labelled((label,), position, elsewhere, more)
+                        q = target_of.labelled((label,), position, elsewhere, more)
                     else:
-                        q = smooth(load_probabilities(
+                        q = target_of.smooth(target_of.probabilities(
                             probabilities, sample * probabilities_down + position * probabilities_across,
                             probabilities_across, position, outputs), elsewhere, more)
                     if of_classes:
-                        q = weigh_classes(q, load_classes(class_weights, position, 1, position, outputs))
-                    state = add_targets(state, values, between(q, position, outputs))
+                        q = target_of.weigh(q, target_of.class_weights(class_weights, position, 1, position, outputs))
+                    state = state_of.add_targets(state, values, target_of.between(q, position, outputs))
                 elif with_loss and elsewhere != 0:
-                    state = add_targets(state, values, between(fill_all(elsewhere), position, outputs))
+                    q = target_of.between(target_of.fill(elsewhere), position, outputs)
+                    state = state_of.add_targets(state, values, q)
                 else:
-                    state = both(add_values(front(state), values), no_targets())
-            state = over_warp(state)
+                    state = state_of.both(state_of.add(state_of.front(state), values), state_of.no_targets())
+            state = state_of.over_warp(state)
             if features_first:
-                store_state(states, row * pitch + 4 * adder, state)
+                state_of.store(states, row * pitch + 4 * adder, state)
             elif adder % LANES == 0:
-                store_state(states, row * pitch + 4 * (adder // LANES), state)
+                state_of.store(states, row * pitch + 4 * (adder // LANES), state)
             cuda.syncthreads()
 
             # 2. The shares are merged in ascending order, and the sample's results are written.
             sample = first + thread
             if thread < min(samples_of_block, samples - first):
-                state = both(nothing(), no_targets())
+                state = state_of.both(state_of.none(), state_of.no_targets())
                 for share in range(shares):
-                    state = merge(state, load_state(states, thread * pitch + 4 * share))
-                found, of_targets = log_of(front(state)), front(turn(state))
+                    state = state_of.merge(state, state_of.load(states, thread * pitch + 4 * share))
+                found, of_targets = state_of.log(state_of.front(state)), state_of.front(state_of.turn(state))
                 log_total, target_sum, lost = found[1], of_targets[0] if dense else number(1), of_targets[1]
                 left_out = False
                 if of_labels:
-                    label = load_label(labels, sample * labels_step, 1, 1, ignored)[0]
+                    label = target_of.label(labels, sample * labels_step, 1, 1, ignored)[0]
                     left_out = label == ignored
                     if label < 0 or label >= outputs:
                         log_total = number(NOT_A_NUMBER)
@@ -155,20 +168,20 @@ def make_log_sum_exp(constants):
                     store(result, 2 * samples + sample, fill(target_sum))
                 if with_loss:
                     if not dense and label >= 0 and label < outputs and more != 0:
-                        at_label = load_element(z, sample * z_down + label * z_across, 1, 1)
+                        at_label = logits.one(z, sample * z_down + label * z_across, 1, 1)
                         lost += more * subtract(at_label, fill(found[0]))[0]
                     row_loss = target_sum * log_total - lost
                     if weighted:
-                        row_loss *= load_weight(weights, sample * weights_step, 1, 1)[0]
+                        row_loss *= target_of.weight(weights, sample * weights_step, 1, 1)[0]
                     if masked:
-                        left_out = left_out or load_kept(weights, sample * weights_step, 1, 1, 0)[0] == 0
+                        left_out = left_out or target_of.kept(weights, sample * weights_step, 1, 1, 0)[0] == 0
                     if left_out:
                         row_loss = number(0)
                     if each_loss:
                         store(losses, sample * losses_step, fill(row_loss))
                     loss_sum = add(loss_sum, fill(row_loss))
                 if mean:
-                    weight_sum = add(weight_sum, weight_of(sample, labels, labels_step, class_weights,
+                    weight_sum = add(weight_sum, target_of.weight_of(sample, labels, labels_step, class_weights,
                                                            class_weights_step, weights, weights_step, ignored, outputs))
             cuda.syncthreads()
 

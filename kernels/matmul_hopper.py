@@ -86,13 +86,50 @@ sm90_mma_tma_gmma_ss_warpspecialized.hpp, whose copies round float32, too.
 from numba import cuda, int32, int64
 
 from . import primitives
-from .primitives.factories import cache
+from .primitives.factories import cache, group
 from .primitives.layout import GROUP_THREADS, LANES, LINE_BYTES, PIECE_BYTES
 
 #: tile rows that are walked together, and a count of steps that none takes
 GROUP, NEVER = 8, 2**31 - 1
 #: of the maps that a block writes
 LEFT, RIGHT, RESULT, MAPS = 0, 1, 2, 3
+
+
+def _barriers(stage_bytes, arrivals):
+    """Those of a stage: full when its bytes have arrived, empty after so many arrivals."""
+    return group(start_full=primitives.start_barrier(1), start_empty=primitives.start_barrier(arrivals),
+                 started=primitives.barriers_started(), passed=primitives.passed(), arrive=primitives.arrive(),
+                 expect_stage=primitives.expect_bytes(stage_bytes))
+
+
+def _maps():
+    """Tensor maps: written to memory by each block, and found there."""
+    return group(write=primitives.write_map(), written=primitives.maps_written(), at=primitives.map_at())
+
+
+def _sums_of(kind):
+    """The sums of eight columns along the depth, stored four at a time."""
+    return group(none=primitives.zeros("float32", 8), add_lines=primitives.add_lines(kind),
+                 first=primitives.head("float32", 8, 4), turn=primitives.rotate("float32", 8, 4),
+                 store=primitives.store_vector("float32", 4, "float32"))
+
+
+def _products(kind, tile_cols, left_across, right_across):
+    """A warpgroup's products of a stage, and what they come to: of two terms a second set of sums is added."""
+    count, split = tile_cols // 2, kind == "tf32x3"
+    return group(none=primitives.zeros("float32", count),
+                 multiply=primitives.multiply_tiles("tf32" if split else kind, tile_cols, left_across, right_across),
+                 before_done=primitives.products_before_done(3 if split else 1), done=primitives.products_done(count),
+                 join=primitives.join("float32", (count, count)), tidy=primitives.tidy("float32", count, True),
+                 settle=primitives.settle("float32", count, True), scale=primitives.scale("float32", count))
+
+
+def _results(target, tile_cols, at_once, pieces, accumulate):
+    """Results on their way through shared memory: so many boxes at once, then the others."""
+    return group(stage_first=primitives.stage_sums(target, tile_cols, 0, at_once),
+                 stage_rest=primitives.stage_sums(target, tile_cols, at_once, pieces - at_once),
+                 show=primitives.show_to_copies(), store_box=primitives.store_box(accumulate),
+                 commit=primitives.commit_stores(), read=primitives.stores_read(), done=primitives.stores_done())
 
 
 @cache
@@ -118,30 +155,14 @@ def make_matmul_hopper(constants):
     shares = adders // chunks
     rounds = -(-8 // shares)
 
-    shared_tiles = primitives.shared_tiles(empty_at + 8 * stages)
-    quotient = primitives.quotient()
-    start_full, start_empty = primitives.start_barrier(1), primitives.start_barrier(
-        2 * GROUP_THREADS // LANES + (adders // LANES if has_sums else 0))
-    barriers_started, passed, arrive = primitives.barriers_started(), primitives.passed(), primitives.arrive()
-    expect_stage = primitives.expect_bytes(stage_bytes)
-    write_map, maps_written, map_at = primitives.write_map(), primitives.maps_written(), primitives.map_at()
-    copy_box = primitives.copy_box()
+    shared_tiles, quotient = primitives.shared_tiles(empty_at + 8 * stages), primitives.quotient()
+    barriers = _barriers(stage_bytes, 2 * GROUP_THREADS // LANES + (adders // LANES if has_sums else 0))
+    map_of, copy_box = _maps(), primitives.copy_box()
     fewer, more = (72, 216) if has_sums else (24, 240)
     fewer_registers, more_registers = primitives.fewer_registers(fewer), primitives.more_registers(more)
-    no_totals, add_lines = primitives.zeros("float32", 8), primitives.add_lines(kind)
-    first_four, last_four = primitives.head("float32", 8, 4), primitives.rotate("float32", 8, 4)
-    store_four = primitives.store_vector("float32", 4, "float32")
-    zeros = primitives.zeros("float32", tile_cols // 2)
-    multiply = primitives.multiply_tiles("tf32" if split else kind, tile_cols, left_across, right_across)
-    before_done = primitives.products_before_done(3 if split else 1)
-    done, join = primitives.products_done(tile_cols // 2), primitives.join("float32", (tile_cols // 2, tile_cols // 2))
-    tidy, settle = (make("float32", tile_cols // 2, True) for make in (primitives.tidy, primitives.settle))
-    alpha_at, scaled = primitives.scale_at("float32", "float32"), primitives.scale("float32", tile_cols // 2)
-    stage_first = primitives.stage_sums(target, tile_cols, 0, at_once)
-    stage_rest = primitives.stage_sums(target, tile_cols, at_once, pieces - at_once)
-    show_to_copies, store_box = primitives.show_to_copies(), primitives.store_box(accumulate)
-    commit_stores, stores_read, stores_done = (
-        primitives.commit_stores(), primitives.stores_read(), primitives.stores_done())
+    depth_sum, products = _sums_of(kind), _products(kind, tile_cols, left_across, right_across)
+    alpha_at = primitives.scale_at("float32", "float32")
+    results = _results(target, tile_cols, at_once, pieces, accumulate)
     meet, meet_warp = primitives.meet(GROUP_THREADS), primitives.meet_warp()
 
     @cuda.jit(device=True, inline="always")
@@ -165,7 +186,7 @@ def make_matmul_hopper(constants):
 
     @cuda.jit(device=True, inline="always")
     def wait(shared, barrier, parity):
-        while not passed(shared, barrier, parity):
+        while not barriers.passed(shared, barrier, parity):
             pass
 
     @cuda.jit(device=True, inline="always")
@@ -187,19 +208,19 @@ def make_matmul_hopper(constants):
 
     @cuda.jit(device=True, inline="always")
     def store_staged(shared, staged, result_map, row, col, part, boxes):
-        show_to_copies()
+        results.show()
         meet(int32(cuda.threadIdx.x // GROUP_THREADS))
         if cuda.threadIdx.x % GROUP_THREADS == 0:
             for box in range(boxes):
-                store_box(result_map, int32(col + box * piece_cols), row, part, shared,
+                results.store_box(result_map, int32(col + box * piece_cols), row, part, shared,
                           int32(staged + box * PIECE_BYTES))
-            commit_stores()
+            results.commit()
 
     @cuda.jit(device=True, inline="always")
     def may_stage():
         """Nothing staged before is still to be read."""
         if cuda.threadIdx.x % GROUP_THREADS == 0:
-            stores_read()
+            results.read()
         meet(int32(cuda.threadIdx.x // GROUP_THREADS))
 
     @primitives.jit(3 * GROUP_THREADS)
@@ -212,13 +233,13 @@ def make_matmul_hopper(constants):
         first_map = cuda.blockIdx.x * MAPS
         if thread == 0:
             for stage in range(stages):
-                start_full(shared, int32(full_at + 8 * stage))
-                start_empty(shared, int32(empty_at + 8 * stage))
-            barriers_started()
-            write_map(maps, first_map + LEFT, left)
-            write_map(maps, first_map + RIGHT, right)
-            write_map(maps, first_map + RESULT, result)
-            maps_written()
+                barriers.start_full(shared, int32(full_at + 8 * stage))
+                barriers.start_empty(shared, int32(empty_at + 8 * stage))
+            barriers.started()
+            map_of.write(maps, first_map + LEFT, left)
+            map_of.write(maps, first_map + RIGHT, right)
+            map_of.write(maps, first_map + RESULT, result)
+            map_of.written()
         cuda.syncthreads()
         number, stage = int32(cuda.blockIdx.x), int32(0)
 
@@ -226,7 +247,7 @@ def make_matmul_hopper(constants):
             fewer_registers()
             if thread == 0:
                 # 2. The thread that copies goes ahead of those that multiply by as many stages as there are.
-                left_map, right_map = map_at(maps, first_map + LEFT), map_at(maps, first_map + RIGHT)
+                left_map, right_map = map_of.at(maps, first_map + LEFT), map_of.at(maps, first_map + RIGHT)
                 parity = int32(1)
                 while number < pieces_of_work:
                     row, col, part, first, end = piece_of_work(number, tiles_down, tiles_across, int32(steps),
@@ -234,7 +255,7 @@ def make_matmul_hopper(constants):
                     for step in range(first, end):
                         wait(shared, int32(empty_at + 8 * stage), parity)
                         full = int32(full_at + 8 * stage)
-                        expect_stage(shared, full)
+                        barriers.expect_stage(shared, full)
                         copy_stage(shared, int32(stage * stage_bytes), full, left_map, right_map, row, col,
                                    int32(step * terms * tile_depth))
                         stage, parity = after(stage, parity)
@@ -250,31 +271,31 @@ def make_matmul_hopper(constants):
                                                                steps_per_part)
                     sharer = quotient(col, int32(tile_cols)) if of_left else quotient(row, int32(tile_rows))
                     until = sharer if sharer < sharers else NEVER
-                    totals = no_totals()
+                    totals = depth_sum.none()
                     for _ in range(first, end):
                         wait(shared, int32(full_at + 8 * stage), parity)
                         start = int32(stage * stage_bytes + box_at)
-                        for group in range(share, rounds * shares, shares):
+                        for eight in range(share, rounds * shares, shares):
                             if until == 0:
-                                if group < 8:
-                                    totals = add_lines(shared, int32(start + group * 8 * LINE_BYTES), int32(chunk % 8),
-                                                       totals)
+                                if eight < 8:
+                                    lines_at = int32(start + eight * 8 * LINE_BYTES)
+                                    totals = depth_sum.add_lines(shared, lines_at, int32(chunk % 8), totals)
                                 until = int32(sharers)
                             until = int32(until - 1)
                         meet_warp()
                         if thread % LANES == 0:
-                            arrive(shared, int32(empty_at + 8 * stage))
+                            barriers.arrive(shared, int32(empty_at + 8 * stage))
                         stage, parity = after(stage, parity)
                     begin = int32((row if of_left else col) + 8 * chunk)
                     if sharer < sharers and begin < depth_sums_pitch:
                         index = int64((part * sharers + sharer) * shares + share) * depth_sums_pitch + begin
-                        store_four(depth_sums, index, first_four(totals))
-                        store_four(depth_sums, index + 4, first_four(last_four(totals)))
+                        depth_sum.store(depth_sums, index, depth_sum.first(totals))
+                        depth_sum.store(depth_sums, index + 4, depth_sum.first(depth_sum.turn(totals)))
                     number = int32(number + cuda.gridDim.x)
         else:
             more_registers()
             group = int32(thread // GROUP_THREADS - 1)
-            result_map = map_at(maps, first_map + RESULT)
+            result_map = map_of.at(maps, first_map + RESULT)
             chief = thread % LANES == 0
             rows_at, staged = int32(group * PIECE_BYTES), int32(staged_at + group * staged_bytes)
             before, parity = int32(0), int32(0)
@@ -282,38 +303,38 @@ def make_matmul_hopper(constants):
                 # 4. Products of a stage begin while those of the stage before end, which is empty then.
                 row, col, part, first, end = piece_of_work(number, tiles_down, tiles_across, int32(steps),
                                                            steps_per_part)
-                sums, corrections = zeros(), zeros()
+                sums, corrections = products.none(), products.none()
                 for step in range(first, end):
                     wait(shared, int32(full_at + 8 * stage), parity)
                     left_at = int32(stage * stage_bytes + rows_at)
                     right_at = int32(stage * stage_bytes + left_bytes)
-                    sums = multiply(shared, left_at, right_at, sums)
+                    sums = products.multiply(shared, left_at, right_at, sums)
                     if split:
-                        corrections = multiply(shared, int32(left_at + left_term), right_at, corrections)
-                        corrections = multiply(shared, left_at, int32(right_at + right_term), corrections)
-                    before_done()
+                        corrections = products.multiply(shared, int32(left_at + left_term), right_at, corrections)
+                        corrections = products.multiply(shared, left_at, int32(right_at + right_term), corrections)
+                    products.before_done()
                     if step > first and chief:
-                        arrive(shared, int32(empty_at + 8 * before))
+                        barriers.arrive(shared, int32(empty_at + 8 * before))
                     before = stage
                     stage, parity = after(stage, parity)
-                sums = done(sums)
+                sums = products.done(sums)
                 if split:
-                    sums = settle(tidy(join(sums, done(corrections))))
+                    sums = products.settle(products.tidy(products.join(sums, products.done(corrections))))
                 if end > first and chief:
-                    arrive(shared, int32(empty_at + 8 * before))
+                    barriers.arrive(shared, int32(empty_at + 8 * before))
 
                 # 5. Results leave through shared memory, at most four boxes at a time.
-                sums = scaled(sums, alpha_at(alpha, alpha_address))
+                sums = products.scale(sums, alpha_at(alpha, alpha_address))
                 row = int32(row + 64 * group)
                 may_stage()
-                stage_first(shared, staged, int32(thread % GROUP_THREADS), sums)
+                results.stage_first(shared, staged, int32(thread % GROUP_THREADS), sums)
                 store_staged(shared, staged, result_map, row, col, part, at_once)
                 if pieces > at_once:
                     may_stage()
-                    stage_rest(shared, staged, int32(thread % GROUP_THREADS), sums)
+                    results.stage_rest(shared, staged, int32(thread % GROUP_THREADS), sums)
                     store_staged(shared, staged, result_map, row, int32(col + at_once * piece_cols), part,
                                  pieces - at_once)
                 number = int32(number + cuda.gridDim.x)
-            stores_done()
+            results.done()
 
     return matmul_hopper

@@ -48,8 +48,42 @@ from numba import cuda, int32
 
 from . import primitives
 from .columns import finish_column
-from .primitives.factories import cache
+from .primitives.factories import cache, group
 from .primitives.layout import ITEM_BYTES, WIDEST, Line, lanes_of, tile_copy, tile_share
+
+
+def _tile(copy):
+    """The tiles of an operand, on their way through registers into shared memory."""
+    return group(turn=primitives.tile_turn(copy), offset=primitives.tile_offset(copy), deeper=primitives.deeper(copy),
+                 load=primitives.load_tile(copy), load_whole=primitives.load_whole_tile(copy),
+                 store=primitives.store_tile(copy))
+
+
+def _sums_of(share, accumulator, epilogue):
+    """The sums of an operand along the depth, of which threads have a share each."""
+    return group(none=primitives.zeros(accumulator, share.count), add_tile=primitives.add_tile(share),
+                 store=primitives.store_tile_sums(share), zero=primitives.zeros(accumulator, 1),
+                 load=primitives.load_shared(accumulator, 1), add=primitives.add(accumulator, 1),
+                 number=primitives.typed(epilogue.wide),
+                 finish=finish_column(accumulator, epilogue.dtype, epilogue.accumulate))
+
+
+def _results(accumulator, epilogue, count, access):
+    """A thread's results: an access of them is scaled, added to what is there and stored, then the next turns up."""
+    dtype, wide = epilogue.dtype, epilogue.wide
+    return group(first=primitives.head(accumulator, count, access), turn=primitives.rotate(accumulator, count, access),
+                 convert=primitives.convert(accumulator, wide, access), number=primitives.typed(wide),
+                 scale=primitives.scale(wide, access), add=primitives.add(wide, access), place=primitives.place(dtype),
+                 load=primitives.load_vector(dtype, access, wide), store=primitives.store_vector(dtype, access, wide))
+
+
+def _lines(line, epilogue, count, thread_cols, spacing):
+    """Rows of results that pass through shared memory: lines, which some lanes store each."""
+    vector = WIDEST // ITEM_BYTES[line.dtype]
+    return group(first_row=primitives.head(line.dtype, count, thread_cols),
+                 turn=primitives.rotate(line.dtype, count, thread_cols),
+                 fill=primitives.fill_line(line, thread_cols // vector, vector, spacing),
+                 of=primitives.split(line.lanes), store=primitives.store_line(line, epilogue.dtype, epilogue.wide))
 
 
 @cache
@@ -73,50 +107,25 @@ def make_matmul_simt(constants):
     right_copy = tile_copy(dtype, accumulator, tile_cols, tile_depth, right_side.access, right_along_depth,
                            threads, thread_cols, offset_bits, start=tile_depth * tile_rows)
     row_spacing, col_spacing = left_copy.layout.group_spacing, right_copy.layout.group_spacing
+    left_tile, right_tile, place_of = _tile(left_copy), _tile(right_copy), primitives.place(dtype)
     lanes_of_thread = primitives.thread_lanes(lanes_of(lanes_down, lanes_across, right_copy.layout.spacing // vector))
-    left_turn_of, right_turn_of = primitives.tile_turn(left_copy), primitives.tile_turn(right_copy)
-    left_offset_of, right_offset_of = primitives.tile_offset(left_copy), primitives.tile_offset(right_copy)
-    place_of = primitives.place(dtype)
-    left_deeper, right_deeper = primitives.deeper(left_copy), primitives.deeper(right_copy)
-    load_left, load_right = primitives.load_tile(left_copy), primitives.load_tile(right_copy)
-    load_whole_left, load_whole_right = primitives.load_whole_tile(left_copy), primitives.load_whole_tile(right_copy)
-    store_left, store_right = primitives.store_tile(left_copy), primitives.store_tile(right_copy)
     both_stages = primitives.shared_array("stages", accumulator, 2 * stage_size)
     multiply = primitives.multiply_tile(accumulator, tile_depth, left_copy.layout, right_copy.layout)
-    zeros = primitives.zeros(accumulator, sums_count)
-    again, turns = primitives.again(), left_copy.turns or right_copy.turns
+    zeros, again = primitives.zeros(accumulator, sums_count), primitives.again()
+    turns = left_copy.turns or right_copy.turns
 
-    # The way of the results from registers to memory.
+    # The way of the results from registers to memory, and the sums along the depth that ride along.
     access, accumulate = epilogue.access, epilogue.accumulate
     col_groups, stores = thread_cols // vector, vector // access
     through_shared = access == 1 and lanes_down * tile_cols <= 2 * stage_size
     line = Line(accumulator, tile_cols, min(32, threads, tile_cols), accumulate)
-    line_of, lines = primitives.split(line.lanes), threads // line.lanes
-    store_line = primitives.store_line(line, epilogue.dtype, epilogue.wide)
-    place_of_result = primitives.place(epilogue.dtype)
-    fill_line = primitives.fill_line(line, col_groups, vector, col_spacing)
-    first_row_of = primitives.head(accumulator, sums_count, thread_cols)
-    turn_row, load_one = primitives.rotate(accumulator, sums_count, thread_cols), primitives.load_shared(accumulator, 1)
-    first = primitives.head(accumulator, sums_count, access)
-    turn = primitives.rotate(accumulator, sums_count, access)
-    convert = primitives.convert(accumulator, epilogue.wide, access)
+    lines, lines_at_once = _lines(line, epilogue, sums_count, thread_cols, col_spacing), threads // line.lanes
+    results = _results(accumulator, epilogue, sums_count, access)
     alpha_at = primitives.scale_at(constants.number, accumulator)
-    result_number = primitives.typed(epilogue.wide)
-    scale, add = primitives.scale(epilogue.wide, access), primitives.add(epilogue.wide, access)
-    load_result = primitives.load_vector(epilogue.dtype, access, epilogue.wide)
-    store_result = primitives.store_vector(epilogue.dtype, access, epilogue.wide)
-
-    # The sums along the depth that ride along.
     has_sums, of_left = bool(sums_of), sums_of == "left"
     summed = left_copy if of_left else right_copy
-    share = tile_share(summed)
-    add_tile, no_sums = primitives.add_tile(share), primitives.zeros(accumulator, share.count)
-    store_tile_sums = primitives.store_tile_sums(share)
-    add_sum, no_sum = primitives.add(accumulator, 1), primitives.zeros(accumulator, 1)
-    of_sums = sums_epilogue or epilogue
-    finish_sum = finish_column(accumulator, of_sums.dtype, of_sums.accumulate)
-    sum_number = primitives.typed(of_sums.wide)
-    sums_outer = summed.outer_size
+    share, sums_outer = tile_share(summed), summed.outer_size
+    depth_sum = _sums_of(share, accumulator, sums_epilogue or epilogue)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def matmul_simt(left, left_stride, right, right_stride, result, result_down, result_across, part_stride, rows, cols,
@@ -137,21 +146,21 @@ def make_matmul_simt(constants):
         first_row, first_col = int32(down * vector), int32(across * vector)
 
         # 3. The first tiles are in stage 0 of shared memory.
-        left_turn = left_turn_of(left, row, start, left_stride, thread)
-        right_turn = right_turn_of(right, col, start, right_stride, thread)
+        left_turn = left_tile.turn(left, row, start, left_stride, thread)
+        right_turn = right_tile.turn(right, col, start, right_stride, thread)
         left_at = place_of(left, row * left_stride + start if left_along_depth else row + start * left_stride)
-        left_offset = left_offset_of(left_stride, left_turn, thread)
+        left_offset = left_tile.offset(left_stride, left_turn, thread)
         right_at = place_of(right, col * right_stride + start if right_along_depth else col + start * right_stride)
-        right_offset = right_offset_of(right_stride, right_turn, thread)
+        right_offset = right_tile.offset(right_stride, right_turn, thread)
         stages = both_stages()
-        left_next = load_left(left_at, left_offset, left_stride, left_turn, rows_left, depth_here, thread)
-        right_next = load_right(right_at, right_offset, right_stride, right_turn, cols_left, depth_here, thread)
-        store_left(stages, 0, left_next, left_stride, left_turn, thread)
-        store_right(stages, 0, right_next, right_stride, right_turn, thread)
+        left_next = left_tile.load(left_at, left_offset, left_stride, left_turn, rows_left, depth_here, thread)
+        right_next = right_tile.load(right_at, right_offset, right_stride, right_turn, cols_left, depth_here, thread)
+        left_tile.store(stages, 0, left_next, left_stride, left_turn, thread)
+        right_tile.store(stages, 0, right_next, right_stride, right_turn, thread)
         cuda.syncthreads()
 
         # dL/db rides along: dZ's tile is in shared memory, and the blocks of the first tile row (or column) add it.
-        depth_total = no_sums()
+        depth_total = depth_sum.none()
         sums_here = col == 0 if of_left else row == 0
 
         # 4. While one stage is multiplied, the next tiles travel to registers and from there to the other stage.
@@ -161,15 +170,16 @@ def make_matmul_simt(constants):
         last = int32(depth_here - 2 * tile_depth if inside else -1)
         while done <= last:
             done = int32(done + tile_depth)
-            left_to, right_to = left_deeper(left_at, done, left_stride), right_deeper(right_at, done, right_stride)
-            left_next = load_whole_left(left_to, left_offset, left_stride, left_turn, thread)
-            right_next = load_whole_right(right_to, right_offset, right_stride, right_turn, thread)
+            left_to = left_tile.deeper(left_at, done, left_stride)
+            right_to = right_tile.deeper(right_at, done, right_stride)
+            left_next = left_tile.load_whole(left_to, left_offset, left_stride, left_turn, thread)
+            right_next = right_tile.load_whole(right_to, right_offset, right_stride, right_turn, thread)
             if has_sums and sums_here:
-                depth_total = add_tile(stages, now, depth_total, thread)
+                depth_total = depth_sum.add_tile(stages, now, depth_total, thread)
             other = int32(stage_bytes - now)
             sums = multiply(stages, now, first_row, first_col, sums)
-            store_left(stages, other, left_next, left_stride, left_turn, thread)
-            store_right(stages, other, right_next, right_stride, right_turn, thread)
+            left_tile.store(stages, other, left_next, left_stride, left_turn, thread)
+            right_tile.store(stages, other, right_next, right_stride, right_turn, thread)
             now = other
             cuda.syncthreads()
 
@@ -181,20 +191,22 @@ def make_matmul_simt(constants):
         works = warp_down * vector < rows_left and warp_across * vector < cols_left
         while done < depth_here:
             done = int32(done + tile_depth)
-            left_to, right_to = left_deeper(left_at, done, left_stride), right_deeper(right_at, done, right_stride)
+            left_to = left_tile.deeper(left_at, done, left_stride)
+            right_to = right_tile.deeper(right_at, done, right_stride)
             depth_left = depth_here - done
             if turns:
                 # Where turned rows end is computed in each step: there are no registers for it beside the sums.
                 left_turn, right_turn, thread = again(left_turn), again(right_turn), again(thread)
-            left_next = load_left(left_to, left_offset, left_stride, left_turn, rows_left, depth_left, thread)
-            right_next = load_right(right_to, right_offset, right_stride, right_turn, cols_left, depth_left, thread)
+            left_next = left_tile.load(left_to, left_offset, left_stride, left_turn, rows_left, depth_left, thread)
+            right_next = right_tile.load(right_to, right_offset, right_stride, right_turn, cols_left, depth_left,
+                                         thread)
             if has_sums and sums_here:
-                depth_total = add_tile(stages, now, depth_total, thread)
+                depth_total = depth_sum.add_tile(stages, now, depth_total, thread)
             other = int32(stage_bytes - now)
             if works:
                 sums = multiply(stages, now, first_row, first_col, sums)
-            store_left(stages, other, left_next, left_stride, left_turn, thread)
-            store_right(stages, other, right_next, right_stride, right_turn, thread)
+            left_tile.store(stages, other, left_next, left_stride, left_turn, thread)
+            right_tile.store(stages, other, right_next, right_stride, right_turn, thread)
             now = other
             cuda.syncthreads()
 
@@ -206,16 +218,17 @@ def make_matmul_simt(constants):
 
         # 6. Shared memory is free again: threads that took the same columns at other depths meet there.
         if has_sums:
-            store_tile_sums(stages, depth_total, thread)
+            depth_sum.store(stages, depth_total, thread)
             cuda.syncthreads()
             begin, end = (row, rows) if of_left else (col, cols)
             for outer in range(thread, sums_outer if sums_here else 0, threads):
                 if begin + outer < end:
-                    total = no_sum()
+                    total = depth_sum.zero()
                     for place in range(outer, share.classes * sums_outer, sums_outer):
-                        total = add_sum(total, load_one(stages, place))
-                    finish_sum(total, depth_sums, part * depth_sums_part_stride + (begin + outer) * depth_sums_step, 0,
-                               sum_number(alpha))
+                        total = depth_sum.add(total, depth_sum.load(stages, place))
+                    depth_sum.finish(total, depth_sums,
+                                     part * depth_sums_part_stride + (begin + outer) * depth_sums_step, 0,
+                                     depth_sum.number(alpha))
             cuda.syncthreads()
 
         # 7. The results at the front of `sums` are stored and turned to its end, a row of each thread after the other.
@@ -224,15 +237,15 @@ def make_matmul_simt(constants):
             if through_shared:
                 # Where the result takes no vectors, its rows pass through shared memory, so that neighbouring threads
                 # write neighbouring elements, from whole sectors on.
-                fill_line(stages, down, first_col, first_row_of(sums))
-                sums = turn_row(sums)
+                lines.fill(stages, down, first_col, lines.first_row(sums))
+                sums = lines.turn(sums)
                 cuda.syncthreads()
-                first_line, line_lane = line_of(again(thread))
-                for number in range(first_line, lanes_down, lines):
+                first_line, line_lane = lines.of(again(thread))
+                for number in range(first_line, lanes_down, lines_at_once):
                     r = row + number * vector + below
-                    place = place_of_result(result, r * result_down + col * result_across)
-                    store_line(stages, number, place, result_across, line_lane, cols_left if r < rows else 0,
-                               result_number(alpha))
+                    place = results.place(result, r * result_down + col * result_across)
+                    lines.store(stages, number, place, result_across, line_lane, cols_left if r < rows else 0,
+                                results.number(alpha))
                 cuda.syncthreads()
             else:
                 r = row + int(first_row) + below
@@ -240,10 +253,10 @@ def make_matmul_simt(constants):
                     c = col + int(first_col) + j // stores * col_spacing + j % stores * access
                     if r < rows and c < cols:
                         index = part * part_stride + r * result_down + c * result_across
-                        value = scale(convert(first(sums)), result_number(alpha))
+                        value = results.scale(results.convert(results.first(sums)), results.number(alpha))
                         if accumulate:
-                            value = add(value, load_result(result, index))
-                        store_result(result, index, value)
-                    sums = turn(sums)
+                            value = results.add(value, results.load(result, index))
+                        results.store(result, index, value)
+                    sums = results.turn(sums)
 
     return matmul_simt

@@ -78,11 +78,29 @@ from numba import cuda, int32
 
 from ..facts import accumulator_of
 from . import primitives
-from .primitives.factories import cache
+from .primitives.factories import cache, group
 from .primitives.layout import ITEM_BYTES, LANES, TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
 
 #: outer indices of which a warp adds up the depths, at the least
 LEAST_SHARE = 32
+
+
+def _tile(copy, layout, ragged):
+    """The tiles of an operand: copied to shared memory in chunks, and read from there as fragments of both steps.
+
+    `copy_first` is of a tile that an edge of the depth may cut; so is `copy` if ragged.
+    """
+    return group(start=primitives.copy_place(copy), copy_first=primitives.copy_chunks(copy, True),
+                 copy=primitives.copy_chunks(copy, ragged), places=primitives.fragment_places(layout),
+                 load=primitives.load_fragments(layout, 0), load_second=primitives.load_fragments(layout, 1))
+
+
+def _sums_of(kind, layout, epilogue, accumulator, item_bytes):
+    """The sums of an operand along the depth, of which a warp has a share."""
+    return group(none=primitives.zeros(accumulator, layout.blocks * max(4 // item_bytes, 1)),
+                 places=primitives.fragment_places(layout), load=primitives.load_fragments(layout, 0),
+                 load_second=primitives.load_fragments(layout, 1), add=primitives.add_depths(kind, layout),
+                 store=primitives.store_depth_sums(kind, layout, *epilogue), number=primitives.typed(epilogue.wide))
 
 
 @cache
@@ -106,24 +124,17 @@ def make_matmul_tensor_core(constants):
     none_left = int32(1 - stages)
     all_bytes, last_stage = stages * stage_bytes, (stages - 1) * stage_bytes
 
-    shared_bytes = primitives.shared_bytes(all_bytes)
-    left_place = right_place = primitives.place(dtype)
+    shared_bytes, place_of = primitives.shared_bytes(all_bytes), primitives.place(dtype)
     # Where both operands lie along the depth registers are scarcest.
     again = primitives.again() if left_along_depth and right_along_depth else _same
     asynchronous = kind != "float16k8"
-    left_copy = ChunkCopy(left_layout.tile, item_bytes, left_side.access, left_along_depth, threads, offset_bits,
-                          asynchronous)
-    right_copy = ChunkCopy(right_layout.tile, item_bytes, right_side.access, right_along_depth, threads, offset_bits,
-                           asynchronous)
-    left_start, right_start = primitives.copy_place(left_copy), primitives.copy_place(right_copy)
-    copy_first_left, copy_left = (primitives.copy_chunks(left_copy, ragged) for ragged in (True, in_order))
-    copy_first_right, copy_right = (primitives.copy_chunks(right_copy, ragged) for ragged in (True, in_order))
+    left_tile, right_tile = (
+        _tile(ChunkCopy(layout.tile, item_bytes, side.access, side.along_depth, threads, offset_bits, asynchronous),
+              layout, in_order)
+        for layout, side in ((left_layout, left_side), (right_layout, right_side)))
     commit, wait_for_next, wait_for_all = (
         primitives.commit_copies(), primitives.wait_copies(stages - 2), primitives.wait_copies(0)
     ) if asynchronous else (_nothing, _nothing, _nothing)
-    left_places_of, right_places_of = primitives.fragment_places(left_layout), primitives.fragment_places(right_layout)
-    load_left, load_left_second = (primitives.load_fragments(left_layout, step) for step in (0, 1))
-    load_right, load_right_second = (primitives.load_fragments(right_layout, step) for step in (0, 1))
     down, across = warp_rows // 16, warp_cols // 8
     multiply = primitives.mma(kind, down, across)
     split = kind == "tf32x3"
@@ -132,26 +143,21 @@ def make_matmul_tensor_core(constants):
     tidy, settle = (make(accumulator, count, True) if split else _same for make in (primitives.tidy, primitives.settle))
     store = primitives.store_products(left_layout, right_layout, epilogue.dtype, epilogue.access, epilogue.wide,
                                       epilogue.accumulate)
+    alpha_at, number = primitives.scale_at(constants.number, accumulator), primitives.typed(epilogue.wide)
 
     # dL/db rides along in the blocks of the first tile row (or column): their warps share dZ's tile among them, and
     # read it once more, as a left operand.
-    alpha_at = primitives.scale_at(constants.number, accumulator)
-    result_number, sum_number = (primitives.typed(one.wide) for one in (epilogue, sums_epilogue or epilogue))
     has_sums, of_left = bool(sums_of), sums_of == "left"
     summed_size, summed_along_depth = (tile_rows, left_along_depth) if of_left else (tile_cols, right_along_depth)
     share_size = max(LEAST_SHARE, summed_size * LANES // threads)
-    shares = summed_size // share_size
-    share = fragment_layout(item_bytes, summed_size, summed_along_depth, True, share_size)
-    share_places_of, summed_start = primitives.fragment_places(share), 0 if of_left else left_bytes
-    load_share, load_share_second = (primitives.load_fragments(share, step) for step in (0, 1))
-    no_totals = primitives.zeros(accumulator, share.blocks * max(4 // item_bytes, 1))
-    add_depths, store_totals = primitives.add_depths(kind, share), primitives.store_depth_sums(
-        kind, share, *(sums_epilogue or epilogue))
+    shares, summed_start = summed_size // share_size, 0 if of_left else left_bytes
+    depth_sum = _sums_of(kind, fragment_layout(item_bytes, summed_size, summed_along_depth, True, share_size),
+                         sums_epilogue or epilogue, accumulator, item_bytes)
 
     @cuda.jit(device=True, inline="always")
     def add_share(shared, stage, places, totals):
-        return add_depths(load_share(shared, int32(stage + summed_start), places),
-                          load_share_second(shared, int32(stage + summed_start), places), totals)
+        return depth_sum.add(depth_sum.load(shared, int32(stage + summed_start), places),
+                             depth_sum.load_second(shared, int32(stage + summed_start), places), totals)
 
     def walk_along_depth(adds):
         """The main loop: all tiles are multiplied and, if it adds, the warp's share of dZ's tiles is added up."""
@@ -163,20 +169,20 @@ def make_matmul_tensor_core(constants):
             wait_for_next()
             cuda.syncthreads()
             now, free = int32(0), int32(last_stage)
-            left_first = load_left(shared, now, left_places)
-            right_first = load_right(shared, int32(now + left_bytes), right_places)
-            sums, totals = zeros(), no_totals()
+            left_first = left_tile.load(shared, now, left_places)
+            right_first = right_tile.load(shared, int32(now + left_bytes), right_places)
+            sums, totals = zeros(), depth_sum.none()
             to_come = int32(tiles - stages + 1)
             while to_come > 0:
                 # 5. While the first step is multiplied, the second comes into registers and a tile sets out to the
                 #    free stage, which all warps have read.
-                left_second = load_left_second(shared, now, left_places)
-                right_second = load_right_second(shared, int32(now + left_bytes), right_places)
+                left_second = left_tile.load_second(shared, now, left_places)
+                right_second = right_tile.load_second(shared, int32(now + left_bytes), right_places)
                 left_at += left_step
                 right_at += right_step
                 depth_left = int32(left_over + (to_come - 1) * tile_depth)
-                copy_left(shared, free, left_at, left_stride, rows_left, depth_left, thread)
-                copy_right(shared, int32(free + left_bytes), right_at, right_stride, cols_left, depth_left, thread)
+                left_tile.copy(shared, free, left_at, left_stride, rows_left, depth_left, thread)
+                right_tile.copy(shared, int32(free + left_bytes), right_at, right_stride, cols_left, depth_left, thread)
                 commit()
                 to_come = int32(to_come - 1)
                 sums = multiply(left_first, right_first, sums)
@@ -188,24 +194,24 @@ def make_matmul_tensor_core(constants):
                 cuda.syncthreads()
                 free = now
                 now = int32(now + stage_bytes if now < last_stage else 0)
-                left_first = load_left(shared, now, left_places)
-                right_first = load_right(shared, int32(now + left_bytes), right_places)
+                left_first = left_tile.load(shared, now, left_places)
+                right_first = right_tile.load(shared, int32(now + left_bytes), right_places)
                 sums = multiply(left_second, right_second, sums)
 
             # 7. The last tiles, all of which have arrived.
             wait_for_all()
             cuda.syncthreads()
             while to_come > none_left:
-                left_second = load_left_second(shared, now, left_places)
-                right_second = load_right_second(shared, int32(now + left_bytes), right_places)
+                left_second = left_tile.load_second(shared, now, left_places)
+                right_second = right_tile.load_second(shared, int32(now + left_bytes), right_places)
                 to_come = int32(to_come - 1)
                 sums = multiply(left_first, right_first, sums)
                 if adds:
                     totals = add_share(shared, now, share_places, totals)
                 if to_come > none_left:
                     now = int32(now + stage_bytes if now < last_stage else 0)
-                    left_first = load_left(shared, now, left_places)
-                    right_first = load_right(shared, int32(now + left_bytes), right_places)
+                    left_first = left_tile.load(shared, now, left_places)
+                    right_first = right_tile.load(shared, int32(now + left_bytes), right_places)
                 sums = multiply(left_second, right_second, sums)
             return sums, totals
 
@@ -233,17 +239,18 @@ def make_matmul_tensor_core(constants):
         # 2. This warp's place in the tile, and where its lanes read.
         lane, warp = thread % LANES, thread // LANES
         warp_row, warp_col = warp // warps_across * warp_rows, warp % warps_across * warp_cols
-        left_places, right_places = left_places_of(warp_row, lane), right_places_of(warp_col, lane)
+        left_places, right_places = left_tile.places(warp_row, lane), right_tile.places(warp_col, lane)
 
         # 3. All stages but the last are on their way; tiles beyond the depth come as zeros.
         shared = shared_bytes()
-        left_at = left_place(left, row * left_stride + start if left_along_depth else row + start * left_stride)
-        right_at = right_place(right, col * right_stride + start if right_along_depth else col + start * right_stride)
-        left_at, right_at = left_start(left_at, left_stride, thread), right_start(right_at, right_stride, thread)
+        left_at = place_of(left, row * left_stride + start if left_along_depth else row + start * left_stride)
+        right_at = place_of(right, col * right_stride + start if right_along_depth else col + start * right_stride)
+        left_at = left_tile.start(left_at, left_stride, thread)
+        right_at = right_tile.start(right_at, right_stride, thread)
         left_unit = item_bytes * (1 if left_along_depth else left_stride)
         right_unit = item_bytes * (1 if right_along_depth else right_stride)
-        copy_first_left(shared, 0, left_at, left_stride, rows_left, int32(first_depth), thread)
-        copy_first_right(shared, left_bytes, right_at, right_stride, cols_left, int32(first_depth), thread)
+        left_tile.copy_first(shared, 0, left_at, left_stride, rows_left, int32(first_depth), thread)
+        right_tile.copy_first(shared, left_bytes, right_at, right_stride, cols_left, int32(first_depth), thread)
         commit()
         left_step, right_step = tile_depth * left_unit, tile_depth * right_unit
         left_at += first_depth * left_unit - left_step
@@ -253,23 +260,25 @@ def make_matmul_tensor_core(constants):
             right_at += right_step
             rows_here, cols_here = (rows_left, cols_left) if stage < tiles else (0, 0)
             depth_left = int32(left_over + (tiles - 1 - stage) * tile_depth)
-            copy_left(shared, stage * stage_bytes, left_at, left_stride, rows_here, depth_left, thread)
-            copy_right(shared, stage * stage_bytes + left_bytes, right_at, right_stride, cols_here, depth_left, thread)
+            left_tile.copy(shared, stage * stage_bytes, left_at, left_stride, rows_here, depth_left, thread)
+            right_tile.copy(shared, stage * stage_bytes + left_bytes, right_at, right_stride, cols_here, depth_left,
+                            thread)
             commit()
 
         # 4 to 7. Along the depth, above: the few blocks that add dZ up have a loop of their own, so that the others
         # spend nothing on it.
         if has_sums and (col == 0 if of_left else row == 0):
-            number = warp % shares
-            share_places = share_places_of(number * share_size, lane)
+            which = warp % shares
+            share_places = depth_sum.places(which * share_size, lane)
             sums, totals = walk_and_add(shared, tiles, int32(left_over), left_at, left_stride, left_step, rows_left,
                                         left_places, right_at, right_stride, right_step, cols_left, right_places,
                                         share_places, thread)
             begin, summed_left = (row, rows_left) if of_left else (col, cols_left)
-            begin += number * share_size
-            summed_left -= number * share_size
-            store_totals(depth_sums, part * depth_sums_part_stride + begin * depth_sums_step, depth_sums_step,
-                         summed_left if warp < shares else 0, sum_number(alpha_at(alpha, alpha_address)), lane, totals)
+            begin += which * share_size
+            summed_left -= which * share_size
+            depth_sum.store(depth_sums, part * depth_sums_part_stride + begin * depth_sums_step, depth_sums_step,
+                            summed_left if warp < shares else 0, depth_sum.number(alpha_at(alpha, alpha_address)), lane,
+                            totals)
         else:
             sums, _ = walk(shared, tiles, int32(left_over), left_at, left_stride, left_step, rows_left, left_places,
                            right_at, right_stride, right_step, cols_left, right_places, (), thread)
@@ -281,7 +290,7 @@ def make_matmul_tensor_core(constants):
         warp_row, warp_col = warp // warps_across * warp_rows, warp % warps_across * warp_cols
         index = part * part_stride + (row + warp_row) * result_down + (col + warp_col) * result_across
         store(result, index, result_down, result_across, rows_left - warp_row, cols_left - warp_col,
-              result_number(alpha_at(alpha, alpha_address)), lane, settle(tidy(sums)))
+              number(alpha_at(alpha, alpha_address)), lane, settle(tidy(sums)))
 
     return matmul_tensor_core
 

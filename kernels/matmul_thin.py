@@ -39,8 +39,21 @@ from numba import cuda, int32
 
 from . import primitives
 from .columns import add_copies, finish_column
-from .primitives.factories import cache
+from .primitives.factories import cache, group
 from .primitives.layout import ITEM_BYTES, LANES, ThreadTile
+
+
+def _cells(accumulator, count, spread, step, size):
+    """The sums of threads in shared memory, and the sum of some of them."""
+    return group(array=primitives.shared_array("sums", accumulator, size),
+                 store=primitives.store_spread(accumulator, spread, count // spread, step),
+                 add=add_copies(accumulator, False, 0))
+
+
+def _finished(accumulator, epilogue):
+    """What becomes of a sum that all threads have added to."""
+    return group(column=finish_column(accumulator, epilogue.dtype, epilogue.accumulate),
+                 number=primitives.typed(epilogue.wide))
 
 
 @cache
@@ -81,18 +94,11 @@ def make_matmul_thin(constants):
         # An odd multiple of the neighbours: the first of them spread over the banks, and they fill what is between.
         pitch = -(-pitch // neighbours) * neighbours
         pitch += neighbours * (pitch // neighbours % 2 == 0)
-    of_threads = primitives.shared_array("sums", accumulator, threads_along * pitch)
     spread = 1 if along_depth else access
-    store_sums = primitives.store_spread(accumulator, spread, rows_of_sums * thread_cols // spread,
-                                         threads_across * spread)
-    add_threads = add_copies(accumulator, False, 0)
-
-    # The way of the results to memory.
-    of_sums = sums_epilogue or epilogue
+    cells_of_threads = _cells(accumulator, rows_of_sums * thread_cols, spread, threads_across * spread,
+                              threads_along * pitch)
     alpha_at = primitives.scale_at(constants.number, accumulator)
-    result_number, sum_number = primitives.typed(epilogue.wide), primitives.typed(of_sums.wide)
-    finish = finish_column(accumulator, epilogue.dtype, epilogue.accumulate)
-    finish_sum = finish_column(accumulator, of_sums.dtype, of_sums.accumulate)
+    finished, finished_sum = _finished(accumulator, epilogue), _finished(accumulator, sums_epilogue or epilogue)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def matmul_thin(left, left_stride, right, right_stride, result, result_down, result_across, part_stride, rows, cols,
@@ -131,8 +137,8 @@ def make_matmul_thin(constants):
             depth_left = int32(depth_left - step_depth)
 
         # 3. The sums of threads that share columns lie one below the other.
-        shared = of_threads()
-        store_sums(shared, int32(along * pitch + first_col), sums, thread)
+        shared = cells_of_threads.array()
+        cells_of_threads.store(shared, int32(along * pitch + first_col), sums, thread)
         cuda.syncthreads()
 
         # 4. A result is the sum of theirs.
@@ -141,10 +147,12 @@ def make_matmul_thin(constants):
             row, place = cell // tile_cols, col + cell % tile_cols
             if place < cols:
                 if row < rows:
-                    finish(add_threads(shared, int32(cell), int32(pitch), int32(threads_along)), result,
-                           part * part_stride + row * result_down + place * result_across, 0, result_number(alpha))
+                    total = cells_of_threads.add(shared, int32(cell), int32(pitch), int32(threads_along))
+                    finished.column(total, result, part * part_stride + row * result_down + place * result_across, 0,
+                                    finished.number(alpha))
                 elif has_sums and row == thread_rows:
-                    finish_sum(add_threads(shared, int32(cell), int32(pitch), int32(threads_along)), depth_sums,
-                               part * depth_sums_part_stride + place * depth_sums_step, 0, sum_number(alpha))
+                    total = cells_of_threads.add(shared, int32(cell), int32(pitch), int32(threads_along))
+                    finished_sum.column(total, depth_sums, part * depth_sums_part_stride + place * depth_sums_step, 0,
+                                        finished_sum.number(alpha))
 
     return matmul_thin

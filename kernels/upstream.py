@@ -38,7 +38,7 @@ from numba import cuda, int32
 
 from . import primitives
 from .columns import add_copies, finish_column
-from .primitives.factories import cache
+from .primitives.factories import cache, group
 from .primitives.layout import ITEM_BYTES, WIDEST
 
 CROSS_ENTROPY = "cross_entropy"
@@ -130,6 +130,53 @@ def _sum_left(accumulator, threads):
     return sum_left
 
 
+def _loaders(constants, pieces, places, of_samples):
+    """What a thread loads for its elements, as fragments: what is absent is zero, or nothing."""
+    dtype, accumulator, width = constants.dtype, constants.accumulator, constants.width
+    labels, class_weights, weights = constants.targets
+    of_outputs = (0,) if constants.features_first else places
+    load, zeros = primitives.load_pieces(dtype, width, pieces, accumulator), primitives.zeros(accumulator, len(places))
+    load_total = _load_values(accumulator, accumulator, of_samples, width if constants.features_first else 1)
+    above_entropy = constants.above == CROSS_ENTROPY
+    return group(
+        gradient=_absent(zeros) if above_entropy and labels else load,
+        z=_absent(zeros) if constants.above == "identity" else load,
+        total=load_total if above_entropy else _absent(primitives.zeros(accumulator, len(of_samples))),
+        classes=primitives.load_row(class_weights or accumulator, 1, of_outputs, accumulator),
+        no_classes=primitives.zeros(accumulator, len(of_outputs)),
+        labels=primitives.load_integers(labels, of_samples) if labels else _no_labels,
+        weights=_load_values(weights if weights not in ("", "bool") else accumulator, accumulator, of_samples,
+                             constants.weights_width),
+        chosen=primitives.load_integers("bool", of_samples))
+
+
+def _formed(constants, columns, pieces, samples):
+    """What becomes of what was loaded: dZ, weighed, left out where it is to be, and rounded as it is stored."""
+    dtype, accumulator, elements, width = (constants.dtype, constants.accumulator, constants.elements, constants.width)
+    leave_out = primitives.leave_out(accumulator, elements, samples)
+    return group(
+        form=_form(constants, columns, samples), weigh=primitives.weigh(accumulator, elements, samples),
+        scale=primitives.scale(accumulator, elements), inside=primitives.inside(accumulator, width, pieces),
+        leave_out=leave_out, leave_out_labels=leave_out if constants.targets.labels else _all_kept,
+        store=primitives.store_pieces(dtype, width, pieces, accumulator),
+        rounded=primitives.rounded(dtype, accumulator, elements))
+
+
+def _sums(constants, lanes, threads_x, line):
+    """The sums of a thread's elements, and what all threads' come to in shared memory."""
+    accumulator, elements, width = constants.accumulator, constants.elements, constants.width
+    return group(
+        none=primitives.zeros(accumulator, elements), add=primitives.add(accumulator, elements),
+        first=primitives.head(accumulator, elements, width), turn=primitives.rotate(accumulator, elements, width),
+        lines=primitives.shared_array("lines", accumulator, lanes * line),
+        folds=primitives.shared_array("folds", accumulator, lanes * (threads_x + 1)),
+        store=primitives.store_spread(accumulator, width, 1, 0), store_fold=primitives.store_shared(accumulator, 1),
+        zero=primitives.zeros(accumulator, 1), add_lanes=primitives.add_shared(accumulator, lanes),
+        add_places=primitives.add_shared(accumulator, elements),
+        add_folds=primitives.add_shared(accumulator, threads_x),
+        finish=finish_column(accumulator, constants.result, constants.accumulate))
+
+
 @cache
 def make_upstream_sum(constants):
     """The kernel for what lies above the layer: the name of an activation, or CROSS_ENTROPY.
@@ -137,8 +184,8 @@ def make_upstream_sum(constants):
     A thread has `elements`, and an access takes `width` of them. Weights of dtype "bool" choose samples: the others'
     dZ is zero, whatever their gradients are.
     """
-    (above, dtype, accumulator, result, elements, width, threads_x, lanes, features_first, blocks_per_multiprocessor,
-     targets, weights_width, mean, with_loss, accumulate) = constants
+    (above, _, accumulator, _, elements, width, threads_x, lanes, features_first, blocks_per_multiprocessor, targets, _,
+     mean, with_loss, _) = constants
     labels, class_weights, weights = targets
     threads, spacing, line = threads_x * lanes, threads_x * width, threads_x * elements
     tile, step = (lanes, line) if features_first else (line, lanes)
@@ -146,40 +193,14 @@ def make_upstream_sum(constants):
     places = tuple(piece + element for piece in pieces for element in range(width))
     # Which of a thread's elements need a sample's value each, and how far their outputs lie apart.
     of_samples, columns = (places, (0,) * elements) if features_first else ((0,), places)
-    has_totals, has_z, dense = above == CROSS_ENTROPY, above != "identity", above == CROSS_ENTROPY and targets.dense
-    has_gradient, of_classes = not has_totals or labels == "", class_weights != ""
-    zeros = primitives.zeros(accumulator, elements)
-    load = primitives.load_pieces(dtype, width, pieces, accumulator)
-    load_gradient = load if has_gradient else _absent(zeros)
-    load_z = load if has_z else _absent(zeros)
-    load_total = _load_values(accumulator, accumulator, of_samples, width if features_first else 1) if (
-        has_totals) else _absent(primitives.zeros(accumulator, len(of_samples)))
-    of_outputs = (0,) if features_first else places
-    load_classes = primitives.load_row(class_weights or accumulator, 1, of_outputs, accumulator)
-    no_classes = primitives.zeros(accumulator, len(of_outputs))
-    load_labels = primitives.load_integers(labels, of_samples) if labels else _no_labels
+    dense, of_classes = above == CROSS_ENTROPY and targets.dense, class_weights != ""
     weighted, chosen = weights not in ("", "bool"), weights == "bool"
-    load_weights = _load_values(weights if weighted else accumulator, accumulator, of_samples, weights_width)
-    load_chosen = primitives.load_integers("bool", of_samples)
-    weigh = primitives.weigh(accumulator, elements, len(of_samples))
-    leave_out = primitives.leave_out(accumulator, elements, len(of_samples))
-    leave_out_labels = leave_out if labels else _all_kept
-    form, divide = _form(constants, columns, len(of_samples)), primitives.divide(accumulator)
-    scale, rounded = primitives.scale(accumulator, elements), primitives.rounded(dtype, accumulator, elements)
-    store, add = primitives.store_pieces(dtype, width, pieces, accumulator), primitives.add(accumulator, elements)
-    line_array = primitives.shared_array("lines", accumulator, lanes * line)
-    fold_array = primitives.shared_array("folds", accumulator, lanes * (threads_x + 1))
-    first, turn = primitives.head(accumulator, elements, width), primitives.rotate(accumulator, elements, width)
-    store_sums = primitives.store_spread(accumulator, width, 1, 0)
-    store_sum, zero = primitives.store_shared(accumulator, 1), primitives.zeros(accumulator, 1)
-    add_lanes = primitives.add_shared(accumulator, lanes)
-    add_places = primitives.add_shared(accumulator, elements)
-    add_folds = primitives.add_shared(accumulator, threads_x)
-    finish = finish_column(accumulator, result, accumulate)
-    number, alpha_at = primitives.typed(accumulator), primitives.scale_at(constants.number, accumulator)
     # Smoothed, the target of a sample beyond the last is not zero, though its probabilities were loaded as zeros.
-    beyond, inside = has_totals and labels == "" and features_first, primitives.inside(accumulator, width, pieces)
-    sum_left = _sum_left(accumulator, threads)
+    beyond = above == CROSS_ENTROPY and labels == "" and features_first
+    load, dz_of = _loaders(constants, pieces, places, of_samples), _formed(constants, columns, pieces, len(of_samples))
+    db, sum_left = _sums(constants, lanes, threads_x, line), _sum_left(accumulator, threads)
+    number, alpha_at = primitives.typed(accumulator), primitives.scale_at(constants.number, accumulator)
+    divide = primitives.divide(accumulator)
     store_loss, scale_loss = primitives.store_vector(accumulator, 1, accumulator), primitives.scale(accumulator, 1)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
@@ -205,7 +226,7 @@ def make_upstream_sum(constants):
             gradient_along, z_along, dz_along = gradient_across, z_across, dz_across
 
         # 2. dZ is written, and sums[j] is the sum of the thread's j-th elements; the next ones travel meanwhile.
-        sums, lines, share = zeros(), line_array(), number(1)
+        sums, lines, share = db.none(), db.lines(), number(1)
         parameter, alpha = number(parameter), number(alpha_at(alpha, alpha_address))
         if mean:
             share = divide(number(1), sum_left(lines, left_by_blocks, 0, left_count, thread)[0])
@@ -215,52 +236,53 @@ def make_upstream_sum(constants):
             if thread == 0:
                 store_loss(loss, 0, scale_loss(total, share))
         elsewhere = divide(parameter, number(outputs))
-        next_gradient = load_gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along, left)
-        next_z = load_z(z, sample * z_down + output * z_across, z_along, left)
+        next_gradient = load.gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along, left)
+        next_z = load.z(z, sample * z_down + output * z_across, z_along, left)
         while left > 0:
             this_gradient, this_z, this_sample, this_left = next_gradient, next_z, sample, left
             sample += step
             left = left - step if features_first else left if sample < end else 0
-            next_gradient = load_gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along,
+            next_gradient = load.gradient(gradient, sample * gradient_down + output * gradient_across, gradient_along,
                                           left)
-            next_z = load_z(z, sample * z_down + output * z_across, z_along, left)
-            label = load_labels(labels, this_sample * labels_step, labels_step, this_left, ignored)
-            of_output, target_sum = no_classes(), load_total(totals, this_sample, 1, this_left)
+            next_z = load.z(z, sample * z_down + output * z_across, z_along, left)
+            label = load.labels(labels, this_sample * labels_step, labels_step, this_left, ignored)
+            of_output, target_sum = load.no_classes(), load.total(totals, this_sample, 1, this_left)
             largest = target_sum
             if of_classes:
-                of_output = load_classes(class_weights, output, int32(min(outputs - output, line)))
+                of_output = load.classes(class_weights, output, int32(min(outputs - output, line)))
             if dense:
-                target_sum = load_total(totals, 2 * samples + this_sample, 1, this_left)
-            values = form(this_gradient, this_z, largest, load_total(totals, samples + this_sample, 1, this_left),
+                target_sum = load.total(totals, 2 * samples + this_sample, 1, this_left)
+            values = dz_of.form(this_gradient, this_z, largest, load.total(totals, samples + this_sample, 1, this_left),
                           target_sum, label, of_output, output, elsewhere, parameter)
             if weighted:
-                values = weigh(values, load_weights(weights, this_sample * weights_step, weights_step, this_left))
-            values = scale(values, alpha)
+                values = dz_of.weigh(values, load.weights(weights, this_sample * weights_step, weights_step, this_left))
+            values = dz_of.scale(values, alpha)
             if beyond:
-                values = inside(values, int32(min(this_left, line)))
+                values = dz_of.inside(values, int32(min(this_left, line)))
             if chosen:
-                wanted = load_chosen(weights, this_sample * weights_step, weights_step, this_left, 0)
-                values = leave_out(values, wanted, 0)
-            values = leave_out_labels(values, label, ignored)
-            store(dz, this_sample * dz_down + output * dz_across, dz_along, this_left, values)
-            sums = add(sums, rounded(values))
+                wanted = load.chosen(weights, this_sample * weights_step, weights_step, this_left, 0)
+                values = dz_of.leave_out(values, wanted, 0)
+            values = dz_of.leave_out_labels(values, label, ignored)
+            dz_of.store(dz, this_sample * dz_down + output * dz_across, dz_along, this_left, values)
+            sums = db.add(sums, dz_of.rounded(values))
         sum_alpha = alpha_at(sum_alpha, sum_alpha_address)
         for piece in range(elements // width):
-            store_sums(lines, lane * line + piece * spacing + place, first(sums), thread)
-            sums = turn(sums)
+            db.store(lines, lane * line + piece * spacing + place, db.first(sums), thread)
+            sums = db.turn(sums)
         cuda.syncthreads()
 
         # 3. An output is the sum of its lanes, or of its line, of which folds[f] has the places f, f + threads_x, ...
         if features_first:
-            folds, fold = fold_array(), thread % threads_x
-            store_sum(folds, lane * (threads_x + 1) + fold, add_places(zero(), lines, lane * line + fold, threads_x))
+            folds, fold = db.folds(), thread % threads_x
+            db.store_fold(folds, lane * (threads_x + 1) + fold,
+                          db.add_places(db.zero(), lines, lane * line + fold, threads_x))
             cuda.syncthreads()
             for row in range(thread, min(lanes, outputs - first_output), threads):
-                total = add_folds(zero(), folds, row * (threads_x + 1), 1)
-                finish(total, target, part * part_stride + (first_output + row) * col_stride, 0, sum_alpha)
+                total = db.add_folds(db.zero(), folds, row * (threads_x + 1), 1)
+                db.finish(total, target, part * part_stride + (first_output + row) * col_stride, 0, sum_alpha)
         else:
             for column in range(thread, min(line, outputs - first_output), threads):
-                total = add_lanes(zero(), lines, column, line)
-                finish(total, target, part * part_stride + (first_output + column) * col_stride, 0, sum_alpha)
+                total = db.add_lanes(db.zero(), lines, column, line)
+                db.finish(total, target, part * part_stride + (first_output + column) * col_stride, 0, sum_alpha)
 
     return upstream_sum
