@@ -102,7 +102,8 @@ OUTSIDE = {
 COMMANDS = SOURCE / "commands"
 #: what kernels may import from outside, and which kind of their primitives more than that
 OF_KERNELS = {"math", "numba", "typing"}
-OF_PRIMITIVES = {"factories": {"functools", "types"}, "ptx": {"llvmlite"}, "simulator": {"ml_dtypes", "numpy", "threading"}}
+OF_PRIMITIVES = {"factories": {"functools", "types"}, "ptx": {"llvmlite"},
+                 "simulator": {"ml_dtypes", "numpy", "threading"}}
 
 
 @functools.cache
