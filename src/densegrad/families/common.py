@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any, TypeVar, cast
 
 from ..errors import PlanError
@@ -69,10 +69,16 @@ def check_integers(plan: Any) -> None:
     PlanError
         If one is something else.
     """
-    for field in fields(plan):
-        value = getattr(plan, field.name)
-        if field.type == "int" and type(value) is not int:
-            raise PlanError(f"plan: {field.name} must be an int; got {value!r}")
+    for name in _counts(type(plan)):
+        value = getattr(plan, name)
+        if type(value) is not int:
+            raise PlanError(f"plan: {name} must be an int; got {value!r}")
+
+
+@cache
+def _counts(kind: type) -> tuple[str, ...]:
+    """The fields of such plans that count."""
+    return tuple(field.name for field in fields(kind) if field.type == "int")
 
 
 def check_positive(plan: Any) -> None:
@@ -83,9 +89,9 @@ def check_positive(plan: Any) -> None:
     PlanError
         If one is less.
     """
-    for field in fields(plan):
-        if field.type == "int" and field.name not in ("samples", "outputs") and getattr(plan, field.name) < 1:
-            raise PlanError(f"plan: {field.name} must be at least 1; got {getattr(plan, field.name)}")
+    for name in _counts(type(plan)):
+        if name not in ("samples", "outputs") and getattr(plan, name) < 1:
+            raise PlanError(f"plan: {name} must be at least 1; got {getattr(plan, name)}")
 
 
 def check_sizes(**sizes: int) -> None:

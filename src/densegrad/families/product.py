@@ -323,17 +323,11 @@ def _cut_into_parts(whole: Chosen) -> list[Chosen]:
 
 def _cuts(whole: Chosen) -> list[Chosen]:
     """The plan and those with more parts, none of them empty, whose workspace is within its bound."""
-    plans = {whole.parts: whole}
     waves = {ceil_div(number * MULTIPROCESSORS, whole.tiles) for number in range(1, 9)} if whole.tiles else set()
-    for wanted in sorted(waves | {2, 3, 4, 6, 9}):
-        if whole.parts < wanted <= min(whole.depth // (MIN_TILES_OF_A_PART * whole.tile_depth), GRID_Y):
-            plan = replace(whole, parts=wanted)
-            parts = ceil_div(plan.depth, plan.depth_per_part)
-            if parts not in plans:
-                plan = replace(whole, parts=parts)
-                if plan.workspace_bytes <= MOST_WORKSPACE:
-                    plans[parts] = plan
-    return list(plans.values())
+    most = min(whole.depth // (MIN_TILES_OF_A_PART * whole.tile_depth), GRID_Y)
+    filled = {whole.filled_parts(wanted) for wanted in waves | {2, 3, 4, 6, 9} if whole.parts < wanted <= most}
+    more = (replace(whole, parts=parts) for parts in sorted(filled - {whole.parts}))
+    return [whole, *(plan for plan in more if plan.workspace_bytes <= MOST_WORKSPACE)]
 
 
 def bias_rides_along(plan: ProductPlan) -> bool:

@@ -42,7 +42,14 @@ class Tiling:
     @property
     def depth_per_part(self) -> int:
         """The depth of every part but the last, a multiple of tile_depth."""
-        return max(ceil_div(ceil_div(self.depth, self.parts), self.tile_depth), 1) * self.tile_depth
+        return self._depth_of_parts(self.parts)
+
+    def filled_parts(self, parts: int) -> int:
+        """How many parts there are something to do for, where the depth is cut into so many."""
+        return ceil_div(self.depth, self._depth_of_parts(parts))
+
+    def _depth_of_parts(self, parts: int) -> int:
+        return max(ceil_div(ceil_div(self.depth, parts), self.tile_depth), 1) * self.tile_depth
 
     @property
     def tiles(self) -> int:
