@@ -111,6 +111,7 @@ class Counts:
     shared_store_ideal: int
     launched: Any = field(default=None, repr=False, compare=False)  # a Launch, or Numba's library of another kernel
     dynamic_bytes: int = 0  # of shared memory, beside what the kernel declares
+    copied_bytes: int | None = None  # by bulk copies into shared memory, what lies beyond an edge included; if told
 
     @property
     def active_lanes(self) -> float:
@@ -207,7 +208,7 @@ class Rehearsed:
             by_class=counters.warp_by_class,
             shared_load_wavefronts=counters.shared_load_wavefronts, shared_load_ideal=counters.shared_load_ideal,
             shared_store_wavefronts=counters.shared_store_wavefronts, shared_store_ideal=counters.shared_store_ideal,
-            launched=launched, dynamic_bytes=executed.shared)
+            launched=launched, dynamic_bytes=executed.shared, copied_bytes=counters.bulk_load_bytes)
 
     def code(self, counts: Counts, capability: str) -> Code:
         """Judge the kernel as linked for this compute capability.

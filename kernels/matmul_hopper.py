@@ -24,8 +24,9 @@ Three warpgroups
 
 Barriers
     A stage has two in shared memory: full (one arrival, which says how many bytes are to come, and those bytes) and
-    empty (eight arrivals, one a warp of those that multiply). Both count phases, of which a thread remembers the
-    parity; the first wait for an empty stage is for the phase before the first, which counts as ended.
+    empty (eight arrivals, one a warp of those that multiply, and three of those that add dL/db). Both count phases, of
+    which a thread remembers the parity; the first wait for an empty stage is for the phase before the first, which
+    counts as ended.
 Tiles in shared memory
     Lines of 128 bytes, 64 numbers: along the depth a line is a row (or column) and has 64 depths, across it a line is a
     depth and has 64 rows (or columns), and 64 lines are a box of 8 KiB. Lines of TF32 have 32 numbers, and lie along
@@ -48,7 +49,8 @@ TF32
 Results
     Sums times alpha are rounded to the type of the result, staged in shared memory as boxes of the same form, and
     stored by bulk copies, which leave out what lies beyond the result; or, into float32, added by bulk reductions. The
-    next piece's tiles arrive meanwhile.
+    next piece's tiles arrive meanwhile. Their map has three axes: columns, rows and parts, which lie in the workspace
+    one behind the other, of one row too.
 Order of additions
     A part's sums begin at 0 and take 16 depths at a time, 8 of TF32, in ascending order, each step as the hardware
     adds: products and sum are aligned to the largest and cut toward zero. Neither workers nor the order of pieces
@@ -56,18 +58,18 @@ Order of additions
 dL/db
     May ride along where dZ is contiguous across the depth: three warps of the first warpgroup add its lines up, which
     lie in shared memory anyway. A thread adds a chunk of eight columns in eight lines a round: in round i of a step in
-    the lines 8 g .. 8 g + 7 of g = i * shares + share, if there are so many, in ascending order. All rounds of a stage
-    take twice as long as its products. So the tiles that read the same columns of dZ share the rounds: sharer s of n
-    takes the rounds s, s + n, ... of each part, counted through its steps, and no stage is held up for long. What a
-    thread has added goes into a row of the workspace: row (part * n + s) * shares + share. add_parts adds the rows in
-    ascending order.
+    the lines 8 g .. 8 g + 7 of g = i * shares + share, if there are so many, in ascending order. All rounds of 256
+    columns take twice as long as the products of their stage, as a prototype showed. So the tiles that read the same
+    columns of dZ share the rounds: sharer s of n, at most 32, takes the rounds s, s + n, ... of each part, counted
+    through its steps, and no stage is held up for long. What a thread has added goes into a row of the workspace: row
+    (part * n + s) * shares + share. sum_parts adds the rows in another launch, as its plan says.
 Tensor maps
     Arrive as arguments, 16 integers each. The first thread of each block writes them to its own place of the workspace,
     since copies read them from global memory.
 Threads
     384: three warpgroups.
 Grid
-    (workers,): as many as there are pieces, 132 at most.
+    (workers,): as many as there are pieces, 132 at most, or fewer where the GPU has fewer multiprocessors.
 Shared memory
     stages * 128 * (128 + tile_cols) bytes, twice that of two terms; most_staged boxes of results for each of two
     warpgroups: four, or of two terms two, which leaves room for a third stage; 16 bytes of barriers a stage, and 1 KiB

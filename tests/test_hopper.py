@@ -1,4 +1,5 @@
 """dL/dW, dL/dX and db by Hopper's kernel against float64: tiles, orders, results, options, what a plan promises."""
+import functools
 import itertools
 import re
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import densegrad
+from benchmarks import counting, tables
 from densegrad import compiler, reference
 from densegrad.calls import recorded
 from densegrad.errors import PlanError
@@ -27,7 +29,18 @@ from densegrad.plans import (
     bias_rides_along,
     plan_product,
 )
-from densegrad.testing import Placed, bits, check_within, expected, host, integers, normal, poisoned
+from densegrad.testing import (
+    Placed,
+    Strided,
+    bits,
+    check_within,
+    error_bound,
+    expected,
+    host,
+    integers,
+    normal,
+    poisoned,
+)
 
 #: where an axis of dz counts samples, and the layout of w or dw: every way in which both operands can lie
 ORIENTATIONS = tuple(itertools.product((0, 1), ("in_out", "out_in")))
@@ -223,6 +236,31 @@ def test_parts_are_added_in_ascending_order(xp, parts):
     assert (bits(found) == bits(total)).all()
 
 
+@pytest.mark.parametrize(("function", "sizes", "kind"), [
+    ("weight_grad", (200, 1, 40), "bfloat16"), ("weight_grad", (200, 40, 1), "tf32"),
+    *(pytest.param(*case, marks=pytest.mark.only("gpu")) for case in (
+        ("weight_grad", (200, 40, 1), "bfloat16"), ("weight_grad", (200, 1, 40), "tf32x3"),
+        ("input_grad", (1, 40, 200), "float16"), ("input_grad", (1, 40, 200), "tf32"),
+        ("input_grad", (40, 1, 200), "bfloat16"), ("weight_grad", (200, 1, 1), "float16")))])
+def test_one_row_or_column_in_parts(xp, function, sizes, kind):
+    for parts in (2, 3):
+        layer = Layer(function, sizes, kind, parts=parts)
+        found, _ = layer.run(xp)
+        assert (host(found) == layer.exact().astype(found.dtype)).all()
+
+
+@pytest.mark.parametrize("gaps", [(0, 7), (7, 0), pytest.param((8, 15), marks=pytest.mark.only("gpu"))])
+@pytest.mark.parametrize("features", [(1, 72), (72, 1)])
+def test_one_row_or_column_with_gaps(xp, features, gaps):
+    """Nothing is written between the elements of a result, nor read there of an operand of one row or column."""
+    layer = Layer("weight_grad", (40, *features), "tf32")
+    placed = [Placed(array, Strided.of(array.shape, (0, 1), gaps), xp) for array in
+              (layer.x, layer.dz, np.zeros(features, np.float32))]
+    x, dz, out = placed
+    densegrad.weight_grad(x.array, dz.array, out=out.array, plan=layer.plan)
+    assert (out.read() == layer.exact()).all()
+
+
 def test_an_empty_part_is_zero(xp):
     layer = Layer("weight_grad", (64, 64, 64), parts=3)
     found, _ = layer.run(xp)
@@ -267,7 +305,7 @@ def test_db_rides_along_on_either_side(xp, tile_cols, weight_layout):
     layer = Layer("weight_bias_grad", (136, 136, 40), DTYPES[weight_layout == "in_out"],
                   orientation=(0, weight_layout), tile_cols=tile_cols, parts=2)
     (dw, db), kernels = layer.run(xp, alpha=2.0)
-    assert kernels == ["matmul_hopper", "add_parts", "add_parts"]
+    assert kernels == ["matmul_hopper", "add_parts", "sum_parts"]
     assert (host(dw) == (2 * layer.exact("weight_grad")).astype(dw.dtype)).all()
     assert (host(db) == (2 * layer.dz.astype(np.float64).sum(axis=0)).astype(db.dtype)).all()
 
@@ -283,44 +321,63 @@ def test_db_of_a_transposed_dz_is_a_sum_of_its_own(xp):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_sharers_of_db_take_every_round_once(xp, parts):
     """With more tiles than steps, and with fewer, the bits are those of the order that the kernel's file states."""
-    for samples, in_features, tile_cols in ((130, 400, 256), (700, 136, 128), (450, 264, 192)):
+    for samples, in_features, tile_cols in ((130, 400, 256), (700, 136, 128), (450, 264, 192), (72, 4232, 128)):
         layer = Layer("weight_bias_grad", (samples, in_features, 64), make=normal, parts=parts, tile_cols=tile_cols)
         (_, db), _ = layer.run(xp, out=densegrad.WeightBiasGrads(db=xp.zeros(64, "float32")))
         assert (bits(db) == bits(added_by_sharers(layer.dz.astype(np.float32), layer.plan))).all()
 
 
 def added_by_sharers(dz, plan):
-    """The sum of dZ over its rows, as the tiles of a plan share it."""
-    shares, sharers = plan.adders // (plan.tile_cols // 8), -(-plan.rows // 128)
-    rounds = -(-8 // shares)
-    total = np.zeros(dz.shape[1], np.float32)
+    """The sum of dZ over its rows, as the tiles of a plan share it, whose rows of sums 32 lanes add."""
+    shares, sharers = plan.adders // (plan.tile_cols // 8), min(-(-plan.rows // 128), 32)
+    rounds, rows = -(-8 // shares), []
     for part, sharer, share in itertools.product(range(plan.parts), range(sharers), range(shares)):
-        row = np.zeros_like(total)
+        rows.append(np.zeros(dz.shape[1], np.float32))
         lines = dz[part * plan.depth_per_part:(part + 1) * plan.depth_per_part]
         for number in range(sharer, rounds * -(-plan.depth_per_part // 64), sharers):
             step, turn = divmod(number, rounds)
             group = turn * shares + share
             for line in lines[64 * step + 8 * group:64 * step + 8 * (group + 1)] if group < 8 else ():
-                row += line
-        total += row
-    return total
+                rows[-1] += line
+    lanes = plan.added_sums(len(rows), dz.shape[1]).lanes
+    return in_order(in_order(rows[lane::lanes]) for lane in range(lanes))
+
+
+def in_order(rows):
+    """The sum of some rows, in ascending order."""
+    return functools.reduce(np.add, rows, np.float32(0))
+
+
+def test_db_keeps_the_bound_of_its_own_chain(xp):
+    """Of thousands of rows of sums: positive numbers, whose errors do not cancel."""
+    layer = Layer("weight_bias_grad", (1024, 264, 40), make=lambda *given: np.abs(normal(*given)), parts=8)
+    (_, db), _ = layer.run(xp, out=densegrad.WeightBiasGrads(db=xp.zeros(40, "float32")))
+    exact = layer.dz.astype(np.float64).sum(axis=0)
+    assert layer.plan.sums_chain < layer.plan.chain
+    check_within(db, exact, error_bound(exact, exact, layer.plan.sums_chain, 1024, "float32"))
 
 
 @pytest.mark.only("gpu")
 @settings(max_examples=16, deadline=None)
 @given(st.data())
 def test_the_bound_holds_for_any_sizes_and_orders(xp, data):
-    eights = st.integers(1, 20).map(lambda n: 8 * n)
-    sizes = data.draw(eights), data.draw(eights), data.draw(eights)
+    sizes = tuple(data.draw(st.integers(1, 160)) for _ in range(3))
     kind = data.draw(st.sampled_from((*DTYPES, *TF32)))
     layer = Layer(data.draw(st.sampled_from(["weight_grad", "input_grad"])), sizes, kind, of_tf32 if kind == "tf32" else
                   normal, data.draw(st.sampled_from(ORIENTATIONS)),
                   tile_cols=data.draw(st.sampled_from(list(matmul_hopper.stages_of(kind)))),
                   parts=data.draw(st.integers(1, 3)))
-    found, _ = layer.run(xp)
+    function = getattr(densegrad, layer.function)
+    found = function(*(in_aligned_rows(array, xp) for array in layer.arrays), plan=layer.plan, **layer.options)
     exact, bound = expected(layer.function, layer.arrays, layer.options, layer.plan.chain,
                             product_error=layer.plan.product_error if kind == "tf32x3" else 0.0)
     check_within(found, exact, bound)
+
+
+def in_aligned_rows(array, xp):
+    """The array in memory whose rows begin at multiples of 16 bytes, with NaN behind each."""
+    gap = -array.shape[1] % 8
+    return Placed(array, Strided.of(array.shape, gaps=(gap, 0)), xp).array
 
 
 def of_tf32(*arguments):
@@ -397,6 +454,13 @@ def test_what_float32_takes_beside_the_product():
         assert costs[key].memory == pytest.approx(2 * LAUNCH + 4 * moved * numbers / BYTES_A_MICROSECOND)
     assert costs["tf32x3", "along"].loop == pytest.approx(3 * costs["tf32", "along"].loop)
     assert not any(cost.measured for cost in costs.values())
+
+
+def test_plans_for_what_no_map_takes_say_so():
+    for kind in (("bfloat16", None), ("float32", "tf32")):
+        text = plan_product(4096, 4096, 4096, *kind, HOPPER, aligned=False).explain()
+        assert "on compute capability 9.0 taken where rows of operands do not begin at multiples of 16 bytes" in text
+    assert "9.0 taken" not in plan_product(4096, 4096, 4096, "float64", None, HOPPER).explain()
 
 
 def test_explain_says_what_runs_and_that_nothing_was_measured():
@@ -481,6 +545,14 @@ def test_operands_without_maps_are_refused_before_anything_is_launched(xp, name)
     assert not launches
 
 
+def test_a_gpu_of_fewer_multiprocessors_launches_fewer_blocks():
+    """Each takes more pieces; other kernels' grids are their plans'."""
+    launch, *later = launches_of(HopperPlan(4096, 4096, 4096, "bfloat16", 128, parts=2))
+    assert [launch.on(count).grid[0] for count in (78, 132, 144)] == [78, 132, 132]
+    assert later
+    assert [one.on(1) for one in later] == later
+
+
 def test_other_gpus_refuse_the_plan():
     plan = HopperPlan(64, 64, 64, "bfloat16", 128)
     for capability in ((8, 0), (10, 0)):
@@ -489,7 +561,18 @@ def test_other_gpus_refuse_the_plan():
     check_precision(plan, None, HOPPER)
 
 
-# what no execution shows
+# what no result shows
+
+
+@pytest.mark.only("gpu")
+@pytest.mark.parametrize("row", ["memory bfloat16 dW 128x128 320x128x128 in 3 parts"])
+def test_no_more_is_copied_than_the_tiling_says(row):
+    """Where copies are counted; the last part has fewer steps than the others."""
+    where = counting.machine()
+    if where is None:
+        pytest.skip("nothing counts copies here")
+    (row,) = [one for one in tables.rows("hopper") if one.name == row]
+    assert not counting.broken(row, row.measure(where))
 
 
 @pytest.mark.only("gpu")  # where a compiler is at hand
@@ -500,10 +583,13 @@ def test_what_no_execution_shows_stands_in_the_code():
     """
     launch = dict(matmul_hopper.variants())["matmul_hopper-bfloat16-128x128-rows-cols-sums"]
     kinds = r"mbarrier\.init|fence\.mbarrier_init|bar\.warp\.sync|bar\.sync|mbarrier\.arrive(?!\.expect)|" \
+            r"fence\.proxy\.tensormap::generic\.(?:acquire|release)|" \
             r"cp\.async\.bulk\.wait_group(?:\.read)?|ret(?=;)"
     order = re.findall(rf"(?m)^\s*({kinds})\b", compiler.ptx_of(launch, (9, 0)))
     starts = 2 * launch.plan.stages
-    assert order[:starts + 2] == ["mbarrier.init"] * starts + ["fence.mbarrier_init", "bar.sync"]
+    maps = "fence.proxy.tensormap::generic"
+    assert order[:starts + 3] == ["mbarrier.init"] * starts + ["fence.mbarrier_init", f"{maps}.release", "bar.sync"]
+    assert order.count(f"{maps}.acquire") == 3  # of either operand, and of the result
     reads = order.index("bar.warp.sync")
     assert order[reads + 1] == "mbarrier.arrive"
     assert order.count("bar.warp.sync") == 1

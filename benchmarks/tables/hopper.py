@@ -39,6 +39,7 @@ class Case:
     orientation: str
     tile_cols: int
     sums: bool = False
+    parts: int = 1
 
     def _of(self, kind: str) -> str:
         also = " and db" if self.sums else ""
@@ -57,7 +58,7 @@ class Case:
         weights = function == "weight_grad"
         rows, cols, depth = (in_features, out_features, samples) if weights else (samples, in_features, out_features)
         exact = x.astype(float).T @ dz.astype(float) if weights else dz.astype(float) @ w.astype(float).T
-        plan = HopperPlan(rows, cols, depth, dtype, self.tile_cols, precision=precision)
+        plan = HopperPlan(rows, cols, depth, dtype, self.tile_cols, self.parts, precision)
         dz, w = dz.T if axis else dz, w.T if layout == "out_in" else w
         given = [cupy.asarray(np.ascontiguousarray(array)) for array in ((x, dz) if weights else (dz, w))]
         results: list[Any] = []
@@ -110,12 +111,13 @@ class Memory(Case):
     @property
     def name(self) -> str:
         """As the table shows it."""
-        return self._of("memory") + " " + "x".join(map(str, self.sizes))
+        return self._of("memory") + " " + "x".join(map(str, self.sizes)) + f" in {self.parts} parts" * (self.parts > 1)
 
     @property
     def limits(self) -> Iterable[Limit]:
         """What must hold."""
-        return Limit("read", 1, 1), Limit("written", 1, 1), Limit("shared_load_degree", most=1)
+        return (Limit("read", 1, 1), Limit("copied", 1, 1), Limit("written", 1, 1),
+                Limit("shared_load_degree", most=1))
 
     def measure(self, machine: Rehearsed) -> dict[str, Any]:
         """Every tile of the result reads whole tiles of both operands, as sizes are multiples of the tiles'.
@@ -126,12 +128,14 @@ class Memory(Case):
         found, plan = self.run(machine, self.sizes)
         counts, steps = found["matmul_hopper"], ceil_div(plan.depth, plan.tile_depth)
         read = plan.tiles * steps * plan.terms * (plan.tile_rows + plan.tile_cols) * 128
+        results = plan.workspace_bytes or plan.rows * plan.cols * SIZES[plan.dtype]
         sums = 2 * plan.cols * 4 * 3 * ceil_div(plan.rows, plan.tile_rows) if self.sums else 0
         maps = 3 * 16 * 32 * plan.workers
         return {
             "orientation": self.orientation + " and db" * self.sums, "dtype": self.dtype,
             "read": counts.load_sectors * 32 / read,
-            "written": counts.store_sectors * 32 / (plan.rows * plan.cols * SIZES[plan.dtype] + sums + maps),
+            "copied": None if counts.copied_bytes is None else counts.copied_bytes / read,
+            "written": counts.store_sectors * 32 / (results + sums + maps),
             "shared_load_degree": counts.shared_load_degree,
         }
 
@@ -174,6 +178,6 @@ def rows() -> list[Loop | Memory]:
               for tile_cols in stages_of(precision)]
     memory = [Memory("bfloat16", "dW", 256), Memory("bfloat16", "dX", 256), Memory("float16", "dW", 128),
               Memory("bfloat16", "dW", 256, sums=True), Memory("tf32", "dX", 256), Memory("tf32", "dW", 256),
-              Memory("tf32x3", "dX", 128)]
+              Memory("tf32x3", "dX", 128), Memory("bfloat16", "dW", 128, parts=3, sizes=(320, 128, 128))]
     turned = [Turned("tf32", "dW", 256), Turned("tf32x3", "dW", 128), Turned("tf32x3", "dX", 128)]
     return [*loops, *with_sums, *memory, *turned]

@@ -553,7 +553,7 @@ class Gpu:
         self._array = cupy.ndarray
         self._functions: OrderedDict[tuple, Any] = OrderedDict()
         self._loading = threading.RLock()
-        self._models: dict[int, tuple[str, tuple[int, int]]] = {}
+        self._models: dict[int, tuple[str, tuple[int, int], int]] = {}
         self._of_tensors: dict[int, GpuOfTensors] = {}
         self._busy: dict[int, deque[tuple[Any, Any]]] = {}  # by streams: events, and arrays that are used until then
         self._settling = threading.Lock()
@@ -781,11 +781,13 @@ class Gpu:
         """The name of that device."""
         return self._model(place)[0]
 
-    def _model(self, place: str) -> tuple[str, tuple[int, int]]:
+    def _model(self, place: str) -> tuple[str, tuple[int, int], int]:
+        """The name of a device, its compute capability, and its multiprocessors."""
         device_id = self._device_id(place)
         if device_id not in self._models:
             properties = self.cupy.cuda.runtime.getDeviceProperties(device_id)
-            self._models[device_id] = properties["name"].decode(), (properties["major"], properties["minor"])
+            self._models[device_id] = (properties["name"].decode(), (properties["major"], properties["minor"]),
+                                       properties["multiProcessorCount"])
         return self._models[device_id]
 
     def loaded(self, launches: tuple[Launch | Clear, ...], place: str) -> tuple[Any, ...]:
@@ -799,7 +801,7 @@ class Gpu:
         ready: list[Any] = []
         for _, group in groupby(launches, type):
             together = list(group)
-            kernels = [launch for launch in together if isinstance(launch, Launch)]
+            kernels = [launch.on(self._model(place)[2]) for launch in together if isinstance(launch, Launch)]
             ready += [_LoadedClear(clear, self.cupy.cuda.runtime.memsetAsync) for clear in together
                       if isinstance(clear, Clear)]
             if kernels:

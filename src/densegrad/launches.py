@@ -6,7 +6,7 @@ workspace; a call fills them in. The launches of a call follow one another on on
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .facts import SIZES
@@ -148,6 +148,8 @@ class Launch:
         The first compute capability that has the kernel's instructions.
     alone : bool
         Whether no other compute capability has them.
+    in_turn : bool
+        Whether blocks take pieces of work in turn, so that fewer do the same.
     """
 
     module: str
@@ -160,6 +162,13 @@ class Launch:
     shared_bytes: int = 0
     capability: tuple[int, int] = (7, 5)
     alone: bool = False
+    in_turn: bool = False
+
+    def on(self, multiprocessors: int) -> Launch:
+        """The launch on a device of so many: of no more blocks than these, where blocks take their work in turn."""
+        blocks = self.grid[0]
+        return self if not self.in_turn or blocks <= multiprocessors else replace(
+            self, grid=(multiprocessors, *self.grid[1:]))
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
         """Whether GPUs of this compute capability have the kernel's instructions."""

@@ -95,6 +95,11 @@ class SumPartsPlan:
         """The longest chain of additions that one result goes through."""
         return ceil_div(self.rows, self.lanes) + (1 + self.compensated) * self.lanes
 
+    def explain(self) -> str:
+        """The plan in words."""
+        return (f"{self.rows} rows of {self.outputs} {self.dtype} sums are added by {self.lanes} lanes, then lane "
+                "after lane")
+
 
 @lru_cache(maxsize=4096)
 def plan_sum_parts(rows: int, outputs: int, accumulator: str, compensated: bool = False) -> SumPartsPlan:

@@ -69,7 +69,7 @@ def check_integers(plan: Any) -> None:
     PlanError
         If one is something else.
     """
-    for name in _counts(type(plan)):
+    for name in _counts(plan.__class__):
         value = getattr(plan, name)
         if type(value) is not int:
             raise PlanError(f"plan: {name} must be an int; got {value!r}")
@@ -89,7 +89,7 @@ def check_positive(plan: Any) -> None:
     PlanError
         If one is less.
     """
-    for name in _counts(type(plan)):
+    for name in _counts(plan.__class__):
         if name not in ("samples", "outputs") and getattr(plan, name) < 1:
             raise PlanError(f"plan: {name} must be at least 1; got {getattr(plan, name)}")
 

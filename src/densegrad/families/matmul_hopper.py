@@ -9,7 +9,8 @@ from ..errors import PlanError
 from ..facts import BOX_LINES, ITEM_BYTES, LINE_BYTES, MAP_WORDS, SIZES
 from ..launches import Launch, Matrix, Result, Room, Slot, TensorMap
 from ..signatures import MatmulArguments, MatmulHopper, MatmulHopperArguments
-from .common import ceil_div, check_choice, check_integers, check_sizes, constants_of, named
+from .batch_sum import SumPartsPlan
+from .common import ceil_div, check_choice, check_integers, check_sizes, constants_of, named, power_of_two
 from .cost import BYTES_A_MICROSECOND, LAUNCH, MULTIPROCESSORS, ProductCost, matrices_bytes
 from .tiling import ORIENTATIONS, TF32, Product, Tiling, side_of, square
 from .turn_operand import TurnPlan, turned
@@ -27,6 +28,8 @@ START = 2.0
 STEP_MICROSECONDS, ALONE = {256: 0.82, 192: 0.63, 128: 0.43}, 0.78
 #: how many tiles share the rounds of sums along the depth at the most, and the threads of each that add
 MOST_SHARERS, ADDERS = 32, 96
+#: the lanes that add the rows of sums which they leave
+SUM_LANES = 32
 #: three warpgroups, of which two multiply 64 rows of a tile each
 THREADS, TILE_ROWS = 384, 128
 #: the largest depth, and the largest number of rows or columns: coordinates have 32 bits
@@ -119,7 +122,7 @@ class HopperPlan(Tiling):
 
     @property
     def workers(self) -> int:
-        """Blocks, which take pieces in turn."""
+        """Blocks, which take pieces in turn: on a GPU of fewer multiprocessors as many as it has."""
         return min(self.pieces, MULTIPROCESSORS)
 
     @property
@@ -161,21 +164,41 @@ class HopperPlan(Tiling):
         """
         return self.dtype in HALF_TYPES and not side_of(product.right.T, 1)[0].along_depth
 
-    def sharers(self, product: Product) -> int:
-        """How many of the tiles that read the same part of the summed operand share its rounds."""
-        others = ceil_div(self.cols, self.tile_cols) if product.sums_of == "left" else ceil_div(self.rows, TILE_ROWS)
-        return min(others, MOST_SHARERS)
+    def sharers(self, of_left: bool) -> int:
+        """How many of the tiles that read the same part of the summed operand share the rounds of adding it up."""
+        return min(ceil_div(self.cols, self.tile_cols) if of_left else ceil_div(self.rows, TILE_ROWS), MOST_SHARERS)
+
+    def shares(self, of_left: bool) -> int:
+        """How many threads add the same columns of a stage, each in other lines."""
+        return ADDERS // ((TILE_ROWS if of_left else self.tile_cols) // 8)
+
+    def rows_of_sums(self, of_left: bool) -> int:
+        """Rows of sums that the kernel keeps in the workspace: one for every share of lines of each part's sharers."""
+        return self.parts * self.sharers(of_left) * self.shares(of_left)
 
     def kept_sums(self, product: Product) -> int:
-        """Rows of sums that the kernel keeps in the workspace: one for every share of lines of each part's sharers."""
-        summed = TILE_ROWS if product.sums_of == "left" else self.tile_cols
-        return self.parts * self.sharers(product) * (ADDERS // (summed // 8))
+        """Rows of sums that the kernel keeps in the workspace."""
+        return self.rows_of_sums(product.sums_of == "left")
+
+    def added_sums(self, kept: int, count: int) -> SumPartsPlan:
+        """How the rows of sums are added: they may be thousands."""
+        return SumPartsPlan(kept, count, self.accumulator, min(SUM_LANES, power_of_two(kept)), compensated=False)
+
+    @property
+    def sums_chain(self) -> int:
+        """The longest chain of additions that one sum along the depth goes through, which rides along."""
+        return max(self._sums_chain(of_left) for of_left in (False, True))
+
+    def _sums_chain(self, of_left: bool) -> int:
+        rounds = self.depth_per_part // self.tile_depth * ceil_div(8, self.shares(of_left))
+        added = self.added_sums(self.rows_of_sums(of_left), 1)
+        return 8 * ceil_div(rounds, self.sharers(of_left)) - 1 + added.chain
 
     def stores(self, result: Result) -> bool:
         """Whether boxes can be stored: in the operands' type, or in float32, which can be added to; aligned."""
         target = result.matrix
         known = target.dtype == "float32" or (target.dtype == self.dtype and not result.accumulate)
-        return known and _has_map(target.T)
+        return known and _takes_boxes(target)
 
     def cost(self, order: str) -> ProductCost:
         """What the plan takes by a nominal model: waves of pieces, whose steps take less where fewer work at a time.
@@ -206,9 +229,12 @@ class HopperPlan(Tiling):
         aligned = "operands aligned to 16 bytes"
         operands = {"tf32": f"{aligned}, or turned in a launch before where they lie across the depth",
                     "tf32x3": "each operand split into two terms in a launch before"}.get(self.kind, aligned)
-        return self._explain(f"{unit} of compute capability 9.0",
+        text = self._explain(f"{unit} of compute capability 9.0",
                              f"{self.workers} blocks of {THREADS} threads take pieces in turn, {self.stages} stages; "
                              f"{operands}")
+        if self.dtype in HALF_TYPES:
+            text += f"\nlongest chain of additions of db, where it rides along: {self.sums_chain}"
+        return text
 
     def first_pass(self, product: Product, free_at: int) -> tuple[Product, tuple[Launch, ...], int]:
         """Operands of float32 that do not lie along the depth, or are split, as TurnPlans leave them."""
@@ -239,7 +265,8 @@ class HopperPlan(Tiling):
         constants = constants_of(MatmulHopper, self, {
             "left_across": left_across, "right_across": right_across, "target": target.matrix.dtype,
             "accumulate": target.accumulate, "sums_of": product.sums_of if sums else ""})
-        summed = (sums.matrix.address, sums.matrix.row_stride, self.sharers(product)) if sums else (0, 0, 1)
+        summed = (sums.matrix.address, sums.matrix.row_stride, self.sharers(product.sums_of == "left")) if sums else (
+            0, 0, 1)
         down, across = ceil_div(self.rows, TILE_ROWS), ceil_div(self.cols, self.tile_cols)
         return Launch("densegrad.kernels.matmul_hopper", "matmul_hopper", constants, MatmulHopperArguments(
             left, right, _map_of_result(target.matrix, self.rows, self.parts),
@@ -247,7 +274,7 @@ class HopperPlan(Tiling):
             ceil_div(self.depth, self.tile_depth), self.depth_per_part // self.tile_depth, arguments.alpha,
             *summed),
             self.grid, THREADS, plan=self, shared_bytes=self.shared_bytes, capability=HOPPER,
-            alone=True)
+            alone=True, in_turn=True)
 
 
 def terms_of(precision: str | None) -> int:
@@ -278,12 +305,17 @@ def _lies_ready(operand: Matrix, precision: str | None) -> bool:
 
 
 def _has_map(operand: Matrix) -> bool:
-    """Whether boxes of an operand (outer, depth), or of a result (columns, rows), can be copied."""
-    side, stride = side_of(operand, 1)
-    contiguous = operand.col_stride == 1 or not side.along_depth or operand.cols == 1
-    lines, step = operand.rows if side.along_depth else operand.cols, stride * SIZES[operand.dtype]
-    apart = lines == 1 or (0 < step < MOST_STEP and step % MAP_ALIGNMENT == 0)
-    return bool(operand.rows and operand.cols and contiguous and apart and operand.alignment >= MAP_ALIGNMENT)
+    """Whether boxes of an operand (outer, depth) can be copied, in lines along the axis that is contiguous."""
+    side, _ = side_of(operand, 1)
+    return _takes_boxes(operand if side.along_depth else operand.T)
+
+
+def _takes_boxes(matrix: Matrix) -> bool:
+    """Whether boxes of a matrix can be copied, or stored to, whose lines lie along its rows."""
+    step = matrix.row_stride * SIZES[matrix.dtype]
+    contiguous = matrix.col_stride == 1 or matrix.cols == 1
+    apart = matrix.rows == 1 or (0 < step < MOST_STEP and step % MAP_ALIGNMENT == 0)
+    return bool(matrix.rows and matrix.cols and contiguous and apart and matrix.alignment >= MAP_ALIGNMENT)
 
 
 def _map_of(operand: Matrix, outer: int) -> tuple[TensorMap, bool]:
@@ -300,10 +332,11 @@ def _map_of(operand: Matrix, outer: int) -> tuple[TensorMap, bool]:
 
 
 def _map_of_result(result: Matrix, rows: int, parts: int) -> TensorMap:
-    """The map of a result, or of its parts."""
+    """The map of a result, or of its parts, which follow one another."""
     size = SIZES[result.dtype]
-    step = (result.row_stride * size if rows > 1 else 0) or MAP_ALIGNMENT
-    return _map(result, (result.cols, rows, parts), (step, rows * step), (LINE_BYTES // size, BOX_LINES, 1))
+    step = result.row_stride * size if rows > 1 or parts > 1 else 0
+    return _map(result, (result.cols, rows, parts), (step, rows * step if parts > 1 else 0),
+                (LINE_BYTES // size, BOX_LINES, 1))
 
 
 def _map(matrix: Matrix, lengths: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...],
@@ -321,8 +354,10 @@ def variants() -> Iterator[tuple[str, Launch]]:
                 yield from _variant(dtype, tile_cols, along_depth)
             yield from _variant(dtype, tile_cols, how={"result": "float32"})
             yield from _variant(dtype, tile_cols, how={"result": "float32", "accumulate": True})
-            yield from _variant(dtype, tile_cols, how={"sums": True})
-        yield from _variant(dtype, 256, how={"result": "float32", "accumulate": True, "sums": True})
+            for of_left in (False, True):
+                yield from _variant(dtype, tile_cols, how={"sums": True, "turned": of_left})
+                yield from _variant(dtype, tile_cols, how={"result": "float32", "accumulate": True, "sums": True,
+                                                           "turned": of_left})
     for precision in TF32:
         for tile_cols in stages_of(precision):
             for accumulate in (False, True):

@@ -157,9 +157,13 @@ class TensorCorePlan(Tiling):
         if self.capability != TENSOR_CORE_CAPABILITY:
             unit += " of compute capability {}.{}".format(*self.capability)
         unit += " with the bits of FMA units" if self.dtype == "float64" else ""
-        return self._explain(unit,
+        text = self._explain(unit,
                              f"{self.warp_rows} x {self.warp_cols} results a warp, {self.threads} threads a block, "
                              f"{self.stages} stages")
+        if self.capability == TENSOR_CORE_CAPABILITY and self.dtype != "float64":
+            text += ("\non compute capability 9.0 taken where rows of operands do not begin at multiples of 16 bytes, "
+                     "or where the model of a HopperPlan promises less than a tenth more")
+        return text
 
     def launch(self, product: Product, target: Result, sums: Result | None, arguments: MatmulArguments, *,
                free_at: int) -> Launch:

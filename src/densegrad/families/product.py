@@ -41,6 +41,8 @@ EXTRAPOLATED = 1.1
 #: how long Hopper's warps add a tile's columns up, of the time of its products, and for what share of that time tiles
 #: are held up of which 32 share the adding: figures of a prototype of the kernel on an H100
 ADDING, SHARED = 2.0, 0.03
+#: rows of sums that are loaded at once by the lanes that add them, and microseconds until they come: nominal
+ROWS_AT_ONCE, LOADED = 16 * 32, 0.5
 
 
 @remembered
@@ -348,6 +350,7 @@ def bias_rides_along(plan: ProductPlan) -> bool:
     tile_rows = ceil_div(max(plan.rows, 1), plan.tile_rows)
     if isinstance(plan, HopperPlan):
         extra = cost.loop * max(ADDING / tile_rows - 1, SHARED) + LAUNCH
+        extra += LOADED * ceil_div(plan.rows_of_sums(of_left=False), ROWS_AT_ONCE)
     else:
         extra = cost.loop * (0.1 if isinstance(plan, TensorCorePlan) else 0.02) / tile_rows
     again = plan.depth * plan.cols * ITEM_BYTES[plan.dtype] / BYTES_A_MICROSECOND

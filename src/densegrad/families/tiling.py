@@ -10,7 +10,9 @@ from ..errors import PlanError
 from ..facts import ITEM_BYTES, accumulator_of
 from ..launches import ALPHA, ONE, Launch, Matrix, Result, Slot, scratch
 from ..signatures import NO_COLUMN, ColumnAt, MatmulArguments, Scale, Side
-from . import add_parts
+from . import add_parts, batch_sum
+from .add_parts import AddPartsPlan
+from .batch_sum import SumPartsPlan
 from .common import GRID_Y, ceil_div, check_choice
 from .cost import MULTIPROCESSORS, ORDERS, ProductCost, cost_of
 
@@ -143,8 +145,12 @@ class Tiling:
         return True
 
     def kept_sums(self, product: Product) -> int:
-        """Rows of sums that the kernel keeps in the workspace, for add_parts to add; 0 if it writes the sums itself."""
+        """Rows of sums that the kernel keeps in the workspace; 0 if it writes the sums itself."""
         return self.parts if self.parts > 1 else 0
+
+    def added_sums(self, kept: int, count: int) -> AddPartsPlan | SumPartsPlan:
+        """How so many rows of so many sums are added by another launch."""
+        return AddPartsPlan(kept, 1, count, ceil_div(count, 8) * 8, self.accumulator)
 
     def cost(self, order: str) -> ProductCost | None:
         """What the plan takes for operands of this order; None if no plan with its tile was measured."""
@@ -194,9 +200,9 @@ class Tiling:
             kind = "an outer product" if self.depth == 1 else "a product of matrix and vector"
             lines.append(f"{kind}, bound by memory")
         if self.parts > 1:
-            lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, since {tiles} tiles "
-                         f"alone fill {MULTIPROCESSORS} multiprocessors badly; {self.workspace_bytes} bytes of "
-                         "workspace, added in ascending order")
+            lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, for {tiles} tiles alone "
+                         f"on {MULTIPROCESSORS} multiprocessors; {self.workspace_bytes} bytes of workspace, added in "
+                         "ascending order")
         else:
             enough = tiles >= MULTIPROCESSORS
             lines.append("the depth is not cut: " + ("the tiles alone are enough blocks" if enough else
@@ -283,18 +289,18 @@ def launches(plan: Tiling, product: Product, result: Result, sums: Result | None
     target, alpha, free_at = result, ALPHA, workspace_at
     later: tuple[Launch, ...] = ()
     if plan.parts > 1 or not plan.stores(result):
-        parts = add_parts.AddPartsPlan(plan.parts, plan.rows, plan.cols, plan.pitch, plan.accumulator)
+        parts = AddPartsPlan(plan.parts, plan.rows, plan.cols, plan.pitch, plan.accumulator)
         workspace = scratch(free_at, plan.parts * plan.rows, plan.pitch, plan.accumulator)
         target, alpha, free_at = Result(replace(workspace, rows=plan.rows)), ONE, workspace.end
         later += add_parts.launches(parts, target.matrix, result)
     summed = sums
     kept = plan.kept_sums(product) if sums is not None else 0
     if sums is not None and kept:
-        count = sums.matrix.cols
-        of_sums = add_parts.AddPartsPlan(kept, 1, count, ceil_div(count, 8) * 8, plan.accumulator)
-        partial = scratch(free_at, kept, of_sums.pitch, plan.accumulator)
+        added = plan.added_sums(kept, sums.matrix.cols)
+        partial = scratch(free_at, kept, added.pitch, plan.accumulator)
         summed, free_at = Result(partial), partial.end
-        later += add_parts.launches(of_sums, partial, sums)
+        later += ((batch_sum.sum_parts(added, partial, sums, ALPHA),) if isinstance(added, SumPartsPlan)
+                  else add_parts.launches(added, partial, sums))
     product, before, free_at = plan.first_pass(product, free_at)
     return *before, _launch(plan, product, (target, summed), alpha, free_at), *later
 
@@ -318,20 +324,20 @@ def _launch(plan: Tiling, product: Product, results: tuple[Result, Result | None
 def square(plan: Tiling, along_depth: tuple[bool, bool], how: dict[str, Any]) -> tuple[str, tuple[Launch, ...]]:
     """A title and the launches of a product of square operands, contiguous along the depth or the other axis.
 
-    `how` may name another dtype of the "result", whether to "accumulate", whether "sums" ride along, and how far rows
-    lie apart, as "pitch".
+    `how` may name another dtype of the "result", whether it is "turned", whether to "accumulate", whether "sums" ride
+    along, and how far rows lie apart, as "pitch".
     """
     result, accumulate, sums = how.get("result", plan.dtype), how.get("accumulate", False), how.get("sums", False)
     length, (left_along, right_along) = plan.depth, along_depth
-    pitch = how.get("pitch", length)
+    pitch, turned = how.get("pitch", length), how.get("turned", False)
     left, right, target = (Matrix(Slot(name), dtype, length, length, pitch, 1)
                            for name, dtype in (("left", plan.dtype), ("right", plan.dtype), ("result", result)))
     product = Product(left if left_along else left.T, right.T if right_along else right)
     title = "-".join(["depth" if left_along else "rows", "depth" if right_along else "cols"]
                      + [f"to-{result}"] * (result != plan.dtype) + ["odd"] * (length % 2)
-                     + ["far"] * (pitch > length) + ["accumulate"] * accumulate + ["sums"] * sums)
+                     + ["far"] * (pitch > length) + ["turned"] * turned + ["accumulate"] * accumulate + ["sums"] * sums)
     summed = Result(Matrix(Slot("sums"), result, 1, length, length, 1), accumulate) if sums else None
-    return title, launches(plan, product, Result(target, accumulate), summed)
+    return title, launches(plan, product, Result(target.T if turned else target, accumulate), summed)
 
 
 #: elements from row to row, so many that 32 bits do not count the bytes of a tile
