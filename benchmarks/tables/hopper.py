@@ -58,7 +58,7 @@ class Case:
         weights = function == "weight_grad"
         rows, cols, depth = (in_features, out_features, samples) if weights else (samples, in_features, out_features)
         exact = x.astype(float).T @ dz.astype(float) if weights else dz.astype(float) @ w.astype(float).T
-        plan = HopperPlan(rows, cols, depth, dtype, self.tile_cols, self.parts, precision)
+        plan = HopperPlan(rows, cols, depth, dtype, self.tile_cols, parts=self.parts, precision=precision)
         dz, w = dz.T if axis else dz, w.T if layout == "out_in" else w
         given = [cupy.asarray(np.ascontiguousarray(array)) for array in ((x, dz) if weights else (dz, w))]
         results: list[Any] = []

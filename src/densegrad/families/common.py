@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from functools import cache, lru_cache, wraps
+from functools import lru_cache, wraps
 from typing import Any, TypeVar, cast
 
 from ..errors import PlanError
@@ -75,7 +75,7 @@ def check_integers(plan: Any) -> None:
             raise PlanError(f"plan: {name} must be an int; got {value!r}")
 
 
-@cache
+@lru_cache(maxsize=64)
 def _counts(kind: type) -> tuple[str, ...]:
     """The fields of such plans that count."""
     return tuple(field.name for field in fields(kind) if field.type == "int")
