@@ -1,11 +1,13 @@
 """What the lanes of a warp do together, against plain NumPy, in every lane: so that the two twins do the same."""
 import itertools
+import re
 
 import numpy as np
 import pytest
 from numba import cuda
 
-from densegrad import device
+from densegrad import compiler, device
+from densegrad.catalogue import kernel_variants
 from densegrad.kernels import primitives
 from densegrad.kernels.primitives.layout import CHUNK_BYTES, ChunkCopy, chunk_tile, fragment_layout
 from densegrad.signatures import Epilogue
@@ -287,3 +289,14 @@ def test_a_fault_in_an_exchange_reaches_every_lane():
     out = np.zeros(WARP)
     run(exchanging_kernel(WARP, body), out)
     assert out.all()
+
+
+@pytest.mark.only("gpu")  # where a compiler is at hand
+@pytest.mark.parametrize(("kernel", "capability"), [
+    ("log_sum_exp", (8, 0)), ("matmul_tensor_core", (8, 0)), ("matmul_hopper", (9, 0))])
+def test_no_instruction_of_a_whole_warp_is_moved_into_a_branch(kernel, capability):
+    """The compiler is told of each of them; what comes of it where it is not cannot be seen for certain."""
+    launch = next(launch for launch in kernel_variants().values() if launch.kernel == kernel)
+    called = re.findall(r"(?m)^.* call .* asm .*\.sync\b.*$", compiler.library_of(launch, capability).get_llvm_str())
+    assert called
+    assert all(line.endswith(" convergent") for line in called)
