@@ -200,9 +200,9 @@ class Tiling:
             kind = "an outer product" if self.depth == 1 else "a product of matrix and vector"
             lines.append(f"{kind}, bound by memory")
         if self.parts > 1:
-            lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}, for {tiles} tiles alone "
-                         f"on {MULTIPROCESSORS} multiprocessors; {self.workspace_bytes} bytes of workspace, added in "
-                         "ascending order")
+            lines.append(f"the depth is cut into {self.parts} parts of {self.depth_per_part}: the tiles alone would be "
+                         f"{tiles} blocks for {MULTIPROCESSORS} multiprocessors; {self.workspace_bytes} bytes of "
+                         "workspace, added in ascending order")
         else:
             enough = tiles >= MULTIPROCESSORS
             lines.append("the depth is not cut: " + ("the tiles alone are enough blocks" if enough else
