@@ -212,6 +212,9 @@ def test_the_key_is_of_the_very_library_where_that_comes_in_no_wheel(library, mo
     assert len(names) == 2
 
 
+#: beside kernels' own files, what all keys are of, and some of what none is
+READ_BY_ALL = ("signatures", "facts", "compiler")
+READ_BY_NONE = ("calls", "device", "gradients", "cache", "families/batch_sum")
 EDITED = """
     import json, pathlib, sys
     from densegrad import cache, catalogue
@@ -228,7 +231,8 @@ EDITED = """
         return {kernel: cache.name_of(launch, (9, 0)) for kernel, launch in launches.items()}
 
     before, changed = names(), {}
-    for path in sorted(root.rglob("*.py")):
+    beside = [root / "densegrad" / name for name in sys.argv[2:]]
+    for path in [*sorted((root / "densegrad" / "kernels").rglob("*.py")), *beside]:
         text = path.read_bytes()
         path.write_bytes(text + b"\\n# another line\\n")
         after = names()
@@ -258,13 +262,14 @@ READ = """
 
 @pytest.fixture(scope="module")
 def changed_by(tmp_path_factory):
-    """The kernels whose keys change with the text of each file of a copy of the package, by the file's path."""
+    """The kernels whose keys change with the text of a file in a copy of the package, by the file's path."""
     root = tmp_path_factory.mktemp("copy")
     shutil.copytree(HERE, root / "densegrad", ignore=shutil.ignore_patterns("__pycache__", "commands", "data"))
     kernels = Path(cache._spec_of("densegrad.kernels").origin).parent
     shutil.copytree(kernels, root / "densegrad" / "kernels", ignore=shutil.ignore_patterns("__pycache__"),
                     dirs_exist_ok=True)
-    return json.loads(python(EDITED, root, PYTHONPATH=str(root)))
+    beside = [f"{name}.py" for name in (*READ_BY_ALL, *READ_BY_NONE, "activations", "errors", "launches")]
+    return json.loads(python(EDITED, root, *beside, PYTHONPATH=str(root)))
 
 
 KERNELS = {launch.kernel: launch for launch in VARIANTS.values()}
@@ -275,16 +280,15 @@ def test_the_key_is_of_every_file_that_the_factory_reads(changed_by):
     assert read.keys() == KERNELS.keys()
     for kernel, modules in read.items():
         assert KERNELS[kernel].module in modules
-        files = [name.replace(".", "/") for name in modules] + ["densegrad/signatures", "densegrad/facts",
-                                                                "densegrad/compiler"]
+        files = [name.replace(".", "/") for name in modules] + [f"densegrad/{name}" for name in READ_BY_ALL]
         for file in files:
             path = f"{file}.py" if f"{file}.py" in changed_by else f"{file}/__init__.py"
             assert kernel in changed_by[path], f"{path} is read, but the key of {kernel} is not of its text"
 
 
 def test_the_key_is_of_no_other_file(changed_by):
-    for file in ("calls.py", "device.py", "gradients.py", "cache.py", "families/batch_sum.py"):
-        assert changed_by[f"densegrad/{file}"] == []
+    for name in READ_BY_NONE:
+        assert changed_by[f"densegrad/{name}.py"] == []
     assert set(changed_by["densegrad/kernels/add_parts.py"]) == {"add_parts"}
     assert set(changed_by["densegrad/signatures.py"]) == set(KERNELS)
 
