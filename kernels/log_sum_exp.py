@@ -181,8 +181,9 @@ def make_log_sum_exp(constants):
                         store(losses, sample * losses_step, fill(row_loss))
                     loss_sum = add(loss_sum, fill(row_loss))
                 if mean:
-                    weight_sum = add(weight_sum, target_of.weight_of(sample, labels, labels_step, class_weights,
-                                                           class_weights_step, weights, weights_step, ignored, outputs))
+                    weight_sum = add(weight_sum, target_of.weight_of(
+                        sample, labels, labels_step, class_weights, class_weights_step, weights, weights_step, ignored,
+                        outputs))
             cuda.syncthreads()
 
         # 3. What the block's samples weigh and lose, in ascending order.

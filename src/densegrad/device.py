@@ -781,6 +781,10 @@ class Gpu:
         """The name of that device."""
         return self._model(place)[0]
 
+    def multiprocessors(self, place: str) -> int:
+        """How many that device has."""
+        return self._model(place)[2]
+
     def _model(self, place: str) -> tuple[str, tuple[int, int], int]:
         """The name of a device, its compute capability, and its multiprocessors."""
         device_id = self._device_id(place)
@@ -801,7 +805,7 @@ class Gpu:
         ready: list[Any] = []
         for _, group in groupby(launches, type):
             together = list(group)
-            kernels = [launch.on(self._model(place)[2]) for launch in together if isinstance(launch, Launch)]
+            kernels = [launch.on(self.multiprocessors(place)) for launch in together if isinstance(launch, Launch)]
             ready += [_LoadedClear(clear, self.cupy.cuda.runtime.memsetAsync) for clear in together
                       if isinstance(clear, Clear)]
             if kernels:
