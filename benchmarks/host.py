@@ -247,10 +247,10 @@ def microseconds(timed: Sequence[Callable[[], Any]], rounds: int, repeats: int) 
     found: list[list[float]] = [[] for _ in timed]
     for _ in range(rounds):
         for call, samples in zip(timed, found, strict=True):
-            begun = time.thread_time()
+            begun = time.process_time()
             for _ in range(repeats):
                 call()
-            samples.append((time.thread_time() - begun) / repeats * 1e6)
+            samples.append((time.process_time() - begun) / repeats * 1e6)
     return [sorted(samples) for samples in found]
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +69,13 @@ def draw(place):
 def numpy_of(tensor):
     """A tensor's values, bfloat16 too."""
     return tensors.host_array(tensor.detach().cpu())
+
+
+@contextmanager
+def recorded():
+    """The launches of backwards, too, which run in this thread and not in one of a GPU's."""
+    with torch.autograd.set_multithreading_enabled(False), calls.recorded() as launches:
+        yield launches
 
 
 def same_bits(found, expected):
@@ -265,7 +273,7 @@ def test_only_what_is_needed_is_computed(needed, draw):
     for one, wanted in zip(given, needed, strict=True):
         one.requires_grad_(wanted)
     dz, = draw((5, 3))
-    with calls.recorded() as launches:
+    with recorded() as launches:
         found = gradients(linear, given, dz)
     need = [name for name, wanted in zip(("dx", "dw", "db"), needed, strict=True) if wanted]
     with calls.recorded() as alone:
@@ -820,11 +828,12 @@ def test_micro_batches_add_into_main_gradients_in_the_launches_of_overwriting(ac
     main = MainGrads(torch.zeros(3, 4, device=place), torch.zeros(3, device=place))
     dw, db = np.zeros((3, 4), "float32"), np.zeros(3, "float32")
     for x, dz in batches:
-        with calls.recorded() as overwriting:
+        with recorded() as overwriting:
             linear(x, weight, bias, activation=activation).backward(dz)
         own, x.grad, weight.grad, bias.grad = x.grad, None, None, None
-        with calls.recorded() as adding:
+        with recorded() as adding:
             linear(x, weight, bias, activation=activation, into=main).backward(dz)
+        assert overwriting
         assert [one.kernel for one in adding] == [one.kernel for one in overwriting]
         assert weight.grad is bias.grad is None
         same_bits([x.grad], [own])
@@ -832,6 +841,48 @@ def test_micro_batches_add_into_main_gradients_in_the_launches_of_overwriting(ac
         dg.dense_grads(numpy_of(x), None, numpy_of(dz), **z, need=("dw", "db"), weight_layout="out_in",
                        out=dg.DenseGrads(dw=dw, db=db), accumulate=True)
     same_bits(main, (dw, db))
+
+
+def test_main_gradients_that_are_no_memory_are_refused_before_the_forward(draw, place):
+    x, weight = draw((5, 4), (3, 4))
+    with pytest.raises(TypeError, match=r"into\.weight is no tensor that kernels can use: it is sparse"):
+        linear(x, weight, into=MainGrads(torch.zeros(3, 4, device=place).to_sparse()))
+
+
+def test_main_gradients_get_what_autograd_is_asked_for_and_nothing_else(draw, place):
+    """Where dx alone is wanted, nothing is added; a gradient that goes into a main one cannot be asked for itself."""
+    x, weight, bias = draw((5, 4), (3, 4), (3,))
+    main = MainGrads(torch.zeros(3, 4, device=place), torch.zeros(3, device=place))
+    wanted, = torch.autograd.grad(linear(x, weight, bias).sum(), x)
+    found, = torch.autograd.grad(linear(x, weight, bias, into=main).sum(), x)
+    same_bits([found], [wanted])
+    linear(x, weight, bias, into=main).sum().backward(inputs=[x])
+    assert not any(one.any() for one in main)
+    linear(x, weight, bias, into=main).sum().backward(inputs=[bias])
+    assert not main.weight.any()
+    same_bits([main.bias], [torch.full((3,), 5.0)])
+    linear(x, weight, bias, into=main).sum().backward()
+    assert main.weight.any()
+    with pytest.raises(RuntimeError, match="appears to not have been used"):
+        torch.autograd.grad(linear(x, weight, bias, into=main).sum(), weight)
+
+
+@pytest.mark.parametrize("needed", list(itertools.product((True, False), repeat=3))[:-1])
+def test_no_more_is_saved_than_the_gradients_are_made_of(needed, draw):
+    """As by PyTorch: x for dw, the weight for dx; and what is not saved may change. Double backward needs no more."""
+    given, (da,) = draw((5, 4), (3, 4), (3,), dtype=torch.float64), draw((5, 3), dtype=torch.float64)
+    for one, wanted in zip(given, needed, strict=True):
+        one.requires_grad_(wanted)
+    asked = [one for one in given if one.requires_grad]
+    x, weight, _ = given
+    saved = [one for one in linear(*given).grad_fn.saved_tensors if one is not None]
+    assert [id(one) for one in saved] == [id(one) for one, wanted in ((x, needed[1]), (weight, needed[0])) if wanted]
+    twice = []
+    for layer in (linear, functional.linear):
+        found = torch.autograd.grad(layer(*given), asked, da, create_graph=True)
+        twice.append(torch.autograd.grad(sum((one ** 2).sum() for one in found), [da, *asked], materialize_grads=True))
+    for one, other in zip(*twice, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_main_gradients_are_changed_as_autograd_can_see(draw, place):
@@ -964,6 +1015,11 @@ def test_main_gradients_follow_their_parameters(place):
     elsewhere = dt.Linear(4, 3, device="meta", main_grad=True)
     elsewhere.bias.main_grad = torch.zeros(3, device=place)
     assert elsewhere.half().bias.main_grad.is_meta
+    assert [one.main_grad.dtype for one in layer.double().parameters()] == [torch.float64] * 2
+    with torch.inference_mode():
+        copied = copy.deepcopy(layer)
+        copied(torch.ones(5, 4, dtype=torch.float64, device=place))
+    assert not copied.weight.main_grad.is_inference()
     assert elsewhere.bias.main_grad.dtype == torch.float32
     frozen = dt.Linear(4, 3, device=place, main_grad=True).requires_grad_(False)
     assert not frozen(torch.ones(5, 4, device=place)).requires_grad

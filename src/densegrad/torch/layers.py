@@ -21,6 +21,7 @@ from ..errors import DensegradError, DTypeError, ShapeError
 from ..gradients import DenseGrads, dense_grads, grads_of_layer
 from ..operands import accept_tuple
 from ..slips import meant
+from ..tensors import cure
 from ..typing import ActivationName
 from .common import DTYPES, check_tensors, operator, refusing, unreadable, with_its_signature
 
@@ -52,7 +53,7 @@ class MainGrads(NamedTuple):
 def _linear_backward_on_device(da, x, weight, z, *how):
     """Those of the gradients dx, dw and db that are needed, in this order."""
     activation, negative_slope, need = how
-    if x.dim() > 1:
+    if da.dim() > 1:
         arrays = x if need[1] else None, weight if need[0] else None, da, z, None
         grads = grads_of_layer(arrays, tuple(need), activation, negative_slope)
     else:
@@ -68,33 +69,34 @@ def _linear_backward_into_on_device(da, x, weight, z, *how):
     dx = _dense_grads(da, x, weight, z, activation=activation, negative_slope=negative_slope,
                       need=(*["dx"] * need_dx, *into), out=DenseGrads(**into), accumulate=tuple(into)).dx
     torch.autograd.graph.increment_version(list(into.values()))
-    return x.new_empty(0) if dx is None else dx
+    return da.new_empty(0) if dx is None else dx
 
 
 def _dense_grads(da, x, weight, z, **options):
     """Those of a layer of PyTorch, or of one sample without a batch axis."""
-    if x.dim() > 1:
+    if da.dim() > 1:
         return dense_grads(x, weight, da, z=z, weight_layout="out_in", **options)
-    grads = _dense_grads(da[None], x[None], weight, None if z is None else z[None], **options)
+    x, z = (None if one is None else one[None] for one in (x, z))
+    grads = _dense_grads(da[None], x, weight, z, **options)
     return grads if grads.dx is None else grads._replace(dx=grads.dx[0])
 
 
 def _linear_backward_of_shapes(da, x, weight, z, *how):
     *_, need = how
-    made = (x, x.shape), (weight, weight.shape), (da, da.shape[-1:])
-    return [tensor.new_empty(shape) for tensor, shape in compress(made, need)]
+    return [da.new_empty(shape()) for shape in compress((
+        lambda: (*da.shape[:-1], weight.shape[1]), lambda: (da.shape[-1], x.shape[-1]), lambda: da.shape[-1:]), need)]
 
 
 def _linear_backward_into_of_shapes(da, x, weight, z, *how):
     *_, need_dx = how
-    return x.new_empty(x.shape if need_dx else 0)
+    return da.new_empty((*da.shape[:-1], weight.shape[1]) if need_dx else 0)
 
 
 _linear_backward = operator(
-    "linear_backward", "(Tensor da, Tensor x, Tensor weight, Tensor? z, str? activation, float? negative_slope, "
+    "linear_backward", "(Tensor da, Tensor? x, Tensor? weight, Tensor? z, str? activation, float? negative_slope, "
     "bool[3] need) -> Tensor[]", _linear_backward_on_device, _linear_backward_of_shapes)
 _linear_backward_into = operator(
-    "linear_backward_into", "(Tensor da, Tensor x, Tensor weight, Tensor? z, Tensor(a!)? dw, Tensor(b!)? db, "
+    "linear_backward_into", "(Tensor da, Tensor? x, Tensor? weight, Tensor? z, Tensor(a!)? dw, Tensor(b!)? db, "
     "str? activation, float? negative_slope, bool need_dx) -> Tensor", _linear_backward_into_on_device,
     _linear_backward_into_of_shapes)
 
@@ -133,8 +135,9 @@ class _Linear(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, weight, bias, ctx.options, ctx.into_weight, ctx.into_bias = inputs
         ctx.set_materialize_grads(False)
-        if ctx.options.activation is None:  # no gradient depends on the bias
-            ctx.save_for_backward(x, weight, None, None)
+        if ctx.options.activation is None:  # dx is made of the weight, dw of x, and none of the bias
+            of_x, of_weight, *_ = ctx.needs_input_grad
+            ctx.save_for_backward(x if of_weight else None, weight if of_x else None, None, None)
         else:
             _, z = output
             ctx.mark_non_differentiable(z)
@@ -150,6 +153,8 @@ class _Linear(torch.autograd.Function):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise NotImplementedError("gradients that are added into main gradients cannot be differentiated again "
                                           "(call backward without create_graph=True)")
+            if not torch.compiler.is_compiling():
+                needed = [one and _goes_on(ctx, number) for number, one in enumerate(needed[:3])]
             how = (ctx.into_weight if needed[1] else None, ctx.into_bias if needed[2] else None, *ctx.options,
                    needed[0])
             dx = _linear_backward_into(da, x, weight, z, *how)
@@ -161,6 +166,15 @@ class _Linear(torch.autograd.Function):
             grads = _linear_backward(da, x, weight, z, *ctx.options, need)
         found = iter(grads)
         return *[next(found) if wanted else None for wanted in need], *[None] * 3
+
+
+def _goes_on(ctx: Any, number: int) -> bool:
+    """Whether the backward that runs goes on to this input: autograd.grad may ask for others alone."""
+    node = ctx.next_functions[number][0]
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # what autograd.grad asks for itself
+        return True
 
 
 class _RefusingJvp(_Linear):
@@ -187,18 +201,22 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        da, x, weight, bias = ctx.saved_tensors
+        da, *operands = ctx.saved_tensors
         options, need = ctx.how
-        # The bias's gradient may be one of those that are needed, though none depends on it.
-        offset = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        x, weight, _ = operands
+        inputs = weight.shape[1] if x is None and weight is not None else 0 if x is None else x.shape[-1]
+        # Nothing that is needed depends on what was not saved; of these the shapes are enough.
+        shapes = (*da.shape[:-1], inputs), (da.shape[-1], inputs), da.shape[-1:]
+        given = [da.new_zeros(()).expand(shape) if one is None else one
+                 for one, shape in zip(operands, shapes, strict=True)]
 
         def gradients(da, *operands):
             _, back = torch.func.vjp(lambda *given: _activated(functional.linear(*given), options), *operands)
             return list(compress(back(da), need))
 
-        _, back = torch.func.vjp(gradients, da, x, weight, offset)
-        *below, of_bias = back(list(cotangents))
-        return *below, None if bias is None else of_bias, None, None
+        _, back = torch.func.vjp(gradients, da, *given)
+        of_da, *below = back(list(cotangents))
+        return of_da, *[None if one is None else found for one, found in zip(operands, below, strict=True)], None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: ActivationName | None = None,
@@ -305,12 +323,15 @@ def _check_into(into: MainGrads, weight: Tensor, bias: Tensor | None) -> None:
             continue
         if parameter is None:
             raise ShapeError(f"into.{name} was given, but there is no {name} (leave it out)")
-        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        wide = _wide(parameter)
         if main.shape != parameter.shape:
             raise ShapeError(f"into.{name} must have the shape of {name}, {tuple(parameter.shape)}; got "
                              f"{tuple(main.shape)}")
         if main.dtype != wide or main.device != parameter.device:
             raise DTypeError(f"into.{name} must be {wide} on {parameter.device}; got {main.dtype} on {main.device}")
+        reason = "" if torch.compiler.is_compiling() else cure(main, (main.device.type,), of_memory=False)
+        if reason:
+            raise TypeError(f"into.{name} is no tensor that kernels can use: {reason}")
     # set by DistributedDataParallel for as long as its forward runs
     if getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
         raise NotImplementedError("DistributedDataParallel reduces .grad alone, and main gradients would stay those of "
@@ -351,12 +372,12 @@ class Linear(torch.nn.Linear):
         return MainGrads(_main_grad(self.weight), _main_grad(self.bias)) if self.main_grad else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
-        """Main gradients follow their parameters to another device, and keep their dtype."""
+        """Main gradients follow their parameters to another device, and are float64 where these are."""
         super()._apply(fn, recurse)
         for parameter in (self.weight, self.bias):
             main = getattr(parameter, "main_grad", None)
-            if main is not None and main.device != parameter.device:
-                parameter.main_grad = None if main.is_meta else main.to(parameter.device)
+            if main is not None:
+                parameter.main_grad = None if main.is_meta else main.to(parameter.device, _wide(parameter))
         self._main_grads()
         return self
 
@@ -376,9 +397,14 @@ def _main_grad(parameter: Any) -> Tensor | None:
             raise NotImplementedError("main gradients are those of parameters, and what is computed from parameters, "
                                       "by pruning or spectral_norm for example, passes none on to them (leave "
                                       "main_grad out of this layer)")
-        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        main = parameter.main_grad = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
+        with torch.inference_mode(False):  # for the training that follows, too
+            main = parameter.main_grad = torch.zeros_like(parameter, dtype=_wide(parameter), requires_grad=False)
     return main
+
+
+def _wide(parameter: Tensor) -> torch.dtype:
+    """Of its main gradient."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 class Converted(NamedTuple):
