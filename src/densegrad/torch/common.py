@@ -66,6 +66,12 @@ def check_tensors(**given: Any) -> None:
             raise TypeError(f"{name} must be a tensor; got {type(one).__name__} ({cure})")
 
 
+def no_memory(tensor: Tensor, devices: tuple[str, ...]) -> str:
+    """What makes memory of these devices that kernels can use of a tensor that is none, or an empty string."""
+    # while torch.compile traces, the operator says the rest when it is run
+    return "" if torch.compiler.is_compiling() else tensors.cure(tensor, devices, of_memory=False)
+
+
 def unreadable(given: dict[str, Tensor]) -> DeviceError | TypeError | None:
     """Why kernels cannot use these tensors, if they cannot."""
     if torch.compiler.is_compiling():  # the operator says the rest when it is run
@@ -75,7 +81,7 @@ def unreadable(given: dict[str, Tensor]) -> DeviceError | TypeError | None:
     except DeviceError as error:
         return error
     for name, tensor in given.items():
-        reason = tensors.cure(tensor, devices, of_memory=False)
+        reason = no_memory(tensor, devices)
         if reason:
             return TypeError(f"{name} is no tensor that kernels can use: {reason}, or fallback=True for PyTorch's "
                              "backward")

@@ -21,9 +21,8 @@ from ..errors import DensegradError, DTypeError, ShapeError
 from ..gradients import DenseGrads, dense_grads, grads_of_layer
 from ..operands import accept_tuple
 from ..slips import meant
-from ..tensors import cure
 from ..typing import ActivationName
-from .common import DTYPES, check_tensors, operator, refusing, unreadable, with_its_signature
+from .common import DTYPES, check_tensors, no_memory, operator, refusing, unreadable, with_its_signature
 
 #: PyTorch's functions, by the names that activations have here
 _FORWARD = {
@@ -329,7 +328,7 @@ def _check_into(into: MainGrads, weight: Tensor, bias: Tensor | None) -> None:
                              f"{tuple(main.shape)}")
         if main.dtype != wide or main.device != parameter.device:
             raise DTypeError(f"into.{name} must be {wide} on {parameter.device}; got {main.dtype} on {main.device}")
-        reason = "" if torch.compiler.is_compiling() else cure(main, (main.device.type,), of_memory=False)
+        reason = no_memory(main, (main.device.type,))
         if reason:
             raise TypeError(f"into.{name} is no tensor that kernels can use: {reason}")
     # set by DistributedDataParallel for as long as its forward runs
