@@ -202,8 +202,7 @@ class _Backward(torch.autograd.Function):
     def backward(ctx, *cotangents):
         da, *operands = ctx.saved_tensors
         options, need = ctx.how
-        x, weight, _ = operands
-        inputs = weight.shape[1] if x is None and weight is not None else 0 if x is None else x.shape[-1]
+        inputs = next((one.shape[-1] for one in operands[:2] if one is not None), 0)
         # Nothing that is needed depends on what was not saved; of these the shapes are enough.
         shapes = (*da.shape[:-1], inputs), (da.shape[-1], inputs), da.shape[-1:]
         given = [da.new_zeros(()).expand(shape) if one is None else one
