@@ -27,6 +27,7 @@ J. Sci. Comput. 26, 2005 (Sum2: the same sums as Neumaier's of 1974).
 
 from numba import cuda, int32
 
+from ..facts import number_of
 from . import primitives
 from .columns import add_copies, finish_column
 from .primitives.factories import cache
@@ -72,7 +73,7 @@ def make_sum_strided(constants):
     plus = primitives.plus(accumulator, 1, compensated)
     tidy = primitives.tidy(accumulator, vector * vectors, compensated)
     finish = finish_column(accumulator, result, accumulate, compensated, keeps_lost)
-    alpha_at = primitives.scale_at(constants.number, accumulator)
+    alpha_at = primitives.scale_at(number_of(constants), accumulator)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
     def sum_strided(source, row_stride, samples, outputs, samples_per_part, tile_cols, target, part_stride, col_stride,
@@ -213,7 +214,7 @@ def make_sum_flat(constants):
     keep_sums, keep_sum = keep_line(dtype, accumulator, compensated, line_pitch), keep_fold(accumulator, compensated)
     add_each = add_copies(accumulator, compensated, line_pitch)
     finish = finish_column(accumulator, result, accumulate, compensated, keeps_lost)
-    alpha_at = primitives.scale_at(constants.number, accumulator)
+    alpha_at = primitives.scale_at(number_of(constants), accumulator)
 
     @primitives.jit(most_threads, blocks_per_multiprocessor)
     def sum_flat(source, length, length_per_part, period, folders, copies, target, part_stride, col_stride, lost_step,
@@ -290,7 +291,7 @@ def make_sum_runs(constants):
     add_place = primitives.add_shared(accumulator, 1, compensated, line_pitch)
     add_folds = primitives.add_shared(accumulator, folders, compensated, fold_size)
     finish = finish_column(accumulator, result, accumulate, compensated, keeps_lost)
-    alpha_at = primitives.scale_at(constants.number, accumulator)
+    alpha_at = primitives.scale_at(number_of(constants), accumulator)
 
     @primitives.jit(threads_x * most_lanes, blocks_per_multiprocessor)
     def sum_runs(source, run_stride, run_length, runs, runs_per_block, length_per_part, target, part_stride, col_stride,
@@ -365,7 +366,7 @@ def make_sum_parts(constants):
     add_lanes = add_copies(accumulator, compensated, most_threads)
     finish = finish_column(accumulator, result, accumulate, compensated)
     store_beside = primitives.store_vector(accumulator, 1, accumulator)
-    alpha_at = primitives.scale_at(constants.number, accumulator)
+    alpha_at = primitives.scale_at(number_of(constants), accumulator)
 
     @primitives.jit(most_threads)
     def sum_parts(source, row_pitch, rows, outputs, tile_cols, lanes, target, col_stride, beside, alpha,

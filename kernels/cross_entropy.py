@@ -33,6 +33,7 @@ Inception Architecture for Computer Vision", 2016, section 7 (smoothing).
 
 from numba import cuda, int32
 
+from ..facts import number_of
 from . import primitives
 from .columns import finish_column
 from .lanes import over_row
@@ -166,9 +167,9 @@ def _largest(constants, piece):
 
 @cache
 def _target(constants, piece):
-    """(label, place, probabilities, index in these, class weights, left, elsewhere, more) -> q, of one argument.
+    """(label, across, probabilities, index in these, class weights, left, elsewhere, more) -> q, of one argument.
 
-    elsewhere is smoothing / outputs, more is 1 - smoothing; left is how many elements the row has from place on.
+    elsewhere is smoothing / outputs, more is 1 - smoothing; left is how many elements the row has from across on.
     """
     accumulator, vector = constants.accumulator, _vector(constants)
     offsets, columns = _offsets(constants, piece), _columns(constants, piece)
@@ -180,13 +181,13 @@ def _target(constants, piece):
 
     @cuda.jit(device=True, inline="always")
     def target(of_target):
-        label, place, probabilities, index, class_weights, left, elsewhere, more = of_target
+        label, across, probabilities, index, class_weights, left, elsewhere, more = of_target
         if of_labels:
-            q = labelled((label,), place, elsewhere, more)
+            q = labelled((label,), across, elsewhere, more)
         else:
             q = smooth(load(probabilities, index, left), elsewhere, more)
         if of_classes:
-            q = weigh(q, load_classes(class_weights, place, left))
+            q = weigh(q, load_classes(class_weights, across, left))
         return q
 
     return target
@@ -261,8 +262,8 @@ def _form(constants, piece):
         if dense:
             values = subtract(scale(values, target_sum), target(of_target))
         else:
-            label, place, _, _, _, _, elsewhere, more = of_target
-            values, column = minus(values, fill(elsewhere)), int32(label - place)
+            label, across, _, _, _, _, elsewhere, more = of_target
+            values, column = minus(values, fill(elsewhere)), int32(label - across)
             # One thread has the label among its elements.
             if column >= first and column <= last:
                 values = minus_at(values, column, more)
@@ -286,14 +287,14 @@ def _leave(constants, piece):
     store_sums = primitives.store_spread(accumulator, width, 1, 0)
     zero, add_lanes = primitives.zeros(accumulator, 1), primitives.add_shared(accumulator, lanes)
     finish = finish_column(accumulator, constants.result, constants.accumulate)
-    number = primitives.typed(constants.number)
+    number = primitives.typed(number_of(constants))
 
     @cuda.jit(device=True, inline="always")
     def leave(kept, sums, state, row):
-        thread, lane, place, outputs, target, start, col_stride = row
+        thread, lane, across, outputs, target, start, col_stride = row
         lines, values = line_array(), sums
         for access in range(vector // width):
-            store_sums(lines, lane * line + access * spacing + place, first(values), thread)
+            store_sums(lines, lane * line + access * spacing + across, first(values), thread)
             values = turn(values)
         cuda.syncthreads()
         for column in range(thread, min(line, outputs - piece * line), threads):
@@ -321,7 +322,7 @@ def make_cross_entropy_rows(constants):
     summed = 4 if dense else 2 if with_loss else 1
     join, front = primitives.join(accumulator, (1, 1, 1, 1)), primitives.head(accumulator, 4, summed)
     lost_at, whole_at = min(1, summed - 1), min(2, summed - 1)
-    number, alpha_at = primitives.typed(accumulator), primitives.scale_at(constants.number, accumulator)
+    number, alpha_at = primitives.typed(accumulator), primitives.scale_at(number_of(constants), accumulator)
     divide, fill = primitives.divide(accumulator), primitives.fill(accumulator, 1)
     zero, add = primitives.zeros(accumulator, 1), primitives.add(accumulator, 1)
     scale, add_product = primitives.scale(accumulator, 1), primitives.weighted_sum(accumulator, 1)
@@ -350,7 +351,7 @@ def make_cross_entropy_rows(constants):
                            alpha_address, samples, outputs, samples_per_part, target, part_stride, col_stride):
         thread = cuda.threadIdx.x
         # All of a single lane's threads have one sample: registers of warps hold what belongs to it.
-        lane, place = (thread // threads_x, thread % threads_x * width) if lanes > 1 else (0, thread * width)
+        lane, across = (thread // threads_x, thread % threads_x * width) if lanes > 1 else (0, thread * width)
         tops, cells, lane_losses = top_array(), cell_array(), loss_array()
 
         # 1. What all of dz is multiplied by: alpha over the divisor, which is added up from the weights of all samples,
@@ -375,25 +376,25 @@ def make_cross_entropy_rows(constants):
         #    not read.
         start = cuda.blockIdx.x * samples_per_part
         end = min(samples, start + samples_per_part)
-        left = int32(outputs - place)
-        if add_loss and place == 0:
+        left = int32(outputs - across)
+        if add_loss and across == 0:
             store_cell(lane_losses, lane, zero())
         next_label, next_weight, next_out = look_at(labels, labels_step, weights, weights_step, ignored, start + lane,
                                                     end, outputs)
-        kept, sums = begin(z, (start + lane) * z_down + place, int32(0) if next_out else left)
+        kept, sums = begin(z, (start + lane) * z_down + across, int32(0) if next_out else left)
         for first in range(start, end, lanes):
             sample = first + lane
             label, weight, left_out = next_label, next_weight, next_out
             next_label, next_weight, next_out = look_at(labels, labels_step, weights, weights_step, ignored,
                                                         sample + lanes, end, outputs)
-            of_target = (label, place, probabilities, sample * probabilities_down + place, class_weights,
+            of_target = (label, across, probabilities, sample * probabilities_down + across, class_weights,
                          int32(0) if left_out else left, elsewhere, more)
 
             # 3. The row's largest logit, then the sums that need it.
             _, _, top = find_largest(outputs, kept, sums, fill(number(LOWEST)), 0)
             top = largest_of_row(tops, lane, thread, top)
             _, _, (total, target_sum, lost) = measure(outputs, kept, sums, (zero(), zero(), zero()), (top, of_target))
-            column = int32(label - place)
+            column = int32(label - across)
             if with_loss and not dense and (elsewhere != 0 or (column >= 0 and column % spacing < width)):
                 of_row = top, column, of_target[LEFT]
                 _, _, (everywhere, at_label) = lose(outputs, kept, sums, (zero(), zero()), of_row)
@@ -410,9 +411,9 @@ def make_cross_entropy_rows(constants):
                 if left_out:
                     row_loss = number(0)
                 if each_loss:
-                    if place == 0 and sample < end:
+                    if across == 0 and sample < end:
                         store_loss(losses, sample * losses_step, fill(row_loss))
-                elif place == 0:
+                elif across == 0:
                     store_cell(lane_losses, lane, add(load_cell(lane_losses, lane), fill(row_loss)))
 
             # 5. dz is stored and added to the sums of its columns, and the next row takes its place. What is left out
@@ -421,8 +422,8 @@ def make_cross_entropy_rows(constants):
             if left_out:
                 of_softmax = (zero(), zero(), number(0), number(0))
             kept, sums, _ = form(outputs, kept, sums, 0, (
-                of_softmax, of_target, (dz, sample * dz_down + place, left if sample < end else int32(0)),
-                (z, (sample + lanes) * z_down + place, int32(0) if next_out else left)))
+                of_softmax, of_target, (dz, sample * dz_down + across, left if sample < end else int32(0)),
+                (z, (sample + lanes) * z_down + across, int32(0) if next_out else left)))
 
         # 6. The loss and the sums of the part: those of the lanes in ascending order.
         part = cuda.blockIdx.x
@@ -435,6 +436,6 @@ def make_cross_entropy_rows(constants):
                     store_loss(target, part * part_stride + outputs, total)
                 else:
                     store_loss(losses, 0, total)
-        leave(outputs, sums, sums, 0, (thread, lane, place, outputs, target, part * part_stride, col_stride))
+        leave(outputs, sums, sums, 0, (thread, lane, across, outputs, target, part * part_stride, col_stride))
 
     return cross_entropy_rows

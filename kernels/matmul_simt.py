@@ -46,6 +46,7 @@ Source: Boehm, "How to optimize a CUDA matmul kernel for cuBLAS-like performance
 
 from numba import cuda, int32
 
+from ..facts import number_of
 from . import primitives
 from .columns import finish_column
 from .primitives.factories import cache, group
@@ -121,7 +122,7 @@ def make_matmul_simt(constants):
     line = Line(accumulator, tile_cols, min(32, threads, tile_cols), accumulate)
     lines, lines_at_once = _lines(line, epilogue, sums_count, thread_cols, col_spacing), threads // line.lanes
     results = _results(accumulator, epilogue, sums_count, access)
-    alpha_at = primitives.scale_at(constants.number, accumulator)
+    alpha_at = primitives.scale_at(number_of(constants), accumulator)
     has_sums, of_left = bool(sums_of), sums_of == "left"
     summed = left_copy if of_left else right_copy
     share, sums_outer = tile_share(summed), summed.outer_size

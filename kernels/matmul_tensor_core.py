@@ -76,7 +76,7 @@ performance", 2022.
 
 from numba import cuda, int32
 
-from ..facts import accumulator_of
+from ..facts import accumulator_of, number_of
 from . import primitives
 from .primitives.factories import cache, group
 from .primitives.layout import ITEM_BYTES, LANES, TILE_DEPTH_BYTES, ChunkCopy, fragment_layout
@@ -143,7 +143,7 @@ def make_matmul_tensor_core(constants):
     tidy, settle = (make(accumulator, count, True) if split else _same for make in (primitives.tidy, primitives.settle))
     store = primitives.store_products(left_layout, right_layout, epilogue.dtype, epilogue.access, epilogue.wide,
                                       epilogue.accumulate)
-    alpha_at, number = primitives.scale_at(constants.number, accumulator), primitives.typed(epilogue.wide)
+    alpha_at, number = primitives.scale_at(number_of(constants), accumulator), primitives.typed(epilogue.wide)
 
     # dL/db rides along in the blocks of the first tile row (or column): their warps share dZ's tile among them, and
     # read it once more, as a left operand.

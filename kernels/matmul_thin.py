@@ -37,6 +37,7 @@ for real and complex tall & skinny matrix multiplication kernels on GPUs", Int. 
 
 from numba import cuda, int32
 
+from ..facts import number_of
 from . import primitives
 from .columns import add_copies, finish_column
 from .primitives.factories import cache, group
@@ -97,7 +98,7 @@ def make_matmul_thin(constants):
     spread = 1 if along_depth else access
     cells_of_threads = _cells(accumulator, rows_of_sums * thread_cols, spread, threads_across * spread,
                               threads_along * pitch)
-    alpha_at = primitives.scale_at(constants.number, accumulator)
+    alpha_at = primitives.scale_at(number_of(constants), accumulator)
     finished, finished_sum = _finished(accumulator, epilogue), _finished(accumulator, sums_epilogue or epilogue)
 
     @primitives.jit(threads, blocks_per_multiprocessor)

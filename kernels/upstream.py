@@ -36,6 +36,7 @@ Source: Goodfellow, Bengio, Courville, "Deep Learning", 2016, sections 6.2 and 6
 
 from numba import cuda, int32
 
+from ..facts import number_of
 from . import primitives
 from .columns import add_copies, finish_column
 from .primitives.factories import cache, group
@@ -199,7 +200,7 @@ def make_upstream_sum(constants):
     beyond = above == CROSS_ENTROPY and labels == "" and features_first
     load, dz_of = _loaders(constants, pieces, places, of_samples), _formed(constants, columns, pieces, len(of_samples))
     db, sum_left = _sums(constants, lanes, threads_x, line), _sum_left(accumulator, threads)
-    number, alpha_at = primitives.typed(accumulator), primitives.scale_at(constants.number, accumulator)
+    number, alpha_at = primitives.typed(accumulator), primitives.scale_at(number_of(constants), accumulator)
     divide = primitives.divide(accumulator)
     store_loss, scale_loss = primitives.store_vector(accumulator, 1, accumulator), primitives.scale(accumulator, 1)
 
@@ -209,7 +210,7 @@ def make_upstream_sum(constants):
                      left_count, loss, ignored, parameter, alpha, alpha_address, sum_alpha, sum_alpha_address, samples,
                      outputs, samples_per_part, target, part_stride, col_stride):
         thread = cuda.threadIdx.x
-        lane, place = thread // threads_x, thread % threads_x * width
+        lane, across = thread // threads_x, thread % threads_x * width
 
         # 1. This block's part of the samples and tile of outputs; this thread's first element, and how many are left
         #    from there on along the axis on which its pieces lie.
@@ -217,11 +218,11 @@ def make_upstream_sum(constants):
         start = part * samples_per_part
         end = min(samples, start + samples_per_part)
         if features_first:
-            sample, output = start + place, first_output + lane
+            sample, output = start + across, first_output + lane
             left = end - sample if output < outputs else 0
             gradient_along, z_along, dz_along = gradient_down, z_down, dz_down
         else:
-            sample, output = start + lane, first_output + place
+            sample, output = start + lane, first_output + across
             left = outputs - output if sample < end else 0
             gradient_along, z_along, dz_along = gradient_across, z_across, dz_across
 
@@ -267,7 +268,7 @@ def make_upstream_sum(constants):
             sums = db.add(sums, dz_of.rounded(values))
         sum_alpha = alpha_at(sum_alpha, sum_alpha_address)
         for piece in range(elements // width):
-            db.store(lines, lane * line + piece * spacing + place, db.first(sums), thread)
+            db.store(lines, lane * line + piece * spacing + across, db.first(sums), thread)
             sums = db.turn(sums)
         cuda.syncthreads()
 

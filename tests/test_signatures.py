@@ -12,6 +12,7 @@ import pytest
 import densegrad
 from densegrad import compiler, device
 from densegrad.catalogue import kernel_variants
+from densegrad.facts import number_of
 from densegrad.families import FAMILIES
 from densegrad.launches import flattened
 from tests.example_family import family as example
@@ -80,12 +81,12 @@ def expected_names(record, target):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_each_argument_has_its_type(kernel):
-    """Addresses and integers have 64 bits; a number has the type that the constants name, a tensor map its own."""
+    """Addresses and integers have 64 bits; a number has the type that results are scaled in, a tensor map its own."""
     launch = KERNELS[kernel]
     kinds = [kind for _, _, kind in flattened(launch.arguments)]
     assert set(kinds) <= {"Address", "Integer", "Number", "TensorMap"}
-    number = getattr(launch.constants, "number", "")
-    assert launch.types == tuple({"Number": number, "TensorMap": "tensor_map"}.get(kind, "int64") for kind in kinds)
+    types = {"Number": number_of(launch.constants), "TensorMap": "tensor_map"}
+    assert launch.types == tuple(types.get(kind, "int64") for kind in kinds)
     assert set(launch.types) <= {"int64", "float32", "float64", "tensor_map"}
 
 

@@ -54,7 +54,7 @@ class _Layout(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Rows of a block, and the place for their dx."""
+    """Rows of a block, and the target for their dx."""
 
     rows: slice
     dx: Any
@@ -254,14 +254,14 @@ class GradientAccumulator:
         with self._where.using(None, layout.place) as stream:
             for at, count in self._cuts(samples):
                 taken = {name: array[at:at + count] for name, array in rows.items()}
-                place = None if dx is None else dx[at:at + count]
+                target = None if dx is None else dx[at:at + count]
                 if count == self.block and self._lies_as_blocks_do(taken):
-                    self._compute(layout, taken, [_Piece(slice(0, count), place)])
+                    self._compute(layout, taken, [_Piece(slice(0, count), target)])
                     continue
                 into, end = self._staging.rows(), self._filled + count
                 for name, array in taken.items():
                     into[name][self._filled:end] = array
-                self._pieces.append(_Piece(slice(self._filled, end), place))
+                self._pieces.append(_Piece(slice(self._filled, end), target))
                 self._filled = end
                 if end == self.block:
                     self._flush(layout, stream)
@@ -399,7 +399,7 @@ class GradientAccumulator:
                                    f"({'make a new one' if self._closed else 'reset() begins anew'})")
 
     def _accepted(self, arrays: tuple[Any, ...]) -> tuple[_Layout, dict[str, Any], Any]:
-        """A chunk's layout, its rows by their names, and the place for dx, when all of it has been checked."""
+        """A chunk's layout, its rows by their names, and the target of dx, when all of it has been checked."""
         x, dz, z, sample_weight, dx = arrays
         for name, array in zip(("x", "dz", "z", "sample_weight", "dx"), arrays, strict=True):
             kind = containers.kind_of(array)
@@ -504,8 +504,8 @@ class GradientAccumulator:
         if dx is not None and dx is not pieces[0].dx:
             if on_host:
                 dx = self._where.deliver(dx, pieces[0].dx)
-            for rows, place in pieces:
-                place[...] = dx[rows]
+            for rows, target in pieces:
+                target[...] = dx[rows]
         self._computed += samples
         if self._progress is not None:
             self._progress(self._computed)

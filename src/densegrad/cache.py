@@ -73,10 +73,10 @@ def name_of(launch: Launch, capability: tuple[int, int]) -> str:
 
 def load(name: str) -> Code | None:
     """What is kept under this name, or None."""
-    place = _usable()
-    if place is None:
+    directory = _usable()
+    if directory is None:
         return None
-    path = place / name
+    path = directory / name
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -96,21 +96,21 @@ def load(name: str) -> Code | None:
 
 def keep(name: str, code: Code) -> None:
     """Keep the machine code under this name."""
-    place = _usable(make=True)
-    if place is None:
+    directory = _usable(make=True)
+    if directory is None:
         return
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=place, prefix=".kernel-")
+        descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=".kernel-")
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(_sealed(name, code.entry.encode() + b"\0" + code.cubin))
-            os.replace(temporary, place / name)
+            os.replace(temporary, directory / name)
         except BaseException:
             os.unlink(temporary)
             raise
-        _make_room(place)
+        _make_room(directory)
     except OSError as error:
-        _say_once(f"compiled kernels cannot be kept in {place}: {error.strerror}")
+        _say_once(f"compiled kernels cannot be kept in {directory}: {error.strerror}")
 
 
 def usable() -> bool:
@@ -128,19 +128,19 @@ class Kept(NamedTuple):
 
 def kept() -> list[Kept]:
     """The files of the cache, those used last at the end; what else lies in the folder is none of them."""
-    place = folder()
-    if place is None or not os.path.isdir(place):
+    directory = folder()
+    if directory is None or not os.path.isdir(directory):
         return []
     _usable()  # says why, if it is not
     try:
-        return sorted(_files(place))
+        return sorted(_files(directory))
     except PermissionError:
-        _say_once(f"{place} cannot be listed")
+        _say_once(f"{directory} cannot be listed")
         return []
 
 
-def _files(place: Path) -> Iterator[Kept]:
-    for path in place.iterdir():
+def _files(directory: Path) -> Iterator[Kept]:
+    for path in directory.iterdir():
         with contextlib.suppress(FileNotFoundError):  # removed by another process
             found = path.lstat()
             if _NAME.fullmatch(path.name) and stat.S_ISREG(found.st_mode):
@@ -159,8 +159,8 @@ def _sealed(name: str, body: bytes) -> bytes:
     return _MAGIC + hashlib.sha256(name.encode() + body).digest() + body
 
 
-def _make_room(place: Path) -> None:
-    files = sorted(_files(place))
+def _make_room(directory: Path) -> None:
+    files = sorted(_files(directory))
     size = sum(file.bytes for file in files)
     for file in files:
         if size <= MOST_BYTES:
@@ -171,26 +171,26 @@ def _make_room(place: Path) -> None:
 
 def _usable(make: bool = False) -> Path | None:
     """The folder, if there is one that nobody else may write to."""
-    place = folder()
-    if place is None:
+    directory = folder()
+    if directory is None:
         return None
     try:
-        if make and not place.exists():
-            place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = place.stat()
+        if make and not directory.exists():
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.stat()
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not make:
             return None
-        _say_once(f"kernels are not kept, since {place} cannot be used: {error}")
+        _say_once(f"kernels are not kept, since {directory} cannot be used: {error}")
         return None
     if not stat.S_ISDIR(found.st_mode):
-        _say_once(f"kernels are not kept, since {place} is no folder (set DENSEGRAD_CACHE_DIR to one of your own)")
+        _say_once(f"kernels are not kept, since {directory} is no folder (set DENSEGRAD_CACHE_DIR to one of your own)")
         return None
     if os.name == "posix" and (found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-        _say_once(f"kernels are not kept, since others may write to {place} (chmod 700 it, or set DENSEGRAD_CACHE_DIR "
-                  "to a folder of your own)")
+        _say_once(f"kernels are not kept, since others may write to {directory} (chmod 700 it, or set "
+                  "DENSEGRAD_CACHE_DIR to a folder of your own)")
         return None
-    return place
+    return directory
 
 
 @lru_cache(maxsize=64)

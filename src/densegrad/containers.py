@@ -308,12 +308,12 @@ class Guest:
             return
         handed = _Handed(producer, not kind.written)
         try:
-            place, _ = handed.__dlpack_device__()
-            if place not in takers:
-                self.problem = (f"it lies on {_PLACES.get(place, f'a device of the type {int(place)}')}, where kernels "
-                                "cannot use it: move it with its library")
+            lies_on, _ = handed.__dlpack_device__()
+            if lies_on not in takers:
+                self.problem = (f"it lies on {_PLACES.get(lies_on, f'a device of the type {int(lies_on)}')}, where "
+                                "kernels cannot use it: move it with its library")
                 return
-            self.array = takers[place](handed)
+            self.array = takers[lies_on](handed)
         except Exception as error:  # whatever its library raises where it cannot hand it over
             self.problem = f"its library does not hand it over: {error}"
         self.readonly = handed.readonly

@@ -1,6 +1,8 @@
 """Names and sizes of element types, the types that sums and results are computed in, and the form of copied boxes."""
 from __future__ import annotations
 
+from typing import Any
+
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 #: of all that kernels read, labels and masks too
 SIZES = {**ITEM_BYTES, "bool": 1, "int32": 4, "int64": 8}
@@ -24,3 +26,9 @@ def accumulator_of(dtype: str) -> str:
 def wide_of(accumulator: str, result: str) -> str:
     """The type in which a sum is scaled and added to what is there, before its one rounding to the result's."""
     return "float64" if result == "float64" else accumulator
+
+
+def number_of(constants: Any) -> str:
+    """The type of the numbers that a kernel takes, by its constants: the wider of its sums' and its results'."""
+    parts = [getattr(constants, name, None) for name in ("accumulator", "result", "sums")]
+    return "float64" if "float64" in [getattr(part, "wide", part) for part in parts] else "float32"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from .facts import SIZES
+from .facts import SIZES, number_of
 from .signatures import MatrixAt, Scale
 
 #: what the address of a workspace is a multiple of, in bytes
@@ -186,8 +186,8 @@ class Launch:
 
     @property
     def types(self) -> tuple[str, ...]:
-        """The types of the arguments: int64, tensor_map, or what the constants say of numbers."""
-        types = {"Number": getattr(self.constants, "number", ""), "TensorMap": "tensor_map"}
+        """The types of the arguments: int64, tensor_map, or that of numbers."""
+        types = {"Number": number_of(self.constants), "TensorMap": "tensor_map"}
         return tuple(types.get(kind, "int64") for _, _, kind in flattened(self.arguments))
 
     def __str__(self) -> str:

@@ -88,8 +88,8 @@ class _PackedMap:
 
     def __init__(self, numbers: TensorMap, cell: int):
         self.numbers, self.cell, self.address = numbers, cell, -1
-        place = numbers.address
-        self.slot, self.further = ("workspace", place.offset) if isinstance(place, Room) else (place.name, 0)
+        address = numbers.address
+        self.slot, self.further = ("workspace", address.offset) if isinstance(address, Room) else (address.name, 0)
 
     def fill(self, cells: Any, values: Mapping[str, Any]) -> None:
         """Fill in the map of the address that the call has."""

@@ -1,16 +1,14 @@
 """What each kernel is made of and what it takes: a record of its constants and one of its arguments.
 
 They load without Numba: whoever makes a launch fills them in, the kernel's file reads them. An argument is an Address
-(where an operand's first element lies), an Integer of 64 bits, a Number, whose type the constants name as `number`, or
-a TensorMap, by which copies find the boxes of a matrix.
+(where an operand's first element lies), an Integer of 64 bits, a Number, whose type is `number_of` the constants, or a
+TensorMap, by which copies find the boxes of a matrix.
 What travels together is a record of its own; the kernel's parameters are its parts, in order: `z`, `z_down`,
 `z_across`.
 """
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-
-from .facts import wide_of
 
 Address = Any
 Integer = Any
@@ -81,11 +79,6 @@ class SumStrided(NamedTuple):
     compensated: bool  # whether what additions lose is added up beside the sums
     keeps_lost: bool  # whether what each sum lost is kept beside it, for another launch to add
 
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return wide_of(self.accumulator, self.result)
-
 
 class SumStridedArguments(NamedTuple):
     """source[s, m] lies at s * row_stride + m."""
@@ -116,11 +109,6 @@ class SumFlat(NamedTuple):
     accumulate: bool
     compensated: bool
     keeps_lost: bool
-
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return wide_of(self.accumulator, self.result)
 
 
 class SumFlatArguments(NamedTuple):
@@ -156,11 +144,6 @@ class SumRuns(NamedTuple):
     compensated: bool
     keeps_lost: bool
 
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return wide_of(self.accumulator, self.result)
-
 
 class SumRunsArguments(NamedTuple):
     """Sample s of run r lies at r * run_stride + s."""
@@ -188,11 +171,6 @@ class SumParts(NamedTuple):
     compensated: bool
     has_beside: bool  # whether the last column is a sum of something else, with a place of its own
 
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return wide_of(self.accumulator, self.result)
-
 
 class SumPartsArguments(NamedTuple):
     """source[p, m] lies at p * row_pitch + m; if compensated, what was lost has rows of its own."""
@@ -219,11 +197,6 @@ class AddParts(NamedTuple):
     result: Epilogue
     threads: int
     in_flight: int  # parts under way
-
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return self.result.wide
 
 
 class AddPartsArguments(NamedTuple):
@@ -260,12 +233,6 @@ class MatmulSimt(NamedTuple):
     sums_of: str  # "left" or "right": that operand is added up along the depth, too; or ""
     sums: Epilogue | None  # what becomes of those sums; None if there are none
 
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        wide = {self.result.wide, self.sums.wide if self.sums else self.accumulator}
-        return "float64" if "float64" in wide else "float32"
-
 
 class MatmulTensorCore(NamedTuple):
     """A product on tensor cores."""
@@ -284,11 +251,6 @@ class MatmulTensorCore(NamedTuple):
     sums_of: str
     sums: Epilogue | None
 
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return "float64" if "float64" in (self.result.wide, self.sums and self.sums.wide) else "float32"
-
 
 class MatmulThin(NamedTuple):
     """A product of which one operand is thin, on FMA units."""
@@ -305,11 +267,6 @@ class MatmulThin(NamedTuple):
     right: Side
     result: Epilogue
     sums: Epilogue | None  # what becomes of the right operand's sums along the depth; None if there are none
-
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return "float64" if "float64" in (self.result.wide, self.sums and self.sums.wide) else "float32"
 
 
 class MatmulArguments(NamedTuple):
@@ -346,11 +303,6 @@ class MatmulHopper(NamedTuple):
     accumulate: bool  # whether the result, float32, is added to
     sums_of: str  # "left" or "right": that operand, contiguous across the depth, is added up along it, too; or ""
     adders: int  # threads that do so
-
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return "float32"
 
 
 class MatmulHopperArguments(NamedTuple):
@@ -425,11 +377,6 @@ class LogSumExp(NamedTuple):
     loss: str  # "each" sample's, "sum" of each block's, or ""
     mean: bool  # whether each block's sum of the samples' weights is asked for
 
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return self.accumulator
-
 
 class LogSumExpArguments(NamedTuple):
     """All matrices are (samples, outputs), the result (3, samples)."""
@@ -483,11 +430,6 @@ class CrossEntropyRows(NamedTuple):
     loss: str  # "each" sample's, the "sum", "part": each part's, behind its last output, or ""
     accumulate: bool
 
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return wide_of(self.accumulator, self.result)
-
 
 class CrossEntropyRowsArguments(NamedTuple):
     """All matrices are (samples, outputs); the elements of a row of z lie side by side."""
@@ -533,11 +475,6 @@ class UpstreamSum(NamedTuple):
     mean: bool  # whether dz is divided by the sum of what log_sum_exp left of weights
     with_loss: bool  # whether what it left of losses is added up
     accumulate: bool
-
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return wide_of(self.accumulator, self.result)
 
 
 class UpstreamSumArguments(NamedTuple):

@@ -318,7 +318,7 @@ class use_plans:
     def __exit__(self, *exception: object) -> None:
         # A generator may end its block after another one has begun: each takes back its own.
         within = _within.get()
-        last = max((place for place, (owner, _) in enumerate(within) if owner is self), default=len(within))
+        last = max((number for number, (owner, _) in enumerate(within) if owner is self), default=len(within))
         _within.set((*within[:last], *within[last + 1:]))
 
 

@@ -19,6 +19,7 @@ Source: CUDA sample threadFenceReduction.
 """
 from numba import cuda, int32
 
+from densegrad.facts import number_of
 from densegrad.kernels import primitives
 from densegrad.kernels.columns import finish_column
 from densegrad.kernels.primitives.factories import cache
@@ -37,7 +38,7 @@ def make_square_norms(constants):
     load_sum, store_sum = primitives.load_shared(accumulator, 1), primitives.store_shared(accumulator, 1)
     load_part = primitives.load_vector(accumulator, 1, accumulator)
     store_part = primitives.store_vector(accumulator, 1, accumulator)
-    alpha_at = primitives.scale_at(constants.number, accumulator)
+    alpha_at = primitives.scale_at(number_of(constants), accumulator)
     finish = finish_column(accumulator, result, accumulate, False, False)
 
     @primitives.jit(threads)

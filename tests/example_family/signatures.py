@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from densegrad.facts import wide_of
 from densegrad.signatures import Address, ColumnAt, Integer, MatrixAt, Scale
 
 
@@ -16,11 +15,6 @@ class SquareNorms(NamedTuple):
     adders: int  # threads of a row
     rows_of_block: int
     accumulate: bool  # whether the result is added to
-
-    @property
-    def number(self) -> str:
-        """The type of numbers among the arguments."""
-        return wide_of(self.accumulator, self.result)
 
 
 class SquareNormsArguments(NamedTuple):

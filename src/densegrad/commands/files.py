@@ -40,12 +40,12 @@ def written(path: Path, force: bool = False) -> Iterator[BinaryIO]:
     streams = found is not None and (standard_output or stat.S_ISFIFO(found.st_mode) or stat.S_ISCHR(found.st_mode))
     if found is not None and not (streams or force):
         raise ValueError(f"{path} exists (--force overwrites it)")
-    place = Path(os.path.realpath(path))
-    if found is None and not place.parent.is_dir():
-        raise ValueError(f"{path} cannot be written: there is no folder {place.parent}")
+    target = Path(os.path.realpath(path))
+    if found is None and not target.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {target.parent}")
     try:
         if found is None or (stat.S_ISREG(found.st_mode) and not standard_output):
-            with _moved_into(place, found, force) as file:
+            with _moved_into(target, found, force) as file:
                 yield file
         else:
             with io.BufferedWriter(_Stream(os.dup(1) if standard_output else path, "w")) as file:
@@ -69,17 +69,17 @@ class _Stream(io.FileIO):
 
 
 @contextmanager
-def _moved_into(place: Path, found: os.stat_result | None, force: bool) -> Iterator[BinaryIO]:
-    """A file beside `place`, moved there at the end; `found` is what is replaced."""
+def _moved_into(target: Path, found: os.stat_result | None, force: bool) -> Iterator[BinaryIO]:
+    """A file beside `target`, moved there at the end; `found` is what is replaced."""
     if found is not None:
-        place.open("r+b").close()  # a file that may not be changed is not replaced either
-    part = place.with_name(f".densegrad-{secrets.token_hex(8)}.part")
+        target.open("r+b").close()  # a file that may not be changed is not replaced either
+    part = target.with_name(f".densegrad-{secrets.token_hex(8)}.part")
     try:
         try:
             file = part.open("xb")
         except OSError as error:
-            reason = f"{error.strerror} (a new file in the folder {place.parent})"
-            raise OSError(error.errno, reason, str(place)) from error
+            reason = f"{error.strerror} (a new file in the folder {target.parent})"
+            raise OSError(error.errno, reason, str(target)) from error
         with file:
             if found is not None:
                 with suppress(PermissionError, AttributeError):  # whose it is stays too, where the system allows that
@@ -88,9 +88,9 @@ def _moved_into(place: Path, found: os.stat_result | None, force: bool) -> Itera
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if not force and os.path.lexists(place):
-            raise ValueError(f"{place} exists by now (--force overwrites it)")
-        os.replace(part, place)
+        if not force and os.path.lexists(target):
+            raise ValueError(f"{target} exists by now (--force overwrites it)")
+        os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
 

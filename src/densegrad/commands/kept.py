@@ -34,10 +34,10 @@ def cache(
         removed = kernels.clear()
         remark(f"Removed {_counted(removed)}.")
         return
-    place, files = kernels.folder(), kernels.kept()
+    directory, files = kernels.folder(), kernels.kept()
     made = table(None, ("", ""), ())
     made.show_header = False
-    made.add_row("folder", str(place) if place else "none, as DENSEGRAD_CACHE_DIR is empty")
+    made.add_row("folder", str(directory) if directory else "none, as DENSEGRAD_CACHE_DIR is empty")
     made.add_row("kernels", str(len(files)))
     made.add_row("bytes", f"{sum(file.bytes for file in files):,} of at most {kernels.MOST_BYTES:,}")
     results().print(made)
@@ -47,8 +47,8 @@ def summary() -> str:
     """The cache in one line."""
     from .. import cache as kernels
 
-    place = kernels.folder()
-    return f"{_counted(kernels.kept())} in {place}" if place else "none, as DENSEGRAD_CACHE_DIR is empty"
+    directory = kernels.folder()
+    return f"{_counted(kernels.kept())} in {directory}" if directory else "none, as DENSEGRAD_CACHE_DIR is empty"
 
 
 def _counted(files: list[Any]) -> str:

@@ -262,19 +262,19 @@ def group_of(comm: Any, deadline: float | None = None) -> Group:
     if engines.is_mpi(host):
         state = _state_of_mpi(host)
         line = MpiLine(host, state.sent)
-        place = host.Get_rank(), host.Get_size()
+        there = host.Get_rank(), host.Get_size()
     elif engines.is_torch(host):
         state = _of_torch.setdefault(host, State())
         line = StoreLine(host)
-        place = host.rank(), host.size()
+        there = host.rank(), host.size()
     elif ranks.host is not None:
         raise TypeError("host must be a communicator of mpi4py or a process group of torch.distributed; got "
                         f"{type(host).__name__}")
     if line is None:
         return Group(engine, None, state, seconds)
-    if place != (engine.rank, engine.size):
+    if there != (engine.rank, engine.size):
         raise ValueError(f"host must have the ranks of comm in their order; this is rank {engine.rank} of "
-                         f"{engine.size} in comm and rank {place[0]} of {place[1]} in host")
+                         f"{engine.size} in comm and rank {there[0]} of {there[1]} in host")
     if state.given_up:
         raise DistributedError(f"rank {engine.rank} has given this communicator up, since what is still on its way may "
                                f"be taken for something else (end the job): {state.given_up}", (engine.rank,))

@@ -159,14 +159,14 @@ class Bucket:
         """All of them in a row, copied, in this dtype."""
         xp, dtype = module_of(self.arrays[0]), device.dtype_of(wire)
         flat = xp.empty(self.size, dtype)
-        for one, place in zip(self.arrays, spans([one.size for one in self.arrays]), strict=True):
-            flat[place] = one.reshape(-1).astype(dtype, copy=False)
+        for one, span in zip(self.arrays, spans([one.size for one in self.arrays]), strict=True):
+            flat[span] = one.reshape(-1).astype(dtype, copy=False)
         return flat
 
     def write(self, flat: Any) -> None:
         """Write what is in a row into the results, each rounded to its dtype."""
-        for one, place in zip(self._targets, spans([one.size for one in self._targets]), strict=True):
-            one[...] = flat[place].reshape(one.shape).astype(one.dtype, copy=False)
+        for one, span in zip(self._targets, spans([one.size for one in self._targets]), strict=True):
+            one[...] = flat[span].reshape(one.shape).astype(one.dtype, copy=False)
 
     def results(self) -> Any:
         """What the user gets: `out`, or new arrays of the kinds that came in."""
@@ -196,8 +196,8 @@ def spans(sizes: Sequence[int]) -> list[slice]:
 
 def split(flat: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
     """Views of what is in a row, with these shapes."""
-    places = spans([prod(shape) for shape in shapes])
-    return [flat[place].reshape(shape) for place, shape in zip(places, shapes, strict=True)]
+    parts = spans([prod(shape) for shape in shapes])
+    return [flat[span].reshape(shape) for span, shape in zip(parts, shapes, strict=True)]
 
 
 def queued_at(given: Any, stream: Any) -> Callable[[float], AbstractContextManager[None]]:

@@ -386,8 +386,8 @@ def _fold(engine: Engine, holders: Sequence[int], addends: Sequence[_Parts], tot
     if not holders or not pieces:
         return
     if engine.rank in holders:
-        place = holders.index(engine.rank)
-        before, behind = holders[place - 1] if place else None, holders[place + 1:place + 2]
+        turn = holders.index(engine.rank)
+        before, behind = holders[turn - 1] if turn else None, holders[turn + 1:turn + 2]
         rooms = [total[fold.planes * begin:fold.planes * end] for begin, end in pieces]
         coming = None if before is None else engine.receive(rooms[0], before)
         sent = []
