@@ -125,8 +125,9 @@ def make_matmul_tensor_core(constants):
     all_bytes, last_stage = stages * stage_bytes, (stages - 1) * stage_bytes
 
     shared_bytes, place_of = primitives.shared_bytes(all_bytes), primitives.place(dtype)
-    # Where both operands lie along the depth registers are scarcest.
-    again = primitives.again() if left_along_depth and right_along_depth else _same
+    # Registers are scarcest where both operands lie along the depth, and where copies of two bytes pass through them.
+    scarce = (left_along_depth and right_along_depth) or item_bytes * min(left_side.access, right_side.access) == 2
+    again = primitives.again() if scarce else _same
     asynchronous = kind != "float16k8"
     left_tile, right_tile = (
         _tile(ChunkCopy(layout.tile, item_bytes, side.access, side.along_depth, threads, offset_bits, asynchronous),

@@ -201,7 +201,7 @@ def make_upstream_sum(constants):
     load, dz_of = _loaders(constants, pieces, places, of_samples), _formed(constants, columns, pieces, len(of_samples))
     db, sum_left = _sums(constants, lanes, threads_x, line), _sum_left(accumulator, threads)
     number, alpha_at = primitives.typed(accumulator), primitives.scale_at(number_of(constants), accumulator)
-    divide = primitives.divide(accumulator)
+    divide, again = primitives.divide(accumulator), primitives.again()
     store_loss, scale_loss = primitives.store_vector(accumulator, 1, accumulator), primitives.scale(accumulator, 1)
 
     @primitives.jit(threads, blocks_per_multiprocessor)
@@ -266,7 +266,10 @@ def make_upstream_sum(constants):
             values = dz_of.leave_out_labels(values, label, ignored)
             dz_of.store(dz, this_sample * dz_down + output * dz_across, dz_along, this_left, values)
             sums = db.add(sums, dz_of.rounded(values))
-        sum_alpha = alpha_at(sum_alpha, sum_alpha_address)
+
+        # Where the thread is is computed again, so that it took no registers up to here.
+        sum_alpha, thread = alpha_at(sum_alpha, sum_alpha_address), again(cuda.threadIdx.x)
+        lane, across = thread // threads_x, thread % threads_x * width
         for piece in range(elements // width):
             db.store(lines, lane * line + piece * spacing + across, db.first(sums), thread)
             sums = db.turn(sums)

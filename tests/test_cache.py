@@ -14,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import types
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,7 +203,7 @@ def test_the_key_is_of_the_very_library_where_that_comes_in_no_wheel(library, mo
     version, wheels = cache._version, cache._LIBRARIES[library]
     monkeypatch.setattr(cache, "_version", lambda of: "" if of in wheels else version(of))
     file = tmp_path / "library.so"
-    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", lambda name: types.SimpleNamespace(abs_path=str(file)))
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", lambda name: SimpleNamespace(abs_path=str(file)))
     names = set()
     for content in (b"one", b"another"):
         file.write_bytes(content)
@@ -539,6 +539,26 @@ def test_a_second_process_compiles_nothing_and_imports_no_compiler(folder):
     assert first[1] == "\x7fELF"
     assert "numba" in first[4]
     assert (first[3], second[3], second[4]) == (1, 0, [])
+
+
+@pytest.mark.parametrize(("spilling", "taken"), [((), 5), ((5,), 2), ((5, 2), 8), ((5, 2, 8), 5)])
+def test_what_spills_is_linked_again(spilling, taken, monkeypatch):
+    """And what spills however registers are taken stays as the linker gives it by itself."""
+
+    class Linker:
+        def __init__(self, code, options):
+            self.use = int(options["ptxas_options"][1].rpartition("=")[2])
+
+        def link(self, kind):
+            return kind, self.use
+
+        def get_info_log(self):
+            return "ptxas warning : Registers are spilled to local memory" if self.use in spilling else ""
+
+    library = SimpleNamespace(get_ltoir=lambda cc: b"")
+    monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(
+        Linker=Linker, LinkerOptions=dict, ObjectCode=SimpleNamespace(from_ltoir=bytes)))
+    assert compiler.link(library, (12, 0, "a")) == ("cubin", taken)
 
 
 def steps(xp):

@@ -156,6 +156,12 @@ def _load_global(builder, address, index, dtype, count, condition=None):
     return _load_bytes(builder, pointer, dtype, count, condition)
 
 
+def _again(builder, number):
+    """The same number, of which the compiler does not know it."""
+    function = ir.FunctionType(_INT32, [_INT32])
+    return builder.asm(function, "mov.u32 $0, $1;", "=r,r", [number], side_effect=True)
+
+
 def _load_bytes(builder, pointer, dtype, count, condition=None, bounds=(), further=0):
     """As _load_global, `further` bytes on, where the condition holds and of each pair of bounds the first is less."""
     return _split(builder, _load_words(builder, pointer, dtype, count, condition, bounds, further), dtype, count)

@@ -11,6 +11,7 @@ from .ptx import (
     _NUMBA,
     _SHARED,
     _STORED,
+    _again,
     _expand,
     _fragment_type,
     _load_bytes,
@@ -74,9 +75,7 @@ def again():
 
     So what follows from it is computed again, and takes no registers up to there.
     """
-    function = ir.FunctionType(_INT32, [_INT32])
-    return _expand(types.int32, (types.int32,), lambda builder, number: builder.asm(
-        function, "mov.u32 $0, $1;", "=r,r", [number], side_effect=True))
+    return _expand(types.int32, (types.int32,), _again)
 
 
 @cache

@@ -14,6 +14,7 @@ from .ptx import (
     _INT64,
     _NUMBA,
     _SHARED,
+    _again,
     _expand,
     _fragment_type,
     _load_bytes,
@@ -122,6 +123,9 @@ def copy_chunks(copy, ragged):
         return builder.asm(function, code, "=l,r,l" if narrow else "=l,l,l", [step, source], side_effect=False)
 
     def body(builder, array, index, source, stride, outer_left, depth_left, thread):
+        if width == 2:
+            # So many pieces that no registers are left to keep where each belongs: it is computed for each tile.
+            thread = _again(builder, thread)
         line, chunk = _first_chunk(builder, copy, thread)
         start = builder.add(array, index)
         step = builder.mul(stride, ir.Constant(_INT64, copy.lines_a_round))

@@ -40,7 +40,7 @@ _DISTRIBUTIONS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "nvidia-cuda-n
 _LIBRARIES = {"nvvm": ("nvidia-nvvm", "nvidia-cuda-nvcc-cu12"),
               "nvJitLink": ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12")}
 #: what kernels import that is no source of theirs; of these the versions count
-_TOOLS = {"llvmlite", "ml_dtypes", "numba", "numpy"}
+_TOOLS = {"cuda", "llvmlite", "ml_dtypes", "numba", "numpy"}
 #: when the package was imported: before the modules that it loads as they are asked for
 _IMPORTED: float = vars(sys.modules[__package__])["_IMPORTED"]
 

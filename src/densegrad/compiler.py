@@ -18,6 +18,8 @@ from .launches import Launch
 
 log = logging.getLogger("densegrad")
 _compiling = threading.RLock()  # Numba's compiler is not made for several threads
+#: how freely ptxas takes registers: as it does by itself, sparingly, freely
+_REGISTER_USES = (5, 2, 8)
 
 
 class Code(NamedTuple):
@@ -62,13 +64,34 @@ def architecture_of(capability: tuple[int, int]) -> tuple[int, int, str]:
     return (*capability, "a" if capability >= (9, 0) else "")
 
 
+def link(library: Any, architecture: tuple[int, int, str]) -> Any:
+    """The object with the machine code of a code library: the first in which no registers spill, or else the first.
+
+    What spills within the bounds of a launch often does not if ptxas is told to take registers more sparingly, or more
+    freely, than it does by itself.
+    """
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    code = ObjectCode.from_ltoir(library.get_ltoir(cc=architecture))
+    linked = []
+    for use in _REGISTER_USES:
+        linker = Linker(code, options=LinkerOptions(
+            arch="sm_{}{}{}".format(*architecture), link_time_optimization=True,
+            ptxas_options=["--warn-on-spills", f"--register-usage-level={use}"]))
+        linked.append(linker.link("cubin"))
+        if "Registers are spilled" not in linker.get_info_log():
+            return linked[-1]
+    return linked[0]
+
+
 def compile_launch(launch: Launch, capability: tuple[int, int]) -> Code:
     """The machine code of a launch's kernel, compiled and linked anew. Says so on the log: a call may wait for it."""
     log.info("compiling %s for compute capability %d.%d", launch.kernel, *capability)
     begun = time.perf_counter()
     with _compiling:
-        library = library_of(launch, capability)
-        cubin = library.get_cubin(architecture_of(capability))
+        library, architecture = library_of(launch, capability), architecture_of(capability)
+        library._cubin_cache[architecture] = link(library, architecture)
+        cubin = library.get_cubin(architecture)
     log.debug("compiled %s in %.1f s", launch.kernel, time.perf_counter() - begun)
     return Code(bytes(getattr(cubin, "code", cubin)), library._entry_name)
 

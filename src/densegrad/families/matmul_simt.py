@@ -114,17 +114,17 @@ class MatmulPlan(Tiling):
         resident = 256 if self.sums > 64 else 512 if self.threads >= 256 else 384
         return max(min(resident // (32 * ceil_div(self.threads, 32)), 16), 1)
 
-    def _blocks_for(self, *sides: Side) -> int:
-        """As many, but 256 threads of float64 and of single warps where rows of memory do not begin with a sector.
+    def _blocks_for(self, *sides: Side, offset_bits: int) -> int:
+        """As many, but 256 threads of float64, of single warps and of far elements where rows of memory are turned.
 
-        Such rows are turned, which takes registers that these have not; nor have half types with 64 sums a thread where
-        one operand lies along the depth and the other across it.
+        Those are rows that do not begin with a sector. They take registers that these have not; nor have half types
+        with 64 sums a thread where one operand lies along the depth and the other across it.
         """
         if (self.dtype != self.accumulator and self.thread_rows * self.thread_cols >= 64
                 and len({side.along_depth for side in sides}) > 1):
             return max(self.blocks_per_multiprocessor // 2, 1)
         turned = any(not side.along_depth and side.access * ITEM_BYTES[self.dtype] < 16 for side in sides)
-        if turned and (self.accumulator == "float64" or self.threads <= 32):
+        if turned and (self.accumulator == "float64" or self.threads <= 32 or offset_bits > 32):
             return max(min(self.blocks_per_multiprocessor, 8 // ceil_div(self.threads, 32)), 1)
         return self.blocks_per_multiprocessor
 
@@ -178,7 +178,8 @@ class MatmulPlan(Tiling):
         constants = constants_of(MatmulSimt, self, {
             "left": left, "right": right, "result": epilogue_of(target, vector, self.accumulator),
             "sums_of": product.sums_of, "sums": sums and epilogue_of(sums, 1, self.accumulator),
-            "offset_bits": product.offset_bits(self), "blocks_per_multiprocessor": self._blocks_for(left, right)})
+            "offset_bits": (bits := product.offset_bits(self)),
+            "blocks_per_multiprocessor": self._blocks_for(left, right, offset_bits=bits)})
         return Launch("densegrad.kernels.matmul_simt", "matmul_simt", constants, arguments, self.grid, self.threads,
                       plan=self)
 
