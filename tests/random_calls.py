@@ -54,6 +54,8 @@ FUNCTIONS = {
 }
 #: those whose first argument, z, is called dz here, since it has the shape and the place of dz
 LOSSES = ("cross_entropy_grad", "cross_entropy")
+#: results with one value for each sample, or one in all, whose axes all flatten
+COLUMNS = ("loss",)
 #: those that form a dz of their own
 FORMING = ("activation_grad", *LOSSES)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -212,8 +214,8 @@ class Call:
             own = accumulator_of(self.dtype) if name == "loss" else self.dtype
             self.out_dtypes[name] = self._choose("out_dtype", *wider) if given and not formed else own
             if given:
-                layout = self._draw_out_layout((*self._shape(name), *[1] * (name == "loss")))
-                if name == "loss":
+                layout = self._draw_out_layout((*self._shape(name), *[1] * (name in COLUMNS)))
+                if name in COLUMNS:
                     layout = Strided(layout.shape[:-1], layout.strides[:-1], layout.first)
                 self.out_layouts[name] = layout
 
@@ -369,9 +371,9 @@ class Call:
     def refused(self):
         """Whether an output must be refused: kernels write to its elements where they are, each once."""
         layouts = dict(self.out_layouts)
-        if "loss" in layouts:  # which is a column: all of its axes flatten
-            loss = layouts["loss"]
-            layouts["loss"] = Strided((*loss.shape, 1), (*loss.strides, 1), loss.first)
+        for name in layouts.keys() & COLUMNS:
+            column = layouts[name]
+            layouts[name] = Strided((*column.shape, 1), (*column.strides, 1), column.first)
         return any(overlaps_itself(layout) or not flattens(layout) for layout in layouts.values())
 
     def run(self, xp, alpha=None):
@@ -425,7 +427,7 @@ class Call:
         else:
             given = [arrays.pop(name) for name in self.taken]
             options.update(arrays)
-        if self.function in ("bias_grad", "weight_grad", "input_grad"):
+        if len(FUNCTIONS[self.function][1]) == 1:
             name, = self.results
             return {name: function(*given, out=outs.get(name), **options)}
         kind = {"weight_bias_grad": densegrad.WeightBiasGrads, "dense_grads": densegrad.DenseGrads,
@@ -500,7 +502,7 @@ class Call:
         of_dz, of_other = np.abs(dz) + error, None if other is None else np.abs(other)
         exact, magnitude = alpha * meaning(other, dz), abs(alpha) * meaning(of_other, of_dz)
         lost, product_error, plans = meaning(of_other, error), 0.0, self._plans_of(name, plans)
-        if name != "db" and plans:
+        if name in ("dw", "dx") and plans:
             plan = max(plans, key=lambda plan: plan.product_error)
             product_error = plan.product_error
 

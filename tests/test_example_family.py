@@ -5,6 +5,7 @@ whatever the workspace holds, call after call, in graphs that are replayed.
 """
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +108,24 @@ def test_every_size(xp, shape):
     check_within(result, *meaning.expected(x, plan_square_norms(*shape, "float32").chain, "float32"))
 
 
+def test_rows_may_have_several_axes(xp):
+    x = normal((3, 2, 5), "float32", 4)
+    result = square_norms(xp.asarray(x))
+    check_within(result, *meaning.expected(x, plan_square_norms(6, 5, "float32").chain, "float32"))
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"adders": 0}, "adders must be at least 1"), ({"cols_per_part": 2.0}, "cols_per_part must be an int"),
+    ({"adders": 512}, "at most 1024 threads"), ({"dtype": "int8"}, "dtype"), ({"cols": 2 ** 21}, "at most 65535 parts")
+])
+def test_a_plan_refuses_what_the_kernel_cannot_do(fields, message):
+    with pytest.raises(densegrad.PlanError, match=message):
+        replace(IN_PARTS["float32"], **fields)
+
+
 def test_bad_input_is_told_as_everywhere(xp):
     x = xp.asarray(normal(SHAPE, "float32"))
     for arguments, error, message in (
-            ({"x": xp.zeros((2, 3, 4), "float32")}, densegrad.ShapeError, r"x must have 2 dimensions \(rows, cols\)"),
             ({"x": xp.zeros((2, 3), "int32")}, densegrad.DTypeError, "x must be float16, bfloat16, float32 or float64"),
             ({"x": x, "out": xp.zeros(3, "float32")}, densegrad.ShapeError, r"out must have shape \(21,\)"),
             ({"x": x, "out": x[:, 0]}, densegrad.OutError, "out overlaps x"),

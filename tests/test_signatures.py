@@ -96,7 +96,8 @@ MOST = 6
 #: functions of other libraries that take more, and the commands, whose parameters are options of the command line
 OTHERS = {"Table", "add_row", "cuLibraryLoadData", "cuTensorMapEncodeTiled", "partial"}
 COMMANDS = SOURCE / "commands"
-FILES = sorted(path for folder in (SOURCE, ROOT / "benchmarks") for path in folder.rglob("*.py"))
+FILES = sorted(path for folder in (SOURCE, ROOT / "benchmarks", ROOT / "tests" / "example_family")
+               for path in folder.rglob("*.py"))
 
 
 def records():

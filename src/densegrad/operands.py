@@ -540,7 +540,7 @@ def accept_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...], accu
     if out is None:
         if accept_flag("accumulate", accumulate):
             raise OutError(f"accumulate=True adds into {name}, which was not given (pass {name}=, or accumulate=False)")
-        return Target(name, shape, inputs.dtype, None, False)
+        return Target(name, shape, inputs.dtype, None, False, column=column)
     accumulate = accept_flag("accumulate", accumulate)
     memory = _memory(inputs.device, name, out)
     dtype = _dtype(name, memory.dtype)
@@ -587,9 +587,9 @@ def _writable(name: str, out: Any, memory: device.Memory, dtype: str) -> Argumen
 def accept_loss_out(name: str, out: Any, inputs: Inputs, shape: tuple[int, ...]) -> Target:
     """Check an array that losses are to be written to, of the type of the sums, as `accept_out` does."""
     accumulator = accumulator_of(inputs.dtype)
-    if out is None:
-        return Target(name, shape, accumulator, None, False, column=True)
     target = accept_out(name, out, inputs, shape, False, column=True)
+    if out is None:
+        return replace(target, dtype=accumulator)
     if target.dtype != accumulator:
         raise DTypeError(f"{name} must have the type of the sums, {accumulator}; got {target.dtype}")
     return target

@@ -4,8 +4,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from densegrad.errors import PlanError
 from densegrad.facts import ITEM_BYTES, accumulator_of
-from densegrad.families.common import GRID_Y, ceil_div, check_choice, check_sizes, constants_of, named
+from densegrad.families.common import (
+    GRID_Y,
+    ceil_div,
+    check_choice,
+    check_integers,
+    check_positive,
+    check_sizes,
+    constants_of,
+    named,
+)
 from densegrad.launches import ALPHA, Clear, Launch, Matrix, Result, Room, Slot, scratch
 from densegrad.signatures import ColumnAt
 
@@ -24,8 +34,14 @@ class SquareNormsPlan:
     rows_of_block: int = 4
 
     def __post_init__(self) -> None:
+        check_integers(self)
         check_choice("plan: dtype", self.dtype, ITEM_BYTES)
         check_sizes(rows=self.rows, cols=self.cols)
+        check_positive(self, "rows", "cols")
+        if self.threads > 1024:
+            raise PlanError(f"a block has at most 1024 threads; got adders * rows_of_block = {self.threads}")
+        if self.parts > GRID_Y:
+            raise PlanError(f"there are at most {GRID_Y} parts; got {self.parts} (take more cols_per_part)")
 
     @property
     def accumulator(self) -> str:
@@ -77,7 +93,7 @@ def launches(plan: SquareNormsPlan, source: Matrix, result: Result) -> tuple[Lau
     arguments = SquareNormsArguments(source.at, plan.rows, plan.cols, plan.cols_per_part, partial.address, arrivals,
                                      ColumnAt(target.address, target.row_stride), ALPHA)
     return Clear(arrivals), Launch("tests.example_family.kernel", "square_norms", constants, arguments, plan.grid,
-                                   plan.threads, plan)
+                                   plan.threads, plan=plan)
 
 
 def variants() -> Iterator[tuple[str, Launch]]:

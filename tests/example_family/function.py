@@ -4,9 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 from densegrad.calls import Recipe, call, recipe_of
-from densegrad.errors import ShapeError
 from densegrad.families.common import check_plan
-from densegrad.launches import Result
 from densegrad.operands import accept, accept_out
 
 from .family import SquareNormsPlan, launches, plan_square_norms
@@ -14,11 +12,11 @@ from .family import SquareNormsPlan, launches, plan_square_norms
 
 def square_norms(x: Any, *, alpha: float = 1.0, out: Any = None, accumulate: bool = False,
                  plan: SquareNormsPlan | None = None, stream: Any = None) -> Any:
-    """The squared norm of each row: alpha (x * x).sum(axis=1).
+    """The squared norm of each row: alpha (x * x).sum(axis=-1).
 
     Parameters
     ----------
-    x : array, (S, D), float16 | bfloat16 | float32 | float64
+    x : array, (..., D), float16 | bfloat16 | float32 | float64
         The rows. Any strides; copied once if neither axis is contiguous.
     alpha, out, accumulate, stream
         As in `densegrad.bias_grad`.
@@ -27,7 +25,7 @@ def square_norms(x: Any, *, alpha: float = 1.0, out: Any = None, accumulate: boo
 
     Returns
     -------
-    array, (S,)
+    array, (...)
         `out` if given, else a new array of the same kind and dtype as x.
 
     Raises
@@ -41,13 +39,8 @@ def square_norms(x: Any, *, alpha: float = 1.0, out: Any = None, accumulate: boo
 def _describe(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     accumulate, plan = options
     inputs = accept(dz=arrays[0], name="x")
-    if len(inputs.batch_shape) != 1:
-        raise ShapeError(f"x must have 2 dimensions (rows, cols); got shape {inputs.dz.memory.shape} (pass "
-                         "x.reshape(-1, x.shape[-1]))")
     source = inputs.dz.matrix
-    target = accept_out("out", outs[0], inputs, inputs.batch_shape, accumulate)
-    sizes = {"rows": source.rows, "cols": source.cols, "dtype": source.dtype}
+    target = accept_out("out", outs[0], inputs, inputs.batch_shape, accumulate, column=True)
+    sizes: dict[str, Any] = {"rows": source.rows, "cols": source.cols, "dtype": source.dtype}
     plan = check_plan(plan, SquareNormsPlan, sizes) or plan_square_norms(**sizes)
-    # A result for each row is a column of as many rows.
-    result = Result(target.matrix.T, target.accumulate)
-    return recipe_of(inputs, (inputs.dz,), (target,), launches(plan, source, result))
+    return recipe_of(inputs, (inputs.dz,), (target,), launches(plan, source, target.result))

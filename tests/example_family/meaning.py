@@ -5,8 +5,8 @@ from densegrad.testing import error_bound
 
 
 def square_norms(x, alpha=1.0):
-    """alpha * sum over d of x[s, d]²."""
-    return alpha * np.square(x.astype(np.float64)).sum(axis=1)
+    """alpha * sum over d of x[..., d]²."""
+    return alpha * np.square(x.astype(np.float64)).sum(axis=-1)
 
 
 def expected(x, chain, result_dtype, alpha=1.0, old=None):
@@ -15,5 +15,5 @@ def expected(x, chain, result_dtype, alpha=1.0, old=None):
     magnitude = np.abs(exact)
     if old is not None:
         exact, magnitude = exact + old.astype(np.float64), magnitude + np.abs(old.astype(np.float64))
-    return exact, error_bound(magnitude, exact, chain + (old is not None), x.shape[1], x.dtype.name, result_dtype,
+    return exact, error_bound(magnitude, exact, chain + (old is not None), x.shape[-1], x.dtype.name, result_dtype,
                               alpha=alpha)

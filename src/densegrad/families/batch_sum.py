@@ -171,7 +171,7 @@ class BatchSumPlan(Cut):
         check_choice("plan: dtype", self.dtype, ITEM_BYTES)
         check_choice("plan: layout", self.layout, LAYOUTS)
         check_sizes(samples=self.samples, outputs=self.outputs)
-        check_positive(self)
+        check_positive(self, "samples", "outputs")
         if self.threads > 1024:
             raise PlanError(f"plan: threads_x * lanes must be at most 1024; got {self.threads}")
         if self.tile * ITEM_BYTES[self.dtype] % (16 if self.layout == "flat" else 32) or self.tile < 2 * self.sector:

@@ -81,8 +81,8 @@ def _counts(kind: type) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind) if field.type == "int")
 
 
-def check_positive(plan: Any) -> None:
-    """Hold the fields of a plan that count to at least 1, but for the sizes that it is made for.
+def check_positive(plan: Any, *sizes: str) -> None:
+    """Hold the fields of a plan that count to at least 1, but for these, the sizes that it is made for.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def check_positive(plan: Any) -> None:
         If one is less.
     """
     for name in _counts(plan.__class__):
-        if name not in ("samples", "outputs") and getattr(plan, name) < 1:
+        if name not in sizes and getattr(plan, name) < 1:
             raise PlanError(f"plan: {name} must be at least 1; got {getattr(plan, name)}")
 
 

@@ -64,7 +64,7 @@ class CrossEntropyPlan(Cut):
         check_integers(self)
         check_choice("plan: dtype", self.dtype, ITEM_BYTES)
         check_sizes(samples=self.samples, outputs=self.outputs)
-        check_positive(self)
+        check_positive(self, "samples", "outputs")
         for name in ("threads_x", "lanes", "pieces"):
             if getattr(self, name) & getattr(self, name) - 1:
                 raise PlanError(f"plan: {name} must be a power of two; got {getattr(self, name)}")
