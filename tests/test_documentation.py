@@ -39,7 +39,8 @@ ON_RANKS = {"mpiexec -n 4 python -m mpi4py digits.py"}
 #: command -> the command that is run here, shorter or dry
 HERE = {
     "bash .ci/run": "bash -n .ci/run",
-    ".ci/compile_check.py --all": "python .ci/compile_check.py --help",
+    "python .ci/compile_check.py": "python .ci/compile_check.py --help",
+    "python .ci/compile_check.py --only NAME": "python .ci/compile_check.py --help",
     "python -m benchmarks.fit benchmarks/results/nvidia-h200-2026-11-27-05b0320-plans.csv":
         "python -m benchmarks.fit --help",
     "densegrad cache": "densegrad cache",
