@@ -239,13 +239,16 @@ class Rehearsed:
         distances = loop.get("load_to_use", {})
         asynchronous = distances.get("cp_async") is not None
         multiplies = loop.get("mma_share", 0.0) > 0 or loop.get("ffma_share", 0.0) > 0.02
+        blocks = report.occupancy["blocks"]
         return Code(
-            capability, report.registers, report.local_instructions, report.stack, report.occupancy["blocks"],
-            report.occupancy["blocks"] * counts.block, loop.get("instructions", 0), loop.get("ffma_share", 0.0),
-            loop.get("mma_share", 0.0), loop.get("integer_share", 0.0),
-            distances.get("cp_async" if asynchronous else "ldg"),
-            loop["percent_peak"] if multiplies else None, loop["percent_peak_merged"] if multiplies else None,
-            None if multiplies or "stream" not in loop else loop["stream"]["percent_dram"], report)
+            capability, report.registers, report.local_instructions, report.stack, blocks_per_multiprocessor=blocks,
+            resident_threads=blocks * counts.block, loop_instructions=loop.get("instructions", 0),
+            ffma_share=loop.get("ffma_share", 0.0), mma_share=loop.get("mma_share", 0.0),
+            integer_share=loop.get("integer_share", 0.0),
+            load_to_use=distances.get("cp_async" if asynchronous else "ldg"),
+            percent_peak=loop["percent_peak"] if multiplies else None,
+            percent_peak_merged=loop["percent_peak_merged"] if multiplies else None,
+            percent_dram=None if multiplies or "stream" not in loop else loop["stream"]["percent_dram"], report=report)
 
 
 #: what ncu is asked for; the widths of accesses and the classes of instructions are not among it

@@ -1,7 +1,7 @@
 """How tiles lie in shared memory, and which thread copies what. Pure values, shared by both kinds of primitives."""
 from typing import NamedTuple
 
-from ...facts import BOX_LINES, ITEM_BYTES, LINE_BYTES, MAP_WORDS
+from ...facts import BOX_LINES, ITEM_BYTES, LINE_BYTES, MAP_WORDS, TILE_DEPTH_BYTES
 
 #: what global memory is moved in, what all banks of shared memory serve at once, and the widest access, in bytes
 SECTOR, LINE, WIDEST = 32, 128, 16
@@ -303,8 +303,8 @@ class ThreadTile(NamedTuple):
                 for d in range(depths) for o in range(0, outers, self.access)]
 
 
-#: A tile of a tensor core's operand is this deep, in two steps of one instruction's depth; and its unit of copying.
-TILE_DEPTH_BYTES, STEP_BYTES, CHUNK_BYTES = 64, 32, 16
+#: Bytes of one instruction's depth of a tensor core's operand, two of which make a tile; and its unit of copying.
+STEP_BYTES, CHUNK_BYTES = 32, 16
 
 
 class ChunkTile(NamedTuple):

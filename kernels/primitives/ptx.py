@@ -11,13 +11,13 @@ from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
+from ...facts import ITEM_BYTES
 from .factories import cache
 
 _INT16, _INT32, _INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _SHARED = 3  # address space
 _FLOAT = {"float16": ir.HalfType(), "float32": ir.FloatType(), "float64": ir.DoubleType()}
 _STORED = {**_FLOAT, "bfloat16": _INT16}
-_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _NUMBA = {"float32": types.float32, "float64": types.float64}
 
 
@@ -79,7 +79,7 @@ def _unpack(builder, fragment):
 
 def _shared_pointer(builder, array, index, dtype):
     """A pointer to the element of a shared array."""
-    offset = builder.mul(index, ir.Constant(_INT32, _BYTES[dtype]))
+    offset = builder.mul(index, ir.Constant(_INT32, ITEM_BYTES[dtype]))
     return builder.inttoptr(builder.add(array, offset), ir.PointerType(_STORED[dtype], _SHARED))
 
 
@@ -114,7 +114,7 @@ def _narrowed(builder, values, wide, dtype):
         return _halves(builder, [_pair_to_bfloat16(builder, *pair) for pair in pairs])[:len(values)]
     if dtype == wide:
         return values
-    narrower = _BYTES[dtype] < _BYTES[wide]
+    narrower = ITEM_BYTES[dtype] < ITEM_BYTES[wide]
     return [(builder.fptrunc if narrower else builder.fpext)(value, _FLOAT[dtype]) for value in values]
 
 
@@ -137,14 +137,14 @@ def _round_to_bfloat16(builder, value):
 def _load_shared(builder, pointer, dtype, count):
     """count neighbouring shared values in one access."""
     vector = ir.VectorType(_STORED[dtype], count)
-    loaded = builder.load(_cast_pointer(builder, pointer, vector), align=count * _BYTES[dtype], typ=vector)
+    loaded = builder.load(_cast_pointer(builder, pointer, vector), align=count * ITEM_BYTES[dtype], typ=vector)
     return _elements(builder, loaded, dtype, count)
 
 
 def _store_shared(builder, pointer, dtype, values):
     """Neighbouring shared values in one access."""
     vector = _vector(builder, values)
-    builder.store(vector, _cast_pointer(builder, pointer, vector.type), align=len(values) * _BYTES[dtype])
+    builder.store(vector, _cast_pointer(builder, pointer, vector.type), align=len(values) * ITEM_BYTES[dtype])
 
 
 def _load_global(builder, address, index, dtype, count, condition=None):
@@ -152,7 +152,7 @@ def _load_global(builder, address, index, dtype, count, condition=None):
 
     Inline PTX, since NVVM splits vectors of eight 16-bit values and moves loads down to their first use.
     """
-    pointer = builder.add(address, builder.mul(index, ir.Constant(_INT64, _BYTES[dtype])))
+    pointer = builder.add(address, builder.mul(index, ir.Constant(_INT64, ITEM_BYTES[dtype])))
     return _load_bytes(builder, pointer, dtype, count, condition)
 
 
@@ -200,7 +200,7 @@ def _load_partly(builder, address, index, dtype, count, mask):
     quarters...
     """
     words, word, letter = _words(dtype, count)
-    size, packed = _BYTES[dtype], _BYTES[dtype] == 2
+    size, packed = ITEM_BYTES[dtype], ITEM_BYTES[dtype] == 2
     code = [f".reg .pred one, {', '.join(f'whole{n}' for n in range(2 * count))};", ".reg .b32 bits;",
             f".reg .b16 half<{count}>;"]
     code += [f"mov.b{word.width} ${n}, 0;" for n in range(words)]
@@ -251,7 +251,7 @@ def _finite(builder, value):
 
 def _store_global(builder, address, index, dtype, values):
     """Neighbouring stored values in one access."""
-    pointer = builder.add(address, builder.mul(index, ir.Constant(_INT64, _BYTES[dtype])))
+    pointer = builder.add(address, builder.mul(index, ir.Constant(_INT64, ITEM_BYTES[dtype])))
     _store_bytes(builder, pointer, dtype, values)
 
 
@@ -273,7 +273,7 @@ def _store_bytes(builder, pointer, dtype, values, further=0, condition=None):
 
 def _words(dtype, count):
     """(how many, of which type, PTX register letter) of the registers that hold count stored values."""
-    size = count * _BYTES[dtype]
+    size = count * ITEM_BYTES[dtype]
     if size == 2:
         return 1, _INT16, "h"
     return (size // 8, _INT64, "l") if dtype == "float64" else (size // 4, _INT32, "r")
@@ -689,7 +689,7 @@ def store_spread(dtype, count, across, spacing):
     with the upper one: the threads that are served together then meet all banks, though their vectors lie 32 bytes
     apart.
     """
-    width = 16 // _BYTES[dtype]
+    width = 16 // ITEM_BYTES[dtype]
 
     def body(builder, array, index, fragment, thread):
         values = _unpack(builder, fragment)

@@ -4,11 +4,11 @@ from math import e, log2
 from llvmlite import ir
 from numba import types
 
+from ...facts import ITEM_BYTES
 from .factories import cache
 from .layout import WIDEST
 from .number_ptx import _Functions, _numbers, _pack_numbers, _spread
 from .ptx import (
-    _BYTES,
     _FLOAT,
     _INT16,
     _INT32,
@@ -45,7 +45,7 @@ def keep(dtype, width, offsets):
 
     Only those whose offset is less than `left` are touched; the others are minus infinity.
     """
-    size, (_, word, _) = _BYTES[dtype], _words(dtype, width)
+    size, (_, word, _) = ITEM_BYTES[dtype], _words(dtype, width)
     lowest = _LOWEST[dtype] * (0x10001 if word == _INT32 and size == 2 else 1)
 
     def body(builder, address, index, left):
@@ -66,7 +66,7 @@ def keep(dtype, width, offsets):
 @cache
 def store_row(dtype, width, offsets, wide):
     """(address, index, left, fragment): stores elements where `keep` would load them, each rounded once to dtype."""
-    size = _BYTES[dtype]
+    size = ITEM_BYTES[dtype]
 
     def body(builder, address, index, left, fragment):
         pointer = builder.add(address, builder.mul(index, ir.Constant(_INT64, size)))
@@ -82,7 +82,7 @@ def store_row(dtype, width, offsets, wide):
 @cache
 def load_row(dtype, width, offsets, wide):
     """(address, index, left) -> what `keep` would load as a fragment of type wide; zeros for what is not touched."""
-    size = _BYTES[dtype]
+    size = ITEM_BYTES[dtype]
 
     def body(builder, address, index, left):
         pointer, values = builder.add(address, builder.mul(index, ir.Constant(_INT64, size))), []
@@ -98,7 +98,7 @@ def load_row(dtype, width, offsets, wide):
 @cache
 def kept(dtype, wide):
     """(16 bytes of a row as they are stored) -> their elements as a fragment of type wide."""
-    count = WIDEST // _BYTES[dtype]
+    count = WIDEST // ITEM_BYTES[dtype]
     word, letter = (_INT64, "l") if dtype == "float64" else (_INT32, "r")
     same = ir.FunctionType(word, [word])
 
@@ -121,7 +121,7 @@ def largest(dtype):
 @cache
 def largest_kept(dtype, wide):
     """(value, 16 bytes of a row as they are stored) -> the largest of all, whatever NaN there is beside it."""
-    count = WIDEST // _BYTES[dtype]
+    count = WIDEST // ITEM_BYTES[dtype]
     name = {"float16": "f16x2", "bfloat16": "bf16x2"}.get(dtype)
     kind = ir.FunctionType(_INT32, [_INT32] * 2)
 

@@ -2,10 +2,10 @@
 from llvmlite import ir
 from numba import types
 
+from ...facts import ITEM_BYTES
 from .factories import cache
 from .layout import SECTOR
 from .ptx import (
-    _BYTES,
     _INT32,
     _INT64,
     _NUMBA,
@@ -40,9 +40,9 @@ def tile_turn(copy):
             return ir.Constant(_INT32, 0)
         row = builder.add(depth, builder.zext(_first_access(builder, copy, thread)[1], _INT64))
         element = builder.add(outer, builder.mul(row, stride))
-        byte = builder.add(address, builder.mul(element, ir.Constant(_INT64, _BYTES[copy.dtype])))
+        byte = builder.add(address, builder.mul(element, ir.Constant(_INT64, ITEM_BYTES[copy.dtype])))
         return builder.udiv(builder.and_(builder.trunc(byte, _INT32), ir.Constant(_INT32, SECTOR - 1)),
-                            ir.Constant(_INT32, _BYTES[copy.dtype]))
+                            ir.Constant(_INT32, ITEM_BYTES[copy.dtype]))
 
     return _expand(types.int32, (types.int64, types.int64, types.int64, types.int64, types.int32), body)
 
@@ -116,7 +116,7 @@ def store_line(line, dtype, wide):
     take neighbouring elements, from a sector of the result on: what comes before that comes last. The products are
     computed in wide and rounded once; if the Line accumulates, what is there is added before that.
     """
-    size = _BYTES[dtype]
+    size = ITEM_BYTES[dtype]
 
     def body(builder, array, number, place, step, lane, left, factor):
         def constant(value):
@@ -157,7 +157,7 @@ def store_line(line, dtype, wide):
 def place(dtype):
     """(address, index) -> the place of an element, to which bytes may be added."""
     return _expand(types.int64, (types.int64, types.int64), lambda builder, address, index: builder.add(
-        address, builder.mul(index, ir.Constant(_INT64, _BYTES[dtype]))))
+        address, builder.mul(index, ir.Constant(_INT64, ITEM_BYTES[dtype]))))
 
 
 @cache
@@ -170,7 +170,7 @@ def tile_offset(copy):
         outer = builder.sub(outer, builder.zext(turn, _INT64))
         near, far = (depth, outer) if copy.along_depth else (outer, depth)
         element = builder.add(near, builder.mul(far, stride))
-        byte = builder.mul(element, ir.Constant(_INT64, _BYTES[copy.dtype]))
+        byte = builder.mul(element, ir.Constant(_INT64, ITEM_BYTES[copy.dtype]))
         return byte if kind == types.int64 else builder.trunc(byte, _INT32)
 
     return _expand(kind, (types.int64, types.int32, types.int32), body)
@@ -189,7 +189,7 @@ def deeper(copy):
 
     One instruction where bytes are counted in 32 bits.
     """
-    size = _BYTES[copy.dtype]
+    size = ITEM_BYTES[copy.dtype]
 
     def body(builder, place, depth, stride):
         step = ir.Constant(_INT64, size) if copy.along_depth else builder.mul(stride, ir.Constant(_INT64, size))
@@ -237,7 +237,7 @@ def _load_places(builder, copy, place, offset, stride, turn, thread, bounds):
     """The thread's accesses, of those whose bounds hold. Only whole rows and turned ones lie at runtime distances."""
     first, _ = _first_access(builder, copy, thread)
     has_share = _has_share(builder, copy, thread) if copy.partial else None
-    widen, size = builder.sext if copy.turns else builder.zext, _BYTES[copy.dtype]
+    widen, size = builder.sext if copy.turns else builder.zext, ITEM_BYTES[copy.dtype]
     place = builder.add(place, widen(offset, _INT64))
     values = []
     for step, pairs in zip(copy.steps(), bounds, strict=True):
@@ -330,9 +330,9 @@ def _outer(builder, copy, step, stride, turn, thread):
     outer, depth = step
     if not copy.turns:
         return first, outer
-    if depth * _BYTES[copy.dtype] % SECTOR:
+    if depth * ITEM_BYTES[copy.dtype] % SECTOR:
         turn = builder.add(turn, builder.mul(ir.Constant(_INT32, depth), builder.trunc(stride, _INT32)))
-        turn = builder.and_(turn, ir.Constant(_INT32, SECTOR // _BYTES[copy.dtype] - 1))
+        turn = builder.and_(turn, ir.Constant(_INT32, SECTOR // ITEM_BYTES[copy.dtype] - 1))
     base = builder.sub(first, turn)
     if outer:
         width = copy.side * copy.access
@@ -367,7 +367,7 @@ def _outer_of(builder, layout, piece):
 
 def _stage_pointer(builder, array, place, stage, dtype):
     """A pointer to an element of a stage: only the stage changes from one tile to the next."""
-    byte = builder.add(builder.add(array, builder.mul(place, ir.Constant(_INT32, _BYTES[dtype]))), stage)
+    byte = builder.add(builder.add(array, builder.mul(place, ir.Constant(_INT32, ITEM_BYTES[dtype]))), stage)
     return builder.inttoptr(byte, ir.PointerType(_STORED[dtype], _SHARED))
 
 
@@ -494,7 +494,7 @@ def load_thread_tile(tile, outer_edge, depth_edge):
 
     Zeros for the elements beyond what is left, of the axes that may have an edge in it.
     """
-    size = _BYTES[tile.dtype]
+    size = ITEM_BYTES[tile.dtype]
 
     def body(builder, place, stride, outer_left, depth_left):
         values = [None] * tile.count

@@ -420,10 +420,10 @@ class GradientAccumulator:
             raise DTypeError(f"x and dz must be {self.dtype}, as the accumulator was made for; got {inputs.dtype} "
                              "(convert them with astype)")
         slope = stray_slope(self._how["activation"], self._how["negative_slope"])
-        above = accept_activation(inputs, (self._how["activation"], slope), z, self._batch_axis, sample_weight)
+        layer_above = accept_activation(inputs, (self._how["activation"], slope), z, self._batch_axis, sample_weight)
         written = ""
         if "dx" in self._need:
-            target = accept_out("dx", given("dx", dx), replace(inputs, beside=above.arguments),
+            target = accept_out("dx", given("dx", dx), replace(inputs, beside=layer_above.arguments),
                                 (inputs.samples, self.in_features), False)
             written = target.dtype
         elif dx is not None:
@@ -432,11 +432,11 @@ class GradientAccumulator:
         rows = {"dz": _rows(dz, self._batch_axis)}
         if x is not None:
             rows["x"] = _rows(x)
-        if above.z is not None:
+        if layer_above.z is not None:
             rows["z"] = _rows(z, self._batch_axis)
-        if above.weights is not None:
+        if layer_above.weights is not None:
             rows["sample_weight"] = _rows(sample_weight)
-        dtypes = {argument.name: argument.dtype for argument in (inputs.dz, inputs.x, *above.arguments)
+        dtypes = {argument.name: argument.dtype for argument in (inputs.dz, inputs.x, *layer_above.arguments)
                   if argument is not None}
         layout = _Layout(containers.kind_of(dz).name, inputs.place,
                          {name: (tuple(array.shape[1:]), dtypes[name]) for name, array in rows.items()}, written)

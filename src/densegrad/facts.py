@@ -8,6 +8,8 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 SIZES = {**ITEM_BYTES, "bool": 1, "int32": 4, "int64": 8}
 #: of boxes that are copied by a tensor map: bytes of a line, lines of a box in shared memory; 64-bit integers of a map
 LINE_BYTES, BOX_LINES, MAP_WORDS = 128, 64, 16
+#: how deep tiles of mma.sync are: two steps of one instruction
+TILE_DEPTH_BYTES = 64
 
 
 def accumulator_of(dtype: str) -> str:

@@ -536,8 +536,8 @@ def describe_dense(arrays: tuple, outs: tuple, options: tuple, keeps_dz: bool = 
             raise PlanError(f"plan.{field} was given, but {field} is not needed (name it in need=, or leave it out)")
     check_known(precision)
     inputs = accept(x=x, w=w, dz=dz, batch_axis=batch_axis, weight_layout=weight_layout)
-    above = accept_activation(inputs, (activation, stray), z, batch_axis, sample_weight)
-    inputs = replace(inputs, beside=above.arguments)
+    layer_above = accept_activation(inputs, (activation, stray), z, batch_axis, sample_weight)
+    inputs = replace(inputs, beside=layer_above.arguments)
     dx = _input_target("out.dx", outs[0], inputs, "dx" in added) if "dx" in needed else None
     dw = _weight_target("out.dw", outs[1], inputs, weight_layout, "dw" in added) if "dw" in needed else None
     db = accept_bias_out("out.db", outs[2], inputs, keepdims, "db" in added) if "db" in needed else None
@@ -546,7 +546,7 @@ def describe_dense(arrays: tuple, outs: tuple, options: tuple, keeps_dz: bool = 
     check_apart([target for target in (dx, dw, db) if target is not None])
     launches: tuple[Launch, ...] = ()
     gradient, behind, with_weight, alone, bias_plan = inputs.dz.matrix, 0, None, db, plans.db
-    if above.arguments:
+    if layer_above.arguments:
         # dZ is formed first, in the order of what it is formed from; its sum is db, unless that is to be compensated.
         gradient = _like(gradient)
         behind, alone, bias_plan = gradient.end, db if compensated else None, None
@@ -557,8 +557,8 @@ def describe_dense(arrays: tuple, outs: tuple, options: tuple, keeps_dz: bool = 
         result = Result(scratch(behind, 1, inputs.out_features, inputs.dtype))
         if db is not None and not compensated:
             result = db.result
-        form = upstream_plan(plans.db, inputs, above.name, "plan.db")
-        launches = upstream.launches(form, above.matrices(inputs), gradient, result, (ONE, ALPHA),
+        form = upstream_plan(plans.db, inputs, layer_above.name, "plan.db")
+        launches = upstream.launches(form, layer_above.matrices(inputs), gradient, result, (ONE, ALPHA),
                                      max(behind, result.matrix.end))
     weight_plan = _weight_plan(plans.dw, inputs, gradient, precision, "plan.dw") if dw is not None else None
     if (alone is not None and weight_plan is not None and bias_plan is None and not compensated
@@ -572,8 +572,8 @@ def describe_dense(arrays: tuple, outs: tuple, options: tuple, keeps_dz: bool = 
     if alone is not None:
         bias_plan = _bias_plan(bias_plan, inputs, compensated, "plan.db")
         launches += batch_sum.launches(bias_plan, gradient, alone.result, ALPHA, behind)
-    return recipe_of(inputs, (inputs.x, inputs.w, inputs.dz, above.z, above.weights), (dx, dw, db, formed), launches,
-                     (above.parameter,))
+    return recipe_of(inputs, (inputs.x, inputs.w, inputs.dz, layer_above.z, layer_above.weights),
+                     (dx, dw, db, formed), launches, (layer_above.parameter,))
 
 
 def _like(matrix: Matrix) -> Matrix:

@@ -20,7 +20,7 @@ from .facts import ITEM_BYTES, accumulator_of
 from .launches import ALIGNMENT, Matrix, Result, Slot
 from .slips import in_place_of, meant
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+DTYPES = tuple(ITEM_BYTES)
 #: the largest finite number of the types that kernels take numbers in
 LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
 WEIGHT_LAYOUTS = ("in_out", "out_in")
@@ -412,8 +412,8 @@ def check_label_values(array: Any, classes: int, ignored: int, sample_weight: An
 
 def alpha_type(inputs: Inputs, targets: Iterable[Target]) -> str:
     """The type whose range alpha is held to: float64 where the inputs or all results are that."""
-    wide = inputs.dtype == "float64" or {target.dtype for target in targets} == {"float64"}
-    return "float64" if wide else "float32"
+    doubled = inputs.dtype == "float64" or {target.dtype for target in targets} == {"float64"}
+    return "float64" if doubled else "float32"
 
 
 def accept_number(name: str, value: Any, dtype: str = "float64") -> float:

@@ -211,19 +211,19 @@ def _describe_activation(arrays: tuple, outs: tuple, options: tuple) -> Recipe:
     activation, stray, batch_axis, *rest = options
     da, z, sample_weight = arrays
     inputs = accept(dz=da, batch_axis=batch_axis, name="da")
-    above = accept_activation(inputs, (activation, stray), z, batch_axis, sample_weight)
-    recipe = _describe(inputs, above, outs, (batch_axis, *rest), (above.parameter,))
+    layer_above = accept_activation(inputs, (activation, stray), z, batch_axis, sample_weight)
+    recipe = _describe(inputs, layer_above, outs, (batch_axis, *rest), (layer_above.parameter,))
     return replace(recipe, in_place=((0, 0), (0, 1)))
 
 
-def _describe(inputs: Inputs, above: UpstreamArguments, outs: tuple, options: tuple, numbers: tuple) -> Recipe:
+def _describe(inputs: Inputs, layer_above: UpstreamArguments, outs: tuple, options: tuple, numbers: tuple) -> Recipe:
     batch_axis, keepdims, accumulate, plan = options
     added = accept_outs(OutputGrads(*outs), accumulate, added=("db",))
-    inputs = replace(inputs, beside=above.arguments)
-    dz = accept_dz_out("out.dz", outs[0], inputs, batch_axis, (inputs.dz, above.z))
+    inputs = replace(inputs, beside=layer_above.arguments)
+    dz = accept_dz_out("out.dz", outs[0], inputs, batch_axis, (inputs.dz, layer_above.z))
     db = accept_bias_out("out.db", outs[1], inputs, keepdims, "db" in added)
     check_apart([dz, db])
-    plan = upstream_plan(plan, inputs, above.name)
+    plan = upstream_plan(plan, inputs, layer_above.name)
     matrix = dz.matrix.T if batch_axis else dz.matrix
-    return recipe_of(inputs, (inputs.dz, above.z, above.weights), (dz, db),
-                     launches(plan, above.matrices(inputs), matrix, db.result, (ALPHA, ONE)), numbers)
+    return recipe_of(inputs, (inputs.dz, layer_above.z, layer_above.weights), (dz, db),
+                     launches(plan, layer_above.matrices(inputs), matrix, db.result, (ALPHA, ONE)), numbers)

@@ -4,7 +4,8 @@ They load without Numba: whoever makes a launch fills them in, the kernel's file
 (where an operand's first element lies), an Integer of 64 bits, a Number, whose type is `number_of` the constants, or a
 TensorMap, by which copies find the boxes of a matrix.
 What travels together is a record of its own; the kernel's parameters are its parts, in order: `z`, `z_down`,
-`z_across`.
+`z_across`. What a field means, and its unit, stands where its name comes first, and holds where the same name comes
+again without a word.
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ TensorMap = Any
 class MatrixAt(NamedTuple):
     """Where a matrix lies."""
 
-    address: Address
+    address: Address  # of element (0, 0)
     down: Integer  # elements from one row to the next
     across: Integer  # elements from one column to the next
 
@@ -34,7 +35,7 @@ class ColumnAt(NamedTuple):
 class Scale(NamedTuple):
     """What a result is multiplied by: number, times the one at the address on the device unless that is 0."""
 
-    number: Number
+    number: Number  # of the host
     address: Address  # of a number of the type of the sums
 
 
@@ -43,21 +44,18 @@ NO_MATRIX, NO_COLUMN = MatrixAt(0, 0, 0), ColumnAt(0, 0)
 
 
 class Epilogue(NamedTuple):
-    """What becomes of alpha times a sum: computed in `wide`, plus the result if accumulate, then rounded once to dtype.
+    """What becomes of alpha times a sum: computed in `wide`, plus the result if accumulate, rounded once to dtype."""
 
-    access elements of the result's columns may be written at a time.
-    """
-
-    dtype: str
-    access: int
-    wide: str
-    accumulate: bool
+    dtype: str  # of the result
+    access: int  # elements that may be read or written at a time
+    wide: str  # type in which the sum is scaled and added to what is there
+    accumulate: bool  # whether the result is added to
 
 
 class Side(NamedTuple):
     """How an operand lies in memory: contiguous along the depth or not, and how many elements may be read at a time."""
 
-    along_depth: bool
+    along_depth: bool  # whether its elements lie side by side along the depth
     access: int
 
 
@@ -83,17 +81,17 @@ class SumStrided(NamedTuple):
 class SumStridedArguments(NamedTuple):
     """source[s, m] lies at s * row_stride + m."""
 
-    source: Address
+    source: Address  # of element (0, 0)
     row_stride: Integer  # elements
-    samples: Integer
-    outputs: Integer
-    samples_per_part: Integer
+    samples: Integer  # rows that are added
+    outputs: Integer  # sums
+    samples_per_part: Integer  # of every part but the last
     tile_cols: Integer  # columns of a block
-    target: Address
+    target: Address  # where the sums go, those of the first part if there are several
     part_stride: Integer  # elements of the target from one part's sums to the next
     col_stride: Integer  # elements of the target from one output to the next
     lost_step: Integer  # elements of the target from a sum to what it lost
-    alpha: Scale
+    alpha: Scale  # what sums are multiplied by
 
 
 class SumFlat(NamedTuple):
@@ -116,7 +114,7 @@ class SumFlatArguments(NamedTuple):
 
     source: Address
     length: Integer  # elements of the run
-    length_per_part: Integer
+    length_per_part: Integer  # elements of every part but the last
     period: Integer  # elements after which the columns repeat: the outputs
     folders: Integer  # threads that fold the sums of a column
     copies: Integer  # of a column in a line that each of them adds at the least
@@ -150,9 +148,9 @@ class SumRunsArguments(NamedTuple):
 
     source: Address
     run_stride: Integer  # elements
-    run_length: Integer
-    runs: Integer
-    runs_per_block: Integer
+    run_length: Integer  # elements: the samples
+    runs: Integer  # the outputs
+    runs_per_block: Integer  # that a block adds one after another
     length_per_part: Integer  # elements of a run
     target: Address
     part_stride: Integer
@@ -177,7 +175,7 @@ class SumPartsArguments(NamedTuple):
 
     source: Address
     row_pitch: Integer  # elements
-    rows: Integer
+    rows: Integer  # of sums
     outputs: Integer
     tile_cols: Integer  # columns of a block
     lanes: Integer  # that add the rows of a column
@@ -195,20 +193,20 @@ class AddParts(NamedTuple):
 
     accumulator: str  # of the parts and of the sums
     result: Epilogue
-    threads: int
+    threads: int  # of a block
     in_flight: int  # parts under way
 
 
 class AddPartsArguments(NamedTuple):
     """Part p of element (r, c) lies at p * part_stride + r * row_pitch + c of the workspace."""
 
-    workspace: Address
-    parts: Integer
+    workspace: Address  # where the parts begin
+    parts: Integer  # matrices that are added
     part_stride: Integer
     row_pitch: Integer  # a multiple of 16 bytes
     target: MatrixAt
     rows: Integer
-    cols: Integer
+    cols: Integer  # elements of a row
     alpha: Scale
 
 
@@ -222,13 +220,13 @@ class MatmulSimt(NamedTuple):
     accumulator: str
     tile_rows: int  # of a block
     tile_cols: int
-    tile_depth: int
+    tile_depth: int  # of a stage
     thread_rows: int  # results of a thread
-    thread_cols: int
+    thread_cols: int  # results of a thread in a row
     blocks_per_multiprocessor: int
     offset_bits: int  # that count the bytes from a tile's first element to any other: 32, or 64 for huge strides
-    left: Side
-    right: Side
+    left: Side  # how the left operand lies
+    right: Side  # how the right operand lies
     result: Epilogue
     sums_of: str  # "left" or "right": that operand is added up along the depth, too; or ""
     sums: Epilogue | None  # what becomes of those sums; None if there are none
@@ -242,8 +240,8 @@ class MatmulTensorCore(NamedTuple):
     tile_rows: int
     tile_cols: int
     warp_rows: int  # results of a warp
-    warp_cols: int
-    stages: int
+    warp_cols: int  # results of a warp in a row
+    stages: int  # slots for tiles in shared memory
     offset_bits: int  # that count the bytes from one of a thread's copies to the next
     left: Side
     right: Side
@@ -275,17 +273,17 @@ class MatmulArguments(NamedTuple):
     left: Address
     left_stride: Integer  # elements from one row to the next, or from one depth to the next
     right: Address
-    right_stride: Integer
+    right_stride: Integer  # elements from one column to the next, or from one depth to the next
     result: MatrixAt
     part_stride: Integer  # elements of the result from one part to the next
     rows: Integer
     cols: Integer
-    depth: Integer
-    depth_per_part: Integer
+    depth: Integer  # terms of a sum
+    depth_per_part: Integer  # of every part but the last
     group_bits: Integer  # binary logarithm of how many tile rows are walked together
     alpha: Scale
     depth_sums: ColumnAt  # of the operand that is added up along the depth
-    depth_sums_part_stride: Integer
+    depth_sums_part_stride: Integer  # elements from one part's sums to the next
 
 
 class MatmulHopper(NamedTuple):
@@ -298,7 +296,7 @@ class MatmulHopper(NamedTuple):
     stages: int
     most_staged: int  # boxes of results that a warpgroup stores at a time
     left_across: bool  # whether it is contiguous across the depth
-    right_across: bool
+    right_across: bool  # whether it is contiguous across the depth
     target: str  # dtype of the result
     accumulate: bool  # whether the result, float32, is added to
     sums_of: str  # "left" or "right": that operand, contiguous across the depth, is added up along it, too; or ""
@@ -313,10 +311,10 @@ class MatmulHopperArguments(NamedTuple):
     result: TensorMap
     maps: Address  # of the workspace, where each block writes these three
     pieces_of_work: Integer  # tiles times parts
-    tiles_down: Integer
-    tiles_across: Integer
+    tiles_down: Integer  # of the result
+    tiles_across: Integer  # of the result
     steps: Integer  # of the depth of a stage
-    steps_per_part: Integer
+    steps_per_part: Integer  # of every part but the last
     alpha: Scale
     depth_sums: Address  # rows of sums in the workspace: of each part those of all sharers
     depth_sums_pitch: Integer  # elements from one row to the next
@@ -341,7 +339,7 @@ class TurnOperandArguments(NamedTuple):
     stride: Integer  # elements from one outer index to the next, or from one depth to the next
     result: Address
     pitch: Integer  # elements of a row of the result
-    outer: Integer
+    outer: Integer  # rows of the operand, or columns
     depth: Integer
     steps: Integer  # of 32 depths
 
@@ -353,7 +351,7 @@ class Targets(NamedTuple):
     """What softmax is held against, and what losses are weighted by: dtypes, each empty where there is none."""
 
     labels: str  # empty where targets are probabilities
-    class_weights: str
+    class_weights: str  # of outputs
     weights: str  # of samples; "bool" for a mask
 
     @property
@@ -371,9 +369,9 @@ class LogSumExp(NamedTuple):
     dtype: str
     accumulator: str
     adders: int  # threads of a sample
-    samples_of_block: int
+    samples_of_block: int  # of which each block finds the sums
     features_first: bool  # whether samples lie side by side
-    targets: Targets
+    targets: Targets  # what there is of labels and weights
     loss: str  # "each" sample's, "sum" of each block's, or ""
     mean: bool  # whether each block's sum of the samples' weights is asked for
 
@@ -381,15 +379,15 @@ class LogSumExp(NamedTuple):
 class LogSumExpArguments(NamedTuple):
     """All matrices are (samples, outputs), the result (3, samples)."""
 
-    z: MatrixAt
-    probabilities: MatrixAt
+    z: MatrixAt  # logits
+    probabilities: MatrixAt  # of classes, in place of labels
     labels: ColumnAt
     class_weights: ColumnAt
     weights: ColumnAt
     losses: ColumnAt  # of samples
     left: Address  # (2, blocks): the sums of the weights and of the losses
-    ignored: Integer
-    smoothing: Number
+    ignored: Integer  # label of samples that are left out
+    smoothing: Number  # share of the targets that all classes have alike
     samples: Integer
     outputs: Integer
     result: Address
@@ -409,7 +407,7 @@ class WeighSamplesArguments(NamedTuple):
     labels: ColumnAt
     class_weights: ColumnAt
     weights: ColumnAt
-    ignored: Integer  # the label of samples that are left out
+    ignored: Integer
     samples: Integer
     outputs: Integer
     result: Address
@@ -435,7 +433,7 @@ class CrossEntropyRowsArguments(NamedTuple):
     """All matrices are (samples, outputs); the elements of a row of z lie side by side."""
 
     z: MatrixAt
-    dz: MatrixAt
+    dz: MatrixAt  # where it is written
     probabilities: MatrixAt
     labels: ColumnAt
     class_weights: ColumnAt
@@ -490,7 +488,7 @@ class UpstreamSumArguments(NamedTuple):
     left_by_blocks: Address  # of log_sum_exp
     left_count: Integer  # of these blocks
     loss: Address
-    ignored: Integer  # the label of samples that are left out
+    ignored: Integer
     parameter: Number  # of the activation, or the smoothing of labels
     alpha: Scale  # of dz and of its sum
     sum_alpha: Scale  # of the sum alone

@@ -369,12 +369,12 @@ def check_within(result: Any, exact: np.ndarray, bound: np.ndarray | float) -> N
     result = host(result)
     if result.shape != exact.shape:
         raise AssertionError(f"the result has shape {result.shape}, not {exact.shape}")
-    wide, bound = result.astype(np.float64), np.broadcast_to(bound, exact.shape)
+    found, bound = result.astype(np.float64), np.broadcast_to(bound, exact.shape)
     with np.errstate(invalid="ignore"):
-        error = np.abs(wide - exact)
-        right = np.where(np.isfinite(exact), error <= bound, (wide == exact) | (np.isnan(wide) & np.isnan(exact)))
+        error = np.abs(found - exact)
+        right = np.where(np.isfinite(exact), error <= bound, (found == exact) | (np.isnan(found) & np.isnan(exact)))
     wrong = np.argwhere(~right)
     if len(wrong):
-        rows = [f"  {tuple(map(int, index))}: got {wide[tuple(index)]!s}, exactly {exact[tuple(index)]!s}, error "
+        rows = [f"  {tuple(map(int, index))}: got {found[tuple(index)]!s}, exactly {exact[tuple(index)]!s}, error "
                 f"{error[tuple(index)]:.3g}, bound {bound[tuple(index)]:.3g}" for index in wrong[:5]]
         raise AssertionError("\n".join([f"{len(wrong)} of {exact.size} entries are wrong:", *rows]))

@@ -106,12 +106,12 @@ def write_gradients(results: Results, arrays: Mapping[str, Any], options: Mappin
             raise ValueError(f"--memory must be at least {_megabytes(sum(needed.values()))} here ({parts}; blocks have "
                              f"{block} samples, whatever the limit, since bits follow from them); got "
                              f"{_megabytes(limit)}")
-        place = np.empty((min(block, samples), features), dz.dtype) if with_dx else None
+        room = np.empty((min(block, samples), features), dz.dtype) if with_dx else None
         dx = results.entry("dx", (samples, features), dz.dtype) if with_dx else nullcontext()
         with dx as entry:
             for start in range(0, samples, block):
                 rows = slice(start, min(start + block, samples))
-                part = None if place is None else place[:rows.stop - start]
+                part = None if room is None else room[:rows.stop - start]
                 accumulator.add(x[rows], dz[:, rows] if batch_axis else dz[rows], dx=part)
                 if rows.stop == samples:
                     accumulator.result()  # which computes the last block

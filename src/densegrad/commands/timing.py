@@ -104,10 +104,10 @@ class Timed:
     def quantile(self, share: float) -> float:
         """Of the GPU's seconds: between the two samples nearest to this share of them."""
         ordered = sorted(self.gpu)
-        place = share * (len(ordered) - 1)
-        below = int(place)
-        above = min(below + 1, len(ordered) - 1)
-        return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+        position = share * (len(ordered) - 1)
+        lower = int(position)
+        upper = min(lower + 1, len(ordered) - 1)
+        return ordered[lower] + (position - lower) * (ordered[upper] - ordered[lower])
 
     @property
     def host_median(self) -> float:

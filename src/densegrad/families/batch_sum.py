@@ -72,8 +72,8 @@ class SumPartsPlan:
     @property
     def tile_cols(self) -> int:
         """Columns of a block: of a sector or more, so that there are many blocks, of two warps or more."""
-        wide = max(32 // ITEM_BYTES[self.dtype], 64 // self.lanes)
-        return min(wide, power_of_two(self.outputs), MOST_THREADS // self.lanes)
+        least = max(32 // ITEM_BYTES[self.dtype], 64 // self.lanes)
+        return min(least, power_of_two(self.outputs), MOST_THREADS // self.lanes)
 
     @property
     def threads(self) -> int:
@@ -98,7 +98,7 @@ class SumPartsPlan:
     def explain(self) -> str:
         """The plan in words."""
         return (f"{self.rows} rows of {self.outputs} {self.dtype} sums are added by {self.lanes} lanes, then lane "
-                "after lane")
+                f"after lane; {self.grid[0]} blocks of {self.threads} threads")
 
 
 @lru_cache(maxsize=4096)

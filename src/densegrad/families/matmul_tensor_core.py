@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import PlanError
-from ..facts import ITEM_BYTES
+from ..facts import ITEM_BYTES, TILE_DEPTH_BYTES
 from ..launches import Launch, Result
 from ..signatures import MatmulArguments, MatmulTensorCore
 from .common import check_capability, check_choice, check_integers, check_sizes, constants_of, epilogue_of, named
@@ -22,8 +22,6 @@ TENSOR_CORE_TILES = (
     (64, 32, 32, 32, 4),
     (32, 32, 32, 32, 4),
 )
-#: how deep tiles are: two steps of one mma instruction
-TILE_DEPTH_BYTES = 64
 #: what stages may take of shared memory that a launch asks for, on every GPU with all of these instructions
 DYNAMIC_SHARED_BYTES = 99 * 1024
 #: the first compute capability with bfloat16, TF32, 16 depths of float16 an instruction and asynchronous copies
