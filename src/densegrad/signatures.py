@@ -360,9 +360,6 @@ class Targets(NamedTuple):
         return not self.labels or self.class_weights != ""
 
 
-NO_TARGETS = Targets("", "", "")
-
-
 class LogSumExp(NamedTuple):
     """Each sample's largest logit and the logarithm of its sum of exponentials less that."""
 
