@@ -90,7 +90,7 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Code:
     begun = time.perf_counter()
     with _compiling:
         library, architecture = library_of(launch, capability), architecture_of(capability)
-        library._cubin_cache[architecture] = link(library, architecture)
+        library._cubin_cache[architecture] = link(library, architecture)  # what the library gives whoever asks for it
         cubin = library.get_cubin(architecture)
     log.debug("compiled %s in %.1f s", launch.kernel, time.perf_counter() - begun)
     return Code(bytes(getattr(cubin, "code", cubin)), library._entry_name)
